@@ -1,0 +1,75 @@
+"""Where the repository lies, and how files are written and hashed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def repository() -> Path:
+    """Root of the clone that this package belongs to (the folder with ``pyproject.toml``)."""
+    return Path(__file__).resolve().parents[2]
+
+
+def data_file(name: str) -> Path:
+    """Path of ``data/<name>``; the name must be written out so that Make sees the dependency."""
+    path = repository() / "data" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: restore it with `git checkout data/{name}`")
+    return path
+
+
+def atomic_write(path: Path, content: str | bytes) -> Path:
+    """Write `content` so that `path` holds either the old or the whole new content.
+
+    Raises OSError naming the path and the remedy when the disk is full.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"the disk is full: {path} ({len(data)} bytes) was not written and any earlier "
+                "version is untouched; free some space and run again",
+            ) from error
+        raise
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_if_changed(path: Path, content: str) -> bool:
+    """Write `content` atomically unless `path` holds it already, so that Make sees real changes."""
+    if path.is_file() and path.read_text() == content:
+        return False
+    atomic_write(path, content)
+    return True
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(paths: Iterable[Path], root: Path) -> str:
+    """One SHA-256 over the names (relative to `root`) and contents of several files."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(root)}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()

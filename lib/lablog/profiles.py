@@ -1,0 +1,179 @@
+"""Profiles: which parameters each notebook runs with.
+
+A notebook declares its parameters, with types, comments and smoke values, in the cell tagged
+``parameters``; a profile (YAML) says what differs from them. Nothing else holds defaults.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lablog.files import repository
+
+RESERVED = ("extends", "all")
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
+
+
+class ProfileError(ValueError):
+    """A profile, an override or a parameters cell that cannot be used; says what and the remedy."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A declared parameter: its type as written, and the smoke value."""
+
+    name: str
+    annotation: str
+    default: Any
+
+    def check(self, value: Any, origin: str) -> Any:
+        """Return `value` if it has the declared type (an int is a float), else ProfileError."""
+        kind = eval(self.annotation, {"__builtins__": {}}, TYPES)
+        adapter: TypeAdapter[Any] = TypeAdapter(
+            kind, config=ConfigDict(strict=True, allow_inf_nan=False)
+        )
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ProfileError(
+                f"{origin}: {self.name} = {value!r} does not fit {self.annotation} ({reason}); "
+                f"a valid value is for example {self.default!r}"
+            ) from None
+
+
+def notebooks() -> list[str]:
+    """Names of all notebooks, in order."""
+    return sorted(path.stem for path in (repository() / "notebooks").glob("[0-9][0-9]_*.py"))
+
+
+def notebook_path(name: str) -> Path:
+    """Source of a notebook; ProfileError with the nearest name when there is none."""
+    path = repository() / "notebooks" / f"{name}.py"
+    if not path.is_file():
+        raise ProfileError(f"there is no notebook {name!r}{_nearest(name, notebooks())}")
+    return path
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid are: {', '.join(valid)}"
+
+
+def declared_parameters(notebook: Path) -> dict[str, Parameter]:
+    """The parameters that a notebook's source declares, by name, in order."""
+    cells = [
+        cell
+        for cell in jupytext.read(notebook).cells
+        if "parameters" in cell.metadata.get("tags", ())
+    ]
+    if len(cells) != 1:
+        raise ProfileError(f"{notebook} has {len(cells)} cells tagged `parameters`; it needs one")
+    found = {}
+    for statement in ast.parse(cells[0].source).body:
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            raise ProfileError(
+                f"{notebook}: `{ast.unparse(statement)}` in the parameters cell is no "
+                "`name: type = value`"
+            )
+        assert statement.value is not None
+        parameter = Parameter(
+            statement.target.id, ast.unparse(statement.annotation), ast.literal_eval(statement.value)
+        )
+        parameter.check(parameter.default, str(notebook))
+        found[parameter.name] = parameter
+    return found
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A resolved profile: for each notebook every parameter's value."""
+
+    name: str
+    parameters: Mapping[str, Mapping[str, Any]]
+
+
+def _read(source: str, seen: tuple[Path, ...] = ()) -> tuple[str, dict[str, Any]]:
+    folder = repository() / "notebooks" / "profiles"
+    path = Path(source) if source.endswith((".yaml", ".yml")) else folder / f"{source}.yaml"
+    if not path.is_file():
+        shipped = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise ProfileError(f"there is no profile {source!r}{_nearest(source, shipped)}")
+    path = path.resolve()
+    if path in seen:
+        raise ProfileError(f"{path} extends itself")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ProfileError(f"{path} holds a {type(content).__name__}; expected `notebook: {{...}}`")
+    base = content.pop("extends", None)
+    merged: dict[str, Any] = _read(base, (*seen, path))[1] if base else {}
+    for key, section in content.items():
+        if key not in (*RESERVED, *notebooks()):
+            raise ProfileError(f"{path}: unknown key {key!r}{_nearest(key, notebooks())}")
+        if not isinstance(section, dict):
+            raise ProfileError(f"{path}: {key} holds {section!r}; expected `parameter: value`")
+        merged[key] = merged.get(key, {}) | section
+    return path.stem, merged
+
+
+def _parse_override(text: str) -> tuple[str | None, str, Any]:
+    target, separator, value = text.partition("=")
+    if not separator:
+        raise ProfileError(f"override {text!r} is not of the form [NOTEBOOK.]PARAMETER=VALUE")
+    prefix, _, name = target.rpartition(".")
+    if not prefix:
+        return None, name, yaml.safe_load(value)
+    matches = [notebook for notebook in notebooks() if notebook.startswith(prefix)]
+    if len(matches) != 1:
+        raise ProfileError(f"override {text!r}: no single notebook {prefix!r}"
+                           f"{_nearest(prefix, notebooks())}")  # fmt: skip
+    return matches[0], name, yaml.safe_load(value)
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Profile:
+    """Read a profile by name or path and apply overrides.
+
+    An override is ``[NOTEBOOK.]PARAMETER=VALUE`` (value in YAML; a notebook's number is enough);
+    without a notebook it holds for every notebook that declares the parameter. With overrides
+    the profile's name carries a digest of them, so that their results lie in their own folder.
+
+    Raises ProfileError for unknown keys (with the nearest valid one), wrong types, NaN.
+    """
+    name, sections = _read(source)
+    declared = {notebook: declared_parameters(notebook_path(notebook)) for notebook in notebooks()}
+    values = {n: {p.name: p.default for p in d.values()} for n, d in declared.items()}
+
+    def assign(notebook: str | None, parameter: str, value: Any, origin: str) -> None:
+        targets = [notebook] if notebook else [n for n in declared if parameter in declared[n]]
+        valid = declared[notebook] if notebook else {p: 0 for d in declared.values() for p in d}
+        if parameter not in valid:
+            where = f"{origin}: unknown parameter {parameter!r}"
+            raise ProfileError(where + (f" of {notebook}" if notebook else "")
+                               + _nearest(parameter, valid))  # fmt: skip
+        for target in targets:
+            values[target][parameter] = declared[target][parameter].check(value, origin)
+
+    for key in ("all", *sorted(set(sections) - {"all"})):
+        for parameter, value in sections.get(key, {}).items():
+            assign(None if key == "all" else key, parameter, value, f"profile {source}, {key}")
+    for text in overrides:
+        assign(*_parse_override(text), origin=f"override {text!r}")
+    if overrides:
+        digest = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:8]
+        name = f"{name}+{digest}"
+    return Profile(name, values)

@@ -1,0 +1,168 @@
+"""What a result depends on (read from the source) and what it was made with."""
+
+from __future__ import annotations
+
+import ast
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from lablog.files import repository, sha256, sha256_of
+
+PACKAGES = ("accelerate", "gguf", "huggingface_hub", "llama-cpp-python", "matplotlib", "numpy",
+            "pandas", "papermill", "safetensors", "scipy", "sentencepiece", "torch",
+            "transformers")  # fmt: skip
+
+
+class Strict(BaseModel):
+    """Base of every model in a record: unknown fields are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileHash(Strict):
+    """A file that the run read."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileHash:
+        root = repository()
+        shown = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+        return cls(path=str(shown), sha256=sha256(path), bytes=path.stat().st_size)
+
+
+class Source(Strict):
+    """The state of the clone: commit, uncommitted changes, hashes of library and patch."""
+
+    commit: str
+    dirty: bool
+    library_sha256: str
+    patch_sha256: str
+
+
+class Machine(Strict):
+    """Where the run took place."""
+
+    python: str
+    platform: str
+    cpu: str
+    threads: int
+    device: str
+    packages: dict[str, str]
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(
+        ["git", *arguments], cwd=repository(), capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def source_state() -> Source:
+    """Commit and hashes of the clone; commit is ``unknown`` outside git (a source archive)."""
+    root = repository()
+    return Source(
+        commit=_git("rev-parse", "HEAD") or "unknown",
+        dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
+        library_sha256=sha256_of((root / "lib" / "lablog").rglob("*.py"), root),
+        patch_sha256=sha256_of((root / "native" / "patches").glob("*.patch"), root),
+    )
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_threads() -> int:
+    """CPUs that this process may use (respects affinity masks and containers)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> Machine:
+    """Describe this machine and the versions of the packages that numbers depend on."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return Machine(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        cpu=_cpu(),
+        threads=usable_threads(),
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        packages={name: metadata.version(name) for name in PACKAGES},
+    )
+
+
+def _module_file(name: str) -> Path | None:
+    base = repository() / "lib" / Path(*name.split("."))
+    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+@cache
+def _imports(path: Path) -> frozenset[Path]:
+    """Files of this package that one file imports, anywhere in it (also inside functions)."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    found = set()
+    for name in names:
+        if name.split(".")[0] != "lablog":
+            continue
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):  # a package's __init__ runs before its module
+            file = _module_file(".".join(parts[:length]))
+            if file:
+                found.add(file)
+    return frozenset(found)
+
+
+def _data_named_in(path: Path) -> set[Path]:
+    """Files of ``data/`` whose name stands in a string of the source."""
+    folder = repository() / "data"
+    strings = (
+        node.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return {
+        folder / text
+        for text in strings
+        if text and len(text) < 100 and "\n" not in text and (folder / text).is_file()
+    }
+
+
+def source_dependencies(notebook: Path) -> list[Path]:
+    """The notebook, every ``lablog`` module that it imports, transitively, and their data files.
+
+    Reads the sources, runs nothing. Relative imports are not followed: the library does not
+    use them (a test asserts it).
+    """
+    modules: set[Path] = set()
+    queue = [notebook]
+    while queue:
+        fresh = _imports(queue.pop()) - modules
+        modules |= fresh
+        queue.extend(fresh)
+    sources = {notebook} | modules
+    data = set().union(*(_data_named_in(path) for path in sources))
+    return sorted(sources | data)
