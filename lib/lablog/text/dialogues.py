@@ -1,0 +1,304 @@
+"""Self-consistency dialogues, generated from a seed: does a speaker keep to what it said?
+
+A dialogue is plain text, one turn a line, ``U: ...`` for the user and ``A: ...`` for the
+assistant, so any language model can read it. Four kinds exist (lab log, experiment A):
+
+favourite  a favourite is stated, other talk follows, it is asked for again;
+unstated   a favourite is asked for "again" though nobody stated it;
+hidden     the assistant chooses in secret, then answers "is it X?" and "what is it?";
+compare    the same after a first private line that states the choice inside the window.
+
+Everything is drawn from ``data/dialogues.yaml``. A dialogue is a pure function of
+(settings, seed, split, index), whatever process draws it. The held-out split is disjoint by
+construction: a value v whose dialogue opens with phrasing p is held out if and only if
+(index of v + index of p) is a multiple of the number of phrasings, and every dialogue names its
+value, so no held-out text can occur in training although every word of it does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import yaml
+from annotated_types import Len
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lablog.files import data_file
+
+Speaker = Literal["U", "A"]
+Kind = Literal["favourite", "unstated", "hidden", "compare"]
+Split = Literal["train", "held_out"]
+Form = Literal["training", "probe"]
+
+Word = Annotated[str, Field(pattern=r"^[a-z]+$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Span = Annotated[tuple[int, int], Field(description="least and most, inclusive")]
+Four = Annotated[list[str], Len(4)]
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+PHRASES = {  # every list of phrasings and the slots that each of its entries must have
+    "question": {"topic"},
+    "answer": {"value"},
+    "requestion": {"topic"},
+    "reanswer": {"value"},
+    "opening": {"topic"},
+    "private": {"value"},
+    "is_it": {"value"},
+    "it_is": {"value"},
+    "chosen": set(),
+    "yes": set(),
+    "no": set(),
+    "what_is_it": set(),
+}
+
+
+class DialogueSettings(BaseModel):
+    """Contents of ``data/dialogues.yaml``; each field is explained there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    topics: Annotated[dict[Word, Annotated[list[Word], Len(12)]], Len(8)]
+    question: Four
+    answer: Four
+    requestion: Four
+    reanswer: Four
+    opening: Four
+    chosen: Four
+    private: Four
+    is_it: Four
+    yes: Four
+    no: Four
+    what_is_it: Four
+    it_is: Four
+    ack: Four
+    fillers: dict[Word, Annotated[list[str], Len(2)]]
+    distractors: Annotated[list[tuple[str, Literal["ack"] | list[str]]], Len(30)]
+    mix: dict[Kind, Share]
+    restatements: Span
+    gap: Span
+    probe_gap: Span
+    probe_share: Share
+    guesses: Span
+    true_guess: Share
+    recipes: dict[str, dict[str, Any]]  # read by lablog.models.training
+
+    @model_validator(mode="after")
+    def _check(self) -> DialogueSettings:
+        values = list(chain.from_iterable(self.topics.values()))
+        if twice := {value for value in values if values.count(value) > 1}:
+            raise ValueError(f"topics: {sorted(twice)} occur twice; every value must be unique")
+        usual = {"topic", "a", "value"}
+        for name, needed in PHRASES.items():
+            for phrase in getattr(self, name):
+                slots = _slots(phrase)
+                if not needed <= slots <= usual:
+                    raise ValueError(
+                        f"{name}: {phrase!r} has slots {sorted(slots)}, expected at least "
+                        f"{sorted(needed)} and no other than {sorted(usual)}"
+                    )
+        allowed = {"other", *self.fillers}
+        for user, answers in self.distractors:
+            for phrase in [user, *(answers if answers != "ack" else [])]:
+                if not _slots(phrase) <= allowed:
+                    raise ValueError(f"distractors: {phrase!r} has slots outside {sorted(allowed)}")
+        for name in ("restatements", "gap", "probe_gap", "guesses"):
+            least, most = getattr(self, name)
+            if not 0 <= least <= most:
+                raise ValueError(f"{name}: [{least}, {most}] is not [least, most]")
+        if not sum(self.mix.values()) > 0:
+            raise ValueError(f"mix: {self.mix} leaves nothing to generate")
+        return self
+
+
+def _slots(phrase: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(phrase) if name is not None}
+
+
+def validated(model: type[M], data: object, where: str) -> M:
+    """`data` as a `model`; ValueError names `where`, the key, the value and what is wrong."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [
+            f"{where}: {'.'.join(map(str, e['loc'])) or 'file'} = {e['input']!r:.120}: {e['msg']}"
+            if e["loc"]
+            else f"{where}: {e['msg']}"
+            for e in error.errors()
+        ]
+        raise ValueError("\n".join(problems)) from error
+
+
+def load_settings(path: Path | None = None) -> DialogueSettings:
+    """Read and validate a settings file, by default ``data/dialogues.yaml``.
+
+    Raises FileNotFoundError, or ValueError naming file, key and value.
+    """
+    path = data_file("dialogues.yaml") if path is None else path
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    return validated(DialogueSettings, data, str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One line of a dialogue; `role` names the list of phrasings that it came from."""
+
+    speaker: Speaker
+    text: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Turns that keep to one `value` of one `topic`; `opening` is the index of the phrasing
+    with which the topic comes up, which together with the value decides the split."""
+
+    kind: Kind
+    topic: str
+    value: str
+    opening: int
+    turns: tuple[Turn, ...]
+
+
+def render(turns: Iterable[Turn]) -> str:
+    """Turns as text, one a line: ``U: ...\\nA: ...\\n``."""
+    return "".join(f"{turn.speaker}: {turn.text}\n" for turn in turns)
+
+
+def prompt(turns: Iterable[Turn]) -> str:
+    """Turns as text, ending where the assistant is to speak: ``...\\nA:``."""
+    return render(turns) + "A:"
+
+
+def named_value(text: str, values: Sequence[str]) -> str | None:
+    """The value that comes first in `text` as a whole word, or None."""
+    found = re.search(rf"\b({'|'.join(map(re.escape, values))})\b", text.lower())
+    return found.group(1) if found else None
+
+
+def says_yes(text: str) -> bool | None:
+    """Whether an answer begins with yes (True) or no (False); None if with neither."""
+    found = re.match(r"\W*(yes|no)\b", text.lower())
+    return found.group(1) == "yes" if found else None
+
+
+class Draw:
+    """A random stream and the phrases: building blocks of dialogues and of probes.
+
+    The stream is ``PCG64(SeedSequence(seed, spawn_key))``, hence independent between keys.
+    """
+
+    def __init__(self, settings: DialogueSettings, seed: int, *key: int):
+        self.settings = settings
+        sequence = np.random.SeedSequence(seed, spawn_key=key)
+        self.random = np.random.Generator(np.random.PCG64(sequence)).random
+
+    def integer(self, least: int, most: int) -> int:
+        """Uniform over least..most, both included."""
+        return least + int(self.random() * (most - least + 1))
+
+    def pick(self, choices: Sequence[T]) -> T:
+        """One of `choices`, uniformly."""
+        return choices[int(self.random() * len(choices))]
+
+    def turn(self, speaker: Speaker, role: str, topic: str, value: str = "",
+             phrasing: int | None = None) -> Turn:  # fmt: skip
+        """A line from the phrasings named `role`: the one numbered `phrasing`, or a random one."""
+        phrases = getattr(self.settings, role)
+        phrase = self.pick(phrases) if phrasing is None else phrases[phrasing]
+        article = "an" if topic[:1] in "aeiou" else "a"
+        return Turn(speaker, phrase.format(topic=topic, a=article, value=value), role)
+
+    def exchange(self, asked: str, answered: str, topic: str, value: str = "",
+                 phrasing: int | None = None) -> list[Turn]:  # fmt: skip
+        """A user's line and the assistant's; `phrasing` fixes that of the user's line."""
+        return [
+            self.turn("U", asked, topic, value, phrasing),
+            self.turn("A", answered, topic, value),
+        ]
+
+    def distractors(self, topic: str, count: int) -> list[Turn]:
+        """`count` exchanges about something else: no value of `topic` occurs in them."""
+        turns = []
+        for _ in range(count):
+            user, answers = self.pick(self.settings.distractors)
+            slots: Mapping[str, str] = {n: self.pick(f) for n, f in self.settings.fillers.items()}
+            elsewhere = self.pick([t for t in self.settings.topics if t != topic])
+            slots = {**slots, "other": self.pick(self.settings.topics[elsewhere])}
+            answer = self.pick(self.settings.ack if answers == "ack" else answers)
+            turns.append(Turn("U", user.format(**slots), "distractor"))
+            turns.append(Turn("A", answer.format(**slots), "distractor"))
+        return turns
+
+    def guess(self, topic: str, value: str, guessed: str) -> list[Turn]:
+        """ "is it `guessed`?" and the answer that is true of `value`."""
+        verdict = "yes" if guessed == value else "no"
+        return [self.turn("U", "is_it", topic, guessed), self.turn("A", verdict, topic)]
+
+
+def generate(
+    settings: DialogueSettings,
+    seed: int,
+    index: int,
+    split: Split = "train",
+    kind: Kind | None = None,
+    form: Form = "training",
+) -> Dialogue:
+    """Dialogue number `index` of a split.
+
+    `kind` None draws it from ``mix``. The probe form of a favourite has one statement,
+    ``probe_gap`` distractors and one question; of the other kinds it is the same as training's.
+    """
+    draw = Draw(settings, seed, 0 if split == "train" else 1, index)
+    if kind is None:
+        at, kinds = draw.random() * sum(settings.mix.values()), list(settings.mix)
+        edges = np.cumsum([settings.mix[k] for k in kinds])
+        kind = kinds[int(np.searchsorted(edges, at, side="right"))]
+    topic = draw.pick(list(settings.topics))
+    phrasings = {"favourite": settings.question, "unstated": settings.requestion}
+    count = len(phrasings.get(kind, settings.opening))
+    number = draw.integer(0, len(settings.topics[topic]) - 1)
+    if split == "held_out":
+        opening = -number % count
+    else:
+        opening = (draw.integer(1, count - 1) - number) % count
+    value = settings.topics[topic][number]
+    if kind == "favourite":
+        turns = _favourite(draw, topic, value, opening, form)
+    elif kind == "unstated":
+        turns = draw.distractors(topic, draw.integer(*settings.gap))
+        turns += draw.exchange("requestion", "answer", topic, value, opening)
+    else:
+        turns = _choice(draw, topic, value, opening, private=kind == "compare")
+    return Dialogue(kind, topic, value, opening, tuple(turns))
+
+
+def _favourite(draw: Draw, topic: str, value: str, opening: int, form: Form) -> list[Turn]:
+    settings = draw.settings
+    probe = form == "probe" or draw.random() < settings.probe_share
+    turns = draw.exchange("question", "answer", topic, value, opening)
+    for _ in range(1 if probe else draw.integer(*settings.restatements)):
+        turns += draw.distractors(topic, draw.integer(*(settings.probe_gap if probe else settings.gap)))
+        turns += draw.exchange("requestion", "reanswer", topic, value)
+    return turns
+
+
+def _choice(draw: Draw, topic: str, value: str, opening: int, private: bool) -> list[Turn]:
+    settings = draw.settings
+    turns = [draw.turn("A", "private", topic, value)] if private else []
+    turns += draw.exchange("opening", "chosen", topic, "", opening)
+    others = [other for other in settings.topics[topic] if other != value]
+    for _ in range(draw.integer(*settings.guesses)):
+        right = draw.random() < settings.true_guess
+        turns += draw.guess(topic, value, value if right else draw.pick(others))
+    return turns + draw.exchange("what_is_it", "it_is", topic, value)
