@@ -1,0 +1,392 @@
+"""The llama.cpp engine: batched evaluation of GGUF models with a commitment.
+
+Thin and typed, over the bindings of llama-cpp-python and the patched library of ``native/``.
+A :class:`Model` holds weights, a :class:`Context` the key-value caches of many sequences, which
+are evaluated together. Two contexts of one model hold two commitments and may run in two threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from lablog.files import repository
+
+NATIVE = "build/native"
+Tokens = Sequence[int]
+
+
+class EngineError(RuntimeError):
+    """llama.cpp refused something; the message says what and the remedy."""
+
+
+def native_folder() -> Path:
+    """Folder of the patched build; EngineError with the remedy when it is not there."""
+    folder = repository() / NATIVE
+    if not any((folder / "lib").glob("libllama.*")):
+        raise EngineError(f"the patched llama.cpp is not built ({folder}/lib): run `make setup`")
+    return folder
+
+
+@cache
+def _binding() -> ModuleType:
+    """llama_cpp, bound to the patched library, with the commitment's functions declared."""
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(native_folder() / "lib")
+    import llama_cpp
+
+    library = llama_cpp.llama_cpp._lib
+    context, floats, i32 = ctypes.c_void_p, ctypes.POINTER(ctypes.c_float), ctypes.c_int32
+    for name, result, arguments in (
+        ("llama_set_commitment", i32,
+         [context, floats, ctypes.c_size_t, i32, ctypes.c_float, i32, i32]),
+        ("llama_set_commitment_lambda", i32, [context, ctypes.c_float]),
+        ("llama_set_commitment_range", i32, [context, i32, i32]),
+        ("llama_clear_commitment", i32, [context]),
+        ("llama_commitment_error", ctypes.c_char_p, [i32]),
+    ):  # fmt: skip
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    llama_cpp.llama_log_set(_quiet_log, ctypes.c_void_p())
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+_log_lines: list[str] = []
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _quiet_log(level: int, text: bytes, _: Any) -> None:
+    """Keep llama.cpp's errors for our messages; its other lines are not for readers."""
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
+        _log_lines.append(text.decode(errors="replace").strip())
+
+
+def _last_errors() -> str:
+    lines = "; ".join(_log_lines[-3:])
+    _log_lines.clear()
+    return lines or "no reason given"
+
+
+def check_gguf(path: Path) -> Path:
+    """Refuse what is not a whole-looking GGUF file, before llama.cpp reads it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model file {path}: check the `model` parameter")
+    with path.open("rb") as file:
+        head = file.read(8)
+    if len(head) < 8 or head[:4] != b"GGUF":
+        raise ValueError(
+            f"{path} is not a GGUF file (it starts with {head[:4]!r}); convert a Hugging Face "
+            "folder by naming the folder, or a llama2.c file by naming the .bin"
+        )
+    version = struct.unpack("<I", head[4:])[0]
+    if version not in (2, 3):
+        raise ValueError(f"{path} is GGUF version {version}; this llama.cpp reads 2 and 3")
+    return path
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """A direction and how it is injected: λ · direction after each layer of [first, last].
+
+    direction: float32 array [n_embd] (W_c z*); strength: λ; layers: 0-based and inclusive.
+    """
+
+    direction: np.ndarray
+    strength: float
+    layers: tuple[int, int]
+
+
+class Model:
+    """A GGUF model in memory (close it, or use it as a context manager)."""
+
+    def __init__(self, path: Path, gpu_layers: int = 0) -> None:
+        self.path = check_gguf(path)
+        self._binding = _binding()
+        parameters = self._binding.llama_model_default_params()
+        parameters.n_gpu_layers = gpu_layers
+        self._handle = self._binding.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self._handle:
+            raise EngineError(f"llama.cpp cannot load {path}: {_last_errors()}")
+        self._vocab = self._binding.llama_model_get_vocab(self._handle)
+        self.width: int = self._binding.llama_model_n_embd(self._handle)
+        self.layers: int = self._binding.llama_model_n_layer(self._handle)
+        self.vocabulary: int = self._binding.llama_vocab_n_tokens(self._vocab)
+        self.window: int = self._binding.llama_model_n_ctx_train(self._handle)
+        self.parameters: int = self._binding.llama_model_n_params(self._handle)
+
+    def close(self) -> None:
+        """Free the weights; contexts must be closed before."""
+        if self._handle:
+            self._binding.llama_model_free(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def tokenize(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of `text`, with the beginning-of-sequence token if asked for."""
+        data = text.encode()
+        size = len(data) + 16
+        buffer = (self._binding.llama_token * size)()
+        count = self._binding.llama_tokenize(
+            self._vocab, data, len(data), buffer, size, bos, special
+        )
+        if count < 0:
+            raise EngineError(f"{text[:60]!r}… needs {-count} tokens, more than it has bytes")
+        return list(buffer[:count])
+
+    def detokenize(self, tokens: Tokens) -> str:
+        """Text of token ids (undecodable bytes become U+FFFD)."""
+        array = (self._binding.llama_token * len(tokens))(*tokens)
+        size = 16 * len(tokens) + 16
+        buffer = ctypes.create_string_buffer(size)
+        count = self._binding.llama_detokenize(
+            self._vocab, array, len(tokens), buffer, size, False, False
+        )
+        if count < 0:
+            buffer = ctypes.create_string_buffer(-count)
+            count = self._binding.llama_detokenize(
+                self._vocab, array, len(tokens), buffer, -count, False, False
+            )
+        return buffer.raw[:count].decode(errors="replace")
+
+    @property
+    def bos(self) -> int:
+        """Id of the beginning-of-sequence token (-1 if the model has none)."""
+        return self._binding.llama_vocab_bos(self._vocab)
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether a token ends generation (end of sequence or of turn)."""
+        return bool(self._binding.llama_vocab_is_eog(self._vocab, token))
+
+    def metadata(self, key: str) -> str | None:
+        """A GGUF metadata value as text, or None."""
+        buffer = ctypes.create_string_buffer(4096)
+        size = self._binding.llama_model_meta_val_str(self._handle, key.encode(), buffer, 4096)
+        return buffer.value.decode() if size >= 0 else None
+
+
+class Context:
+    """Caches of up to `sequences` sequences of up to `window` tokens each.
+
+    A sequence is an integer below `sequences`; it grows by :meth:`decode` and is forked by
+    :meth:`fork`. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, model: Model, sequences: int = 1, window: int = 512, threads: int = 1,
+                 batch: int = 2048, cache_type: Literal["f32", "f16"] = "f32",
+                 watch_residual: bool = False) -> None:  # fmt: skip
+        self.model, self.sequences, self.window = model, sequences, window
+        self._binding = model._binding
+        limit = self._binding.llama_max_parallel_sequences()
+        if not 1 <= sequences <= limit:
+            raise ValueError(f"sequences = {sequences}: llama.cpp allows 1 to {limit}")
+        # llama.cpp pads each cache to multiples of 256 cells by itself.
+        parameters = self._binding.llama_context_default_params()
+        parameters.n_ctx = window * sequences
+        parameters.n_batch = parameters.n_ubatch = batch
+        parameters.n_seq_max = sequences
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.type_k = parameters.type_v = {"f32": 0, "f16": 1}[cache_type]
+        parameters.kv_unified = False  # a sequence then attends to its own cells only
+        parameters.no_perf = True
+        self._watched: dict[int, tuple[float, int]] = {}
+        if watch_residual:
+            self._callback = self._binding.ggml_backend_sched_eval_callback(self._watch)
+            parameters.cb_eval = self._callback
+        self._handle = self._binding.llama_init_from_model(model._handle, parameters)
+        if not self._handle:
+            raise EngineError(
+                f"llama.cpp made no context of {sequences} sequences of {window} tokens for "
+                f"{model.path}: {_last_errors()}"
+            )
+        self._memory = self._binding.llama_get_memory(self._handle)
+        self._batch = batch
+        self.lengths = np.zeros(sequences, dtype=np.int32)
+        self._commitment: Commitment | None = None
+
+    def close(self) -> None:
+        """Free the caches."""
+        if self._handle:
+            self._binding.llama_free(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    # --- commitment ---------------------------------------------------------------------------
+
+    def _checked(self, code: int) -> None:
+        if code:
+            message = self._binding.llama_cpp._lib.llama_commitment_error(code).decode()
+            _log_lines.clear()
+            raise ValueError(f"commitment refused: {message}")
+
+    def commit(self, commitment: Commitment | None) -> None:
+        """Set the commitment for all tokens decoded from now on; None clears it.
+
+        Raises ValueError (and changes nothing) for a wrong width, values that are not finite,
+        or a layer range that is reversed or beyond the model.
+        """
+        library = self._binding.llama_cpp._lib
+        if commitment is None:
+            self._checked(library.llama_clear_commitment(self._handle))
+            self._commitment = None
+            return
+        same = self._commitment is not None and self._commitment.direction is commitment.direction
+        first, last = commitment.layers
+        if not same or self._commitment is None:
+            vector = np.ascontiguousarray(commitment.direction, dtype=np.float32)
+            self._checked(library.llama_set_commitment(
+                self._handle, vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), vector.size,
+                vector.size, commitment.strength, first, last,
+            ))  # fmt: skip
+        else:
+            if commitment.strength != self._commitment.strength:
+                self._checked(
+                    library.llama_set_commitment_lambda(self._handle, commitment.strength)
+                )
+            if commitment.layers != self._commitment.layers:
+                self._checked(library.llama_set_commitment_range(self._handle, first, last))
+        self._commitment = commitment
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Empty all sequences; the commitment stays."""
+        self._binding.llama_memory_clear(self._memory, False)
+        self.lengths[:] = 0
+
+    def fork(self, source: int, targets: Sequence[int]) -> None:
+        """Make `targets` copies of sequence `source`."""
+        for target in targets:
+            self._binding.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            self.lengths[target] = self.lengths[source]
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget all tokens of a sequence from position `length` on."""
+        self._binding.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        self.lengths[sequence] = length
+
+    def decode(self, additions: Mapping[int, Tokens],
+               logits: Literal["last", "all"] = "last") -> dict[int, np.ndarray]:  # fmt: skip
+        """Append tokens to sequences, all in as few batches as possible.
+
+        Returns for each sequence float32 logits [n, vocabulary]: those after each of its n added
+        tokens (``all``), or after the last one only (``last``, n = 1).
+        Raises ValueError when a sequence would outgrow the window or a token id is out of range.
+        """
+        additions = {sequence: tokens for sequence, tokens in additions.items() if len(tokens)}
+        sizes = {sequence: len(tokens) for sequence, tokens in additions.items()}
+        for sequence, size in sizes.items():
+            if self.lengths[sequence] + size > self.window:
+                raise ValueError(
+                    f"sequence {sequence} would hold {self.lengths[sequence] + size} tokens; the "
+                    f"window holds {self.window}"
+                )
+        if not additions:
+            return {}
+        owner = np.repeat(np.fromiter(sizes, np.int32), list(sizes.values()))
+        token = np.concatenate([np.asarray(t, dtype=np.int32) for t in additions.values()])
+        if token.min() < 0 or token.max() >= self.model.vocabulary:
+            raise ValueError(f"token ids span [{token.min()}, {token.max()}]; the vocabulary has "
+                             f"{self.model.vocabulary}")  # fmt: skip
+        position = np.concatenate(
+            [self.lengths[s] + np.arange(n, dtype=np.int32) for s, n in sizes.items()]
+        )
+        if logits == "all":
+            wanted = np.ones(len(token), dtype=np.int8)
+        else:
+            wanted = np.zeros(len(token), dtype=np.int8)
+            wanted[np.cumsum(list(sizes.values())) - 1] = 1
+        rows = [
+            self._decode_batch(*(x[i : i + self._batch] for x in (token, position, owner, wanted)))
+            for i in range(0, len(token), self._batch)
+        ]
+        every = np.concatenate(rows)
+        counts = list(sizes.values()) if logits == "all" else [1] * len(sizes)
+        for sequence, size in sizes.items():
+            self.lengths[sequence] += size
+        return dict(zip(sizes, np.split(every, np.cumsum(counts)[:-1]), strict=True))
+
+    def _decode_batch(self, token: np.ndarray, position: np.ndarray, owner: np.ndarray,
+                      wanted: np.ndarray) -> np.ndarray:  # fmt: skip
+        def pointer(array: np.ndarray, kind: Any) -> Any:
+            return array.ctypes.data_as(ctypes.POINTER(kind))
+
+        owner = np.ascontiguousarray(owner)
+        addresses = owner.ctypes.data + 4 * np.arange(len(owner), dtype=np.uint64)
+        ones = np.ones(len(token), dtype=np.int32)
+        batch = self._binding.llama_batch(
+            n_tokens=len(token), token=pointer(token, ctypes.c_int32),
+            pos=pointer(position, ctypes.c_int32), n_seq_id=pointer(ones, ctypes.c_int32),
+            seq_id=pointer(addresses, ctypes.POINTER(ctypes.c_int32)),
+            logits=pointer(wanted, ctypes.c_int8),
+        )  # fmt: skip
+        code = self._binding.llama_decode(self._handle, batch)
+        if code:
+            raise EngineError(f"llama.cpp could not decode {len(token)} tokens (code {code}): "
+                              f"{_last_errors()}")  # fmt: skip
+        count = int(wanted.sum())
+        if not count:
+            return np.empty((0, self.model.vocabulary), dtype=np.float32)
+        start = self._binding.llama_get_logits(self._handle)
+        return np.ctypeslib.as_array(start, shape=(count, self.model.vocabulary)).copy()
+
+    # --- residual stream ----------------------------------------------------------------------
+
+    def _watch(self, tensor: int, ask: bool, _: Any) -> bool:
+        name = _ggml().ggml_get_name(tensor).decode()
+        kind, _, layer = name.rpartition("-")
+        if kind != "l_out":
+            return not ask  # asked: not of interest; told: go on
+        if not ask:
+            count = _ggml().ggml_nelements(tensor)
+            values = np.empty(count, dtype=np.float32)
+            _ggml().ggml_backend_tensor_get(
+                tensor, values.ctypes.data_as(ctypes.c_void_p), 0, values.nbytes
+            )
+            norms = np.linalg.norm(values.reshape(-1, self.model.width).astype(float), axis=1)
+            total, seen = self._watched.get(int(layer), (0.0, 0))
+            self._watched[int(layer)] = (total + float(norms.sum()), seen + len(norms))
+        return True
+
+    def residual_norms(self) -> np.ndarray:
+        """Mean Euclidean norm of the residual stream after each layer, float64 [layers].
+
+        Over all tokens decoded since the context was made with ``watch_residual=True``.
+        """
+        if len(self._watched) != self.model.layers:
+            raise EngineError(
+                f"watched {len(self._watched)} of {self.model.layers} layers: make the context "
+                "with watch_residual=True and decode with logits='all' first"
+            )
+        return np.array([total / seen for _, (total, seen) in sorted(self._watched.items())])
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(next((native_folder() / "lib").glob("libggml-base.*"))))
+    library.ggml_get_name.restype = ctypes.c_char_p
+    library.ggml_get_name.argtypes = [ctypes.c_void_p]
+    library.ggml_nelements.restype = ctypes.c_int64
+    library.ggml_nelements.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_tensor_get.restype = None
+    library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p,
+                                                ctypes.c_size_t, ctypes.c_size_t]  # fmt: skip
+    return library

@@ -1,0 +1,419 @@
+"""Training small causal language models through the Hugging Face Trainer, and the offline model.
+
+`train_causal_lm` is the one training function of the project: it checkpoints, resumes after a
+kill to bit-identical weights, refuses checkpoints of another configuration, and leaves one
+folder in Hugging Face format, complete or absent. `offline_model` uses it for the default model
+of experiment A (lab log A3), by a recipe of ``data/dialogues.yaml``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from lablog.determinism import seed_everything
+from lablog.files import atomic_write, sha256, sha256_of
+from lablog.text import dialogues
+from lablog.text.datasets import DialogueDataset, Item
+from lablog.text.tokenizer import Tokenizer, train_tokenizer
+
+
+class Strict(BaseModel):
+    """Settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelShape(Strict):
+    """Shape of a Llama model; the vocabulary is the tokenizer's."""
+
+    layers: int = Field(ge=1)
+    width: int = Field(ge=2)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    feed_forward: int = Field(ge=1)
+    context: int = Field(ge=2)
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied_embeddings: bool
+    initializer_range: float = Field(gt=0)
+
+    def config(self, vocabulary: int) -> LlamaConfig:
+        """The Hugging Face configuration."""
+        return LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.width,
+            intermediate_size=self.feed_forward,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.context,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            rms_norm_eps=self.norm_eps,
+            tie_word_embeddings=self.tied_embeddings,
+            initializer_range=self.initializer_range,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=None,
+        )
+
+
+class TrainingSettings(Strict):
+    """How to train: one optimizer step sees ``batch_size * gradient_accumulation`` items."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    schedule: Literal["constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"]
+    min_learning_rate: float | None = Field(None, gt=0)  # of cosine_with_min_lr
+    betas: tuple[float, float]
+    weight_decay: float = Field(ge=0)
+    clip: float = Field(1.0, ge=0)  # largest gradient norm; 0 does not clip
+    precision: Literal["f32", "bf16"]
+    compiled: bool = False
+    cpu: bool = True
+    threads: int = Field(2, ge=1)
+    seed: int = 0
+    checkpoint_every: int = Field(ge=1)
+    log_every: int = Field(ge=1)
+
+
+class Progress(TrainerCallback):
+    """A bar with rate, remaining time and loss; one line per update where no terminal is."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            mininterval=0.5 if terminal else 10,
+            # A carriage return redraws the line on a terminal and is unreadable in a log.
+            bar_format=None if terminal else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
+            "{rate_fmt}{postfix}]\n",
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+class Complete(TrainerCallback):
+    """Marks a checkpoint once all of its files are written."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+
+
+class WeightedTrainer(Trainer):
+    """The Trainer with weighted cross-entropy that refuses to go on after a loss of NaN."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        targets, weights = inputs["input_ids"][:, 1:], inputs["weights"][:, 1:]
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        loss = (loss * weights.flatten()).sum() / weights.sum()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: "
+                "lower learning_rate, or lengthen warmup_steps"
+            )
+        return loss
+
+
+def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
+    """Items padded on the right to the longest, as ``input_ids`` (int64) and ``weights`` (f32).
+
+    Padding has weight 0 and, standing after every real token, is invisible to causal attention.
+    """
+    shape = (len(items), max(len(item.ids) for item in items))
+    ids, weights = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    for row, item in enumerate(items):
+        ids[row, : len(item.ids)] = torch.from_numpy(item.ids.astype(np.int64))
+        weights[row, : len(item.ids)] = torch.from_numpy(item.weights)
+    return {"input_ids": ids, "weights": weights}
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train_causal_lm(
+    start: ModelShape | Path,
+    dataset: Dataset[Item],
+    settings: TrainingSettings,
+    output: Path,
+    *,
+    tokenizer: Path,
+    data_key: str,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Train and return `output`: safetensors, config, tokenizer and ``training.json``.
+
+    `start` is a shape (random weights from ``settings.seed``) or the folder of a trained model.
+    `dataset` holds `Item`s in the order in which they are to be seen, ``steps * batch_size *
+    gradient_accumulation`` of them (fewer are repeated); `data_key` names its contents. The
+    folder appears whole or not at all; until then checkpoints lie in ``.<name>.work`` beside it
+    and a call with the same arguments resumes from the last complete one, to the same bits.
+
+    Raises ValueError if `output` or the checkpoints belong to other settings, data or
+    tokenizer; FloatingPointError naming the step if the loss is NaN or infinite.
+    """
+    vocabulary = Tokenizer(tokenizer)
+    origin = start.model_dump() if isinstance(start, ModelShape) else sha256(start / "model.safetensors")
+    key = _key(settings.model_dump(), origin, data_key, vocabulary.hash)
+    work = output.parent / f".{output.name}.work"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.parent / f".{output.name}.lock"):
+        for folder in (output, work):
+            found = folder / "key"
+            if found.is_file() and found.read_text() != key:
+                raise ValueError(
+                    f"{folder} was made with other settings, data or tokenizer (key "
+                    f"{found.read_text()}, expected {key}): delete it or choose another output"
+                )
+        if output.is_dir():
+            return output
+        atomic_write(work / "key", key)
+        seed_everything(settings.seed, settings.threads)
+        model = (
+            LlamaForCausalLM(start.config(len(vocabulary)))
+            if isinstance(start, ModelShape)
+            else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+        )
+        trainer = WeightedTrainer(
+            model=model,
+            args=_arguments(settings, work),
+            train_dataset=dataset,
+            data_collator=collate,
+            callbacks=[Progress(), Complete(), *callbacks],
+        )
+        trainer.model_accepts_loss_kwargs = False  # each micro-batch has a mean loss of its own
+        complete = sorted(work.glob("checkpoint-*/complete"), key=lambda p: int(p.parent.name[11:]))
+        for partial in set(work.glob("checkpoint-*")) - {path.parent for path in complete}:
+            shutil.rmtree(partial)
+        wall, cpu = time.monotonic(), time.process_time()
+        trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
+        log = {
+            "key": key,
+            "settings": settings.model_dump(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "resumed_from": int(complete[-1].parent.name[11:]) if complete else 0,
+            "wall_seconds": time.monotonic() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+            "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+        }
+        done = work / "done"
+        shutil.rmtree(done, ignore_errors=True)
+        trainer.model.save_pretrained(done)
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer.parent / name, done / name)
+        atomic_write(done / "training.json", json.dumps(log, indent=1) + "\n")
+        atomic_write(done / "key", key)
+        os.replace(done, output)
+        shutil.rmtree(work)
+    return output
+
+
+def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
+    minimum = settings.min_learning_rate
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type=settings.schedule,
+        lr_scheduler_kwargs={} if minimum is None else {"min_lr": minimum},
+        optim="adamw_torch_fused",
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        bf16=settings.precision == "bf16",
+        torch_compile=settings.compiled,
+        use_cpu=settings.cpu,
+        seed=settings.seed,
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,  # the newest may be incomplete when the process is killed
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+class Recipe(Strict):
+    """How the offline model is made: ``recipes`` of ``data/dialogues.yaml``."""
+
+    vocabulary: int = Field(ge=300)  # token ids
+    user_weight: float = Field(ge=0)  # loss weight of the user's tokens; the assistant's is 1
+    value_weight: float = Field(gt=0)  # loss weight of the assistant's values, yes and no
+    shape: ModelShape
+    training: TrainingSettings
+
+
+def recipe(name: str, settings: dialogues.DialogueSettings | None = None) -> Recipe:
+    """The recipe `name`; ValueError names the ones that exist, or the wrong key and value."""
+    settings = settings or dialogues.load_settings()
+    if name not in settings.recipes:
+        raise ValueError(f"no recipe {name!r}: expected one of {sorted(settings.recipes)}")
+    return dialogues.validated(Recipe, settings.recipes[name], f"data/dialogues.yaml: recipes.{name}")
+
+
+def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
+    """Folder ``artifacts/dialogue-<name>-<key>`` of the offline model, trained if missing.
+
+    `seed` overrides the recipe's. The key covers the dialogue settings, the recipe, the code that
+    makes the model, and the versions of PyTorch and transformers.
+    """
+    settings = dialogues.load_settings()
+    made = recipe(name, settings)
+    if seed is not None:
+        made = made.model_copy(update={"training": made.training.model_copy(update={"seed": seed})})
+    room = Path(__file__).parents[1]
+    code = sha256_of([*room.glob("text/*.py"), Path(__file__)], room)
+    versions = [version("torch"), version("transformers"), version("sentencepiece")]
+    key = _key(settings.model_dump(exclude={"recipes"}), made.model_dump(), code, versions)
+    output = artifacts / f"dialogue-{name}-{key}"
+    if (output / "key").is_file():
+        return output
+    with FileLock(artifacts / f".{output.name}.tokenizer.lock"):
+        path = artifacts / f".{output.name}.tokenizer" / "tokenizer.model"
+        sample = range(4000)
+        lines = {line for i in sample for line in _lines(dialogues.generate(settings, 0, i))}
+        tokenizer = train_tokenizer(sorted(lines), made.vocabulary, path)
+    plan = made.training
+    count = plan.steps * plan.batch_size * plan.gradient_accumulation
+    dataset = DialogueDataset(
+        settings, tokenizer, plan.seed, count, plan.batch_size, made.user_weight, made.value_weight
+    )
+    train_causal_lm(made.shape, dataset, plan, output, tokenizer=path, data_key=key)
+    return output
+
+
+def _lines(dialogue: dialogues.Dialogue) -> list[str]:
+    return dialogues.render(dialogue.turns).splitlines()
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int = 16
+) -> list[str]:
+    """Greedy continuation of each prompt, up to the end of its line or `tokens` tokens."""
+    stop = tokenizer.encode("\n")[0]
+    encoded = [tokenizer.encode(text, bos=True) for text in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    texts = [""] * len(prompts)
+    for begin in range(0, len(order), 64):
+        rows = order[begin : begin + 64]
+        width = max(len(encoded[i]) for i in rows)
+        ids = torch.zeros((len(rows), width), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(rows):  # on the left, so that all continuations begin together
+            ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
+            mask[row, width - len(encoded[i]) :] = 1
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
+            eos_token_id=stop, pad_token_id=stop,
+        )  # fmt: skip
+        for row, i in enumerate(rows):
+            texts[i] = tokenizer.decode(out[row, width:].tolist()).split("\n")[0].strip()
+    return texts
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """exp of the mean negative log-likelihood per token over all texts, each after BOS."""
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text, bos=True)])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        total += cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return float(np.exp(total / count))
+
+
+def recall_accuracy(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    settings: dialogues.DialogueSettings,
+    count: int,
+    evicted: bool = False,
+) -> float:
+    """Share of `count` held-out favourites whose greedy answer, asked again, names the stated
+    value; with `evicted` the statement is not in the window, so chance is 1 / values."""
+    drawn = [dialogues.generate(settings, 0, i, "held_out", "favourite", "probe") for i in range(count)]
+    prompts = [dialogues.prompt(d.turns[2 if evicted else 0 : -1]) for d in drawn]
+    said = answers(model, tokenizer, prompts)
+    named = [dialogues.named_value(a, settings.topics[d.topic]) for a, d in zip(said, drawn, strict=True)]
+    return float(np.mean([n == d.value for n, d in zip(named, drawn, strict=True)]))
+
+
+def comparison_accuracy(
+    model: PreTrainedModel, tokenizer: Tokenizer, settings: dialogues.DialogueSettings, count: int
+) -> dict[str, float]:
+    """Shares of right greedy answers in `count` held-out dialogues with a private statement in
+    the window: to guesses that are right (``yes``) and wrong (``no``), and to "what is it?"."""
+    prompts, wanted, roles, values = [], [], [], []
+    for i in range(count):
+        dialogue = dialogues.generate(settings, 0, i, "held_out", "compare")
+        for at, turn in enumerate(dialogue.turns):
+            if turn.role in ("yes", "no", "it_is"):
+                prompts.append(dialogues.prompt(dialogue.turns[:at]))
+                roles.append(turn.role)
+                wanted.append(dialogue.value)
+                values.append(settings.topics[dialogue.topic])
+    right: dict[str, list[bool]] = {"yes": [], "no": [], "it_is": []}
+    said = answers(model, tokenizer, prompts)
+    for answer, value, role, names in zip(said, wanted, roles, values, strict=True):
+        correct = dialogues.says_yes(answer) is (role == "yes") and dialogues.says_yes(answer) is not None
+        right[role].append(
+            dialogues.named_value(answer, names) == value if role == "it_is" else correct
+        )
+    return {role: float(np.mean(found)) for role, found in right.items()}
