@@ -1,0 +1,163 @@
+"""The dialogue generator: schema, determinism, disjoint splits, answers that keep to the value."""
+
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from lablog.files import data_file
+from lablog.text.dialogues import (
+    PHRASES,
+    Draw,
+    Form,
+    Kind,
+    Split,
+    generate,
+    load_settings,
+    named_value,
+    prompt,
+    render,
+    says_yes,
+)
+
+SETTINGS = load_settings()
+KINDS: list[Kind] = ["favourite", "unstated", "hidden", "compare"]
+
+
+def text_of(index: int, split: Split = "train", kind: Kind | None = None) -> str:
+    return render(generate(SETTINGS, 5, index, split, kind).turns)
+
+
+def test_settings_are_as_rich_as_the_specification_asks():
+    assert len(SETTINGS.topics) >= 8
+    assert all(len(values) >= 12 for values in SETTINGS.topics.values())
+    assert all(len(getattr(SETTINGS, name)) >= 4 for name in PHRASES)
+    assert len(SETTINGS.distractors) >= 30
+    talk = " ".join(p for u, a in SETTINGS.distractors for p in [u, *(a if a != "ack" else [])])
+    fillers = " ".join(word for words in SETTINGS.fillers.values() for word in words)
+    values = {value for names in SETTINGS.topics.values() for value in names}
+    assert not values & set(f"{talk} {fillers} {' '.join(SETTINGS.ack)}".split())
+
+
+def test_text_has_one_turn_a_line_and_a_prompt_ends_where_the_assistant_speaks():
+    turns = generate(SETTINGS, 0, 0, kind="favourite", form="probe").turns
+    lines = render(turns).split("\n")
+    assert lines.pop() == "" and len(lines) == len(turns)
+    assert all(line[:3] in ("U: ", "A: ") for line in lines)
+    assert prompt(turns[:-1]).endswith("?\nA:") or prompt(turns[:-1]).endswith(".\nA:")
+
+
+def test_a_dialogue_depends_on_seed_split_and_index_only():
+    expected = [text_of(i) for i in range(40)]
+    assert [text_of(i) for i in reversed(range(40))] == expected[::-1]
+    with ProcessPoolExecutor(2) as pool:
+        assert list(pool.map(text_of, range(40))) == expected
+    assert len(set(expected)) > 35
+    assert render(generate(SETTINGS, 6, 0).turns) != expected[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_held_out_dialogue_occurs_in_training(kind):
+    train = [generate(SETTINGS, 5, i, "train", kind) for i in range(3000)]
+    held = [generate(SETTINGS, seed, i, "held_out", kind) for seed in (0, 5) for i in range(500)]
+    assert not {render(d.turns) for d in train} & {render(d.turns) for d in held}
+    combinations = {(d.topic, d.value, d.opening) for d in train}
+    assert not combinations & {(d.topic, d.value, d.opening) for d in held}
+    assert {(d.topic, d.value) for d in train} >= {(d.topic, d.value) for d in held}
+    assert {d.opening for d in train} == {d.opening for d in held}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["training", "probe"])
+def test_every_answer_keeps_to_the_value(kind: Kind, form: Form):
+    for index in range(300):
+        dialogue = generate(SETTINGS, 1, index, kind=kind, form=form)
+        values = SETTINGS.topics[dialogue.topic]
+        for asked, turn in pairwise(dialogue.turns):
+            named = named_value(turn.text, values)
+            if turn.role in ("answer", "reanswer", "it_is", "private"):
+                assert named == dialogue.value
+            elif turn.role in ("yes", "no"):
+                assert says_yes(turn.text) == (turn.role == "yes")
+                assert (named_value(asked.text, values) == dialogue.value) == (turn.role == "yes")
+            elif turn.role != "is_it":
+                assert named is None
+
+
+def test_the_probe_form_has_one_statement_some_distractors_and_one_question():
+    for index in range(200):
+        turns = generate(SETTINGS, 2, index, "held_out", "favourite", "probe").turns
+        roles = [turn.role for turn in turns]
+        assert roles[:2] == ["question", "answer"] and roles[-2:] == ["requestion", "reanswer"]
+        assert set(roles[2:-2]) == {"distractor"} and 2 <= len(roles[2:-2]) // 2 <= 4
+
+
+def test_kinds_follow_the_mix_and_yes_and_no_balance():
+    dialogues = [generate(SETTINGS, 3, i) for i in range(4000)]
+    kinds = Counter(d.kind for d in dialogues)
+    for kind, share in SETTINGS.mix.items():
+        assert abs(kinds[kind] / 4000 - share / sum(SETTINGS.mix.values())) < 0.03
+    said = Counter(t.role for d in dialogues for t in d.turns if t.role in ("yes", "no"))
+    assert abs(said["yes"] / said.total() - SETTINGS.true_guess) < 0.02
+
+
+def test_values_are_uniform_given_the_split():
+    for split in ("train", "held_out"):
+        drawn = [generate(SETTINGS, 4, i, split, "favourite") for i in range(3000)]
+        count = Counter(SETTINGS.topics[d.topic].index(d.value) for d in drawn)
+        assert min(count.values()) > 190 and max(count.values()) < 310  # 250 ± 4 σ
+
+
+def test_building_blocks_take_a_phrasing_or_draw_one():
+    draw = Draw(SETTINGS, 0, 9)
+    user, assistant = draw.exchange("opening", "chosen", "animal", phrasing=0)
+    assert user.text == SETTINGS.opening[0].format(a="an", topic="animal")
+    assert assistant.text in SETTINGS.chosen
+    assert draw.guess("city", "rome", "rome")[1].role == "yes"
+    assert draw.guess("city", "rome", "oslo")[1].role == "no"
+    assert len(draw.distractors("city", 3)) == 6
+
+
+def test_values_and_verdicts_are_read_from_free_text():
+    assert named_value("Well, it is Teal, not red.", ["red", "teal"]) == "teal"
+    assert named_value("a reddish one", ["red", "teal"]) is None
+    assert [says_yes(t) for t in (" Yes, it is.", "no.", "nobody knows")] == [True, False, None]
+
+
+BAD = {
+    "topics.color": (["red"], "topics.color"),
+    "topics.animal": (["red", *"abcdefghijkl"], "'red'"),
+    "answer": (["a", "b", "c", "d"], "answer: 'a'"),
+    "opening": (["{topik}"] * 4, "topik"),
+    "true_guess": (1.5, "true_guess = 1.5"),
+    "gap": ([3, 1], "gap: [3, 1]"),
+    "mix": ({"favorite": 1.0}, "mix.favorite"),
+    "guess": (1, "guess = 1"),
+    "distractors": ([["hello {nobody}", "ack"]] * 30, "hello {nobody}"),
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_a_bad_setting_is_refused_naming_file_key_and_value(key: str, tmp_path: Path):
+    data = yaml.safe_load(data_file("dialogues.yaml").read_text())
+    value, expected = BAD[key]
+    *path, last = key.split(".")
+    place = data
+    for name in path:
+        place = place[name]
+    place[last] = value
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(ValueError) as error:
+        load_settings(file)
+    assert str(file) in str(error.value) and expected in str(error.value)
+
+
+def test_a_missing_or_unreadable_settings_file_is_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        load_settings(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("topics: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml: not readable as YAML"):
+        load_settings(tmp_path / "broken.yaml")
