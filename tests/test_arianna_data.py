@@ -66,7 +66,9 @@ def repeated_openings(answers, limit=MAX_SAME_OPENING):
 @pytest.fixture(scope="module")
 def lines():
     text = DATA.read_bytes().decode("utf-8", errors="strict")
-    assert text.endswith("\n") and "\r" not in text and not text.startswith("\ufeff")
+    assert text.endswith("\n")
+    assert "\r" not in text
+    assert not text.startswith("\ufeff")
     return text[:-1].split("\n")
 
 
@@ -75,8 +77,9 @@ def dialogues(lines):
     pairs = []
     for number, line in enumerate(lines, 1):
         messages = json.loads(line)
-        assert isinstance(messages, list) and len(messages) == 2, f"line {number}"
-        for message, role in zip(messages, ("user", "assistant")):
+        assert isinstance(messages, list), f"line {number}"
+        assert len(messages) == 2, f"line {number}"
+        for message, role in zip(messages, ("user", "assistant"), strict=True):
             assert isinstance(message, dict), f"line {number}"
             assert set(message) == {"role", "content"}, f"line {number}"
             assert message["role"] == role, f"line {number}"
@@ -146,9 +149,9 @@ def test_answers_do_not_begin_by_repeating_the_question(dialogues):
 def test_checks_find_planted_faults(dialogues):
     question, answer = dialogues[0]
     copied = " ".join(answer.split()[:RUN])
-    planted = dialogues + [("Something else entirely?", f"Well now. {copied.upper()}, and so on.")]
+    planted = [*dialogues, ("Something else entirely?", f"Well now. {copied.upper()}, and so on.")]
     assert list(shared_runs(planted).values()) == [[0, len(dialogues)]]
-    assert near_duplicates(dialogues + [(question, answer + " Indeed.")]) == [(0, len(dialogues))]
+    assert near_duplicates([*dialogues, (question, answer + " Indeed.")]) == [(0, len(dialogues))]
     opening = "The thing about that"
     assert repeated_openings([f"{opening} is {i}" for i in range(5)]) == {opening.casefold(): 5}
     assert repeated_openings([f"{opening} is {i}" for i in range(4)]) == {}
@@ -171,9 +174,11 @@ def test_card_statistics_are_those_of_the_file(dialogues):
         "question words, total": sum(asked),
         "question words, shortest": min(asked),
         "question words, longest": max(asked),
-        "distinct words (casefolded)": len({w for pair in dialogues for t in pair for w in words(t)}),
+        "distinct words (casefolded)": len(
+            {w for pair in dialogues for t in pair for w in words(t)}
+        ),
         "bytes of the file": DATA.stat().st_size,
     }
-    rows = dict(re.findall(r"^\| ([^|]+?) \| ([\d,]+) \|$", CARD.read_text("utf-8"), re.M))
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([\d,]+) \|$", CARD.read_text("utf-8"), re.MULTILINE))
     stated = {key: int(value.replace(",", "")) for key, value in rows.items()}
     assert stated == expected
