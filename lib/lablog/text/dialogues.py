@@ -288,7 +288,8 @@ def _favourite(draw: Draw, topic: str, value: str, opening: int, form: Form) -> 
     probe = form == "probe" or draw.random() < settings.probe_share
     turns = draw.exchange("question", "answer", topic, value, opening)
     for _ in range(1 if probe else draw.integer(*settings.restatements)):
-        turns += draw.distractors(topic, draw.integer(*(settings.probe_gap if probe else settings.gap)))
+        gap = draw.integer(*(settings.probe_gap if probe else settings.gap))
+        turns += draw.distractors(topic, gap)
         turns += draw.exchange("requestion", "reanswer", topic, value)
     return turns
 
@@ -297,8 +298,9 @@ def _choice(draw: Draw, topic: str, value: str, opening: int, private: bool) -> 
     settings = draw.settings
     turns = [draw.turn("A", "private", topic, value)] if private else []
     turns += draw.exchange("opening", "chosen", topic, "", opening)
-    others = [other for other in settings.topics[topic] if other != value]
-    for _ in range(draw.integer(*settings.guesses)):
+    # Nobody guesses the same wrong thing twice, as long as there is another.
+    wrong = sorted((v for v in settings.topics[topic] if v != value), key=lambda _: draw.random())
+    for number in range(draw.integer(*settings.guesses)):
         right = draw.random() < settings.true_guess
-        turns += draw.guess(topic, value, value if right else draw.pick(others))
+        turns += draw.guess(topic, value, value if right else wrong[number % len(wrong)])
     return turns + draw.exchange("what_is_it", "it_is", topic, value)

@@ -1,0 +1,248 @@
+"""Training: kill and resume, refusals, atomic results, recipes, conversion errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lablog.models import convert
+from lablog.models.training import (
+    ModelShape,
+    Recipe,
+    TrainingSettings,
+    answers,
+    collate,
+    comparison_accuracy,
+    offline_model,
+    perplexity,
+    recall_accuracy,
+    recipe,
+    train_causal_lm,
+)
+from lablog.text.datasets import DialogueDataset, Item
+from lablog.text.dialogues import generate, load_settings, render
+from lablog.text.tokenizer import Tokenizer, train_tokenizer
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+SETTINGS = load_settings()
+SHAPE = ModelShape(layers=1, width=16, heads=2, kv_heads=1, feed_forward=32, context=512,
+                   tied_embeddings=True, initializer_range=0.02)  # fmt: skip
+PLAN = TrainingSettings(
+    steps=40, batch_size=4, gradient_accumulation=2, learning_rate=3e-3, warmup_steps=4,
+    schedule="cosine", betas=(0.9, 0.98), weight_decay=0.01, precision="f32", threads=1,
+    checkpoint_every=5, log_every=5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    texts = [render(generate(SETTINGS, 0, i).turns) for i in range(300)]
+    lines = sorted({line for text in texts for line in text.splitlines()})
+    return train_tokenizer(lines, 700, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def dataset(tokenizer: Tokenizer, plan: TrainingSettings = PLAN) -> DialogueDataset:
+    count = plan.steps * plan.batch_size * plan.gradient_accumulation
+    return DialogueDataset(SETTINGS, tokenizer, 0, count, 4, user_weight=0.1, value_weight=3)
+
+
+def train(tokenizer: Tokenizer, output: Path, plan: TrainingSettings = PLAN, **kwargs) -> Path:
+    return train_causal_lm(
+        SHAPE, dataset(tokenizer), plan, output, tokenizer=tokenizer.path, data_key="d", **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tokenizer, tmp_path_factory.mktemp("trained") / "model")
+
+
+def test_the_result_is_a_whole_hugging_face_folder(trained: Path, tokenizer: Tokenizer):
+    model = LlamaForCausalLM.from_pretrained(trained)
+    assert model.config.vocab_size == len(tokenizer)
+    assert Tokenizer(trained / "tokenizer.model").hash == tokenizer.hash
+    log = json.loads((trained / "training.json").read_text())
+    assert log["parameters"] == sum(p.numel() for p in model.parameters())
+    assert [entry["step"] for entry in log["history"]] == list(range(5, 41, 5))
+    assert log["history"][-1]["loss"] < log["history"][0]["loss"]
+    left = {path.name for path in trained.parent.iterdir()}
+    assert left == {"model", ".model.lock"}  # no checkpoints, no temporary folder
+
+
+def test_the_same_arguments_give_the_same_bits_and_another_seed_others(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+):
+    first = (trained / "model.safetensors").read_bytes()
+    again = train(tokenizer, tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == first
+    other = train(tokenizer, tmp_path / "other", PLAN.model_copy(update={"seed": 1}))
+    assert (other / "model.safetensors").read_bytes() != first
+
+
+CHILD = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from transformers import TrainerCallback
+import test_training as t
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        print(state.global_step, flush=True)
+        if state.global_step == 17:
+            import time; time.sleep(60)
+
+t.train(t.Tokenizer(Path(sys.argv[1])), Path(sys.argv[2]), callbacks=[Slow()])
+"""
+
+
+def test_a_killed_training_resumes_to_identical_weights(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+):
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(tests=str(Path(__file__).parent)), str(tokenizer.path),
+         str(tmp_path / "model")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == "17":
+            break
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    work = tmp_path / ".model.work"
+    assert not (tmp_path / "model").exists()
+    # A kill while a checkpoint is written leaves one without its mark: it must not be used.
+    (work / "checkpoint-20").mkdir()
+    (work / "checkpoint-20" / "model.safetensors").write_bytes(b"half")
+    resumed = train(tokenizer, tmp_path / "model")
+    log = json.loads((resumed / "training.json").read_text())
+    assert log["resumed_from"] == 15
+    expected = load_file(trained / "model.safetensors")
+    found = load_file(resumed / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_another_configuration_made_is_refused(trained: Path, tokenizer: Tokenizer):
+    other = PLAN.model_copy(update={"learning_rate": 1e-3})
+    with pytest.raises(ValueError, match="made with other settings, data or tokenizer"):
+        train(tokenizer, trained, other)
+    stamp = (trained / "model.safetensors").stat().st_mtime_ns
+    assert train(tokenizer, trained) == trained
+    assert (trained / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_checkpoints_of_another_configuration_are_refused(tokenizer: Tokenizer, tmp_path: Path):
+    (tmp_path / ".model.work").mkdir()
+    (tmp_path / ".model.work" / "key").write_text("0123")
+    with pytest.raises(ValueError, match=r"\.model\.work was made with other settings.*delete it"):
+        train(tokenizer, tmp_path / "model")
+
+
+def test_a_loss_of_nan_stops_and_names_the_step(tokenizer: Tokenizer, tmp_path: Path):
+    class Poisoned(DialogueDataset):
+        def __getitem__(self, index: int) -> Item:
+            item = super().__getitem__(index)
+            return Item(item.ids, item.weights * np.nan) if index >= 24 else item
+
+    data = Poisoned(SETTINGS, tokenizer, 0, 320, 4, user_weight=0.1, value_weight=3)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 4"):
+        train_causal_lm(SHAPE, data, PLAN, tmp_path / "model", tokenizer=tokenizer.path, data_key="p")
+    assert not (tmp_path / "model").exists()
+
+
+def test_training_can_start_from_a_trained_model_in_bf16(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+):
+    plan = PLAN.model_copy(update={"steps": 2, "precision": "bf16"})
+    tuned = train_causal_lm(
+        trained, dataset(tokenizer, plan), plan, tmp_path / "tuned", tokenizer=tokenizer.path,
+        data_key="d",
+    )  # fmt: skip
+    before, after = (load_file(p / "model.safetensors") for p in (trained, tuned))
+    assert all(after[name].dtype == torch.float32 for name in before)
+    change = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < change < 0.05
+
+
+def test_a_smoke_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    begin = time.process_time()
+    folder = offline_model("smoke", tmp_path)
+    assert time.process_time() - begin < 60
+    assert folder.name.startswith("dialogue-smoke-")
+    monkeypatch.setattr("lablog.models.training.train_causal_lm", lambda *a, **k: pytest.fail())
+    assert offline_model("smoke", tmp_path) == folder
+    model = LlamaForCausalLM.from_pretrained(folder)
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    assert perplexity(model, tokenizer, [render(generate(SETTINGS, 0, 0, "held_out").turns)]) < 200
+    assert 0 <= recall_accuracy(model, tokenizer, SETTINGS, 4) <= 1
+    assert set(comparison_accuracy(model, tokenizer, SETTINGS, 4)) == {"yes", "no", "it_is"}
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(trained: Path, tokenizer: Tokenizer):
+    model = LlamaForCausalLM.from_pretrained(trained)
+    prompts = ["A:", "U: what is it?\nA:", "U: is it teal?\nA: no.\nU: what is it?\nA:"]
+    assert answers(model, tokenizer, prompts) == [answers(model, tokenizer, [p])[0] for p in prompts]
+
+
+def test_perplexity_is_that_of_the_definition(trained: Path, tokenizer: Tokenizer):
+    model = LlamaForCausalLM.from_pretrained(trained)
+    ids = torch.tensor([tokenizer.encode("A: it is teal.\n", bos=True)])
+    with torch.inference_mode():
+        expected = torch.exp(model(input_ids=ids, labels=ids).loss).item()
+    assert perplexity(model, tokenizer, ["A: it is teal.\n"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_hold_whole_dialogues_with_the_weights_of_their_speakers(tokenizer: Tokenizer):
+    data = dataset(tokenizer)
+    for index in range(20):
+        item, turns = data.item(index), generate(SETTINGS, 0, index).turns
+        assert item.ids.tolist() == tokenizer.encode(render(turns), bos=True)
+        pieces = [tokenizer.decode([i]) for i, w in zip(item.ids.tolist(), item.weights) if w == 3]
+        said = sum(turn.speaker == "A" for turn in turns if turn.role != "distractor")
+        assert bool(pieces) == bool(said)
+        assert set(np.unique(item.weights)) <= {np.float32(w) for w in (0, 0.1, 1, 3)}
+        assert item.weights[0] == 0
+    items = [data[i] for i in range(len(data))]
+    assert sorted(map(len, (i.ids for i in items))) == sorted(
+        len(data.item(i).ids) for i in range(len(data))
+    )
+    batches = [collate(items[i : i + 4]) for i in range(0, len(items), 4)]
+    padded = sum(b["input_ids"].numel() for b in batches) / sum(len(i.ids) for i in items)
+    assert padded < 1.15
+    assert all((b["weights"][b["input_ids"] == 0] == 0).all() for b in batches)
+
+
+def test_recipes_are_checked(tmp_path: Path):
+    assert {"smoke", "laptop"} <= SETTINGS.recipes.keys()
+    assert isinstance(recipe("laptop"), Recipe)
+    with pytest.raises(ValueError, match=r"no recipe 'labtop': expected one of \[.*'laptop'"):
+        recipe("labtop")
+    wrong = {**SETTINGS.recipes["smoke"], "vocabulary": "many", "vocabluary": 3}
+    changed = SETTINGS.model_copy(update={"recipes": {"smoke": wrong}})
+    with pytest.raises(ValueError, match=r"recipes\.smoke: vocabulary = 'many'") as error:
+        recipe("smoke", changed)
+    assert "vocabluary = 3" in str(error.value)
+
+
+def test_conversion_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
+        convert.to_gguf(tmp_path, tmp_path / "model.gguf")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(convert, "repository", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="run `make setup`"):
+        convert.to_gguf(tmp_path, tmp_path / "model.gguf")
+    tree = tmp_path / "build" / "native" / "llama.cpp"
+    tree.mkdir(parents=True)
+    (tree / "convert_hf_to_gguf.py").write_text("import sys; sys.exit('no such architecture')")
+    with pytest.raises(RuntimeError, match=r"exit status 1\):\nno such architecture"):
+        convert.to_gguf(tmp_path, tmp_path / "model.gguf")
+    assert sorted(os.listdir(tmp_path)) == ["build", "config.json"]
