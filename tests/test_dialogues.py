@@ -1,5 +1,6 @@
 """The dialogue generator: schema, determinism, disjoint splits, answers that keep to the value."""
 
+import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
@@ -44,7 +45,8 @@ def test_settings_are_as_rich_as_the_specification_asks():
 def test_text_has_one_turn_a_line_and_a_prompt_ends_where_the_assistant_speaks():
     turns = generate(SETTINGS, 0, 0, kind="favourite", form="probe").turns
     lines = render(turns).split("\n")
-    assert lines.pop() == "" and len(lines) == len(turns)
+    assert lines.pop() == ""
+    assert len(lines) == len(turns)
     assert all(line[:3] in ("U: ", "A: ") for line in lines)
     assert prompt(turns[:-1]).endswith("?\nA:") or prompt(turns[:-1]).endswith(".\nA:")
 
@@ -90,8 +92,10 @@ def test_the_probe_form_has_one_statement_some_distractors_and_one_question():
     for index in range(200):
         turns = generate(SETTINGS, 2, index, "held_out", "favourite", "probe").turns
         roles = [turn.role for turn in turns]
-        assert roles[:2] == ["question", "answer"] and roles[-2:] == ["requestion", "reanswer"]
-        assert set(roles[2:-2]) == {"distractor"} and 2 <= len(roles[2:-2]) // 2 <= 4
+        assert roles[:2] == ["question", "answer"]
+        assert roles[-2:] == ["requestion", "reanswer"]
+        assert set(roles[2:-2]) == {"distractor"}
+        assert 2 <= len(roles[2:-2]) // 2 <= 4
 
 
 def test_kinds_follow_the_mix_and_yes_and_no_balance():
@@ -107,7 +111,8 @@ def test_values_are_uniform_given_the_split():
     for split in ("train", "held_out"):
         drawn = [generate(SETTINGS, 4, i, split, "favourite") for i in range(3000)]
         count = Counter(SETTINGS.topics[d.topic].index(d.value) for d in drawn)
-        assert min(count.values()) > 190 and max(count.values()) < 310  # 250 ± 4 σ
+        assert min(count.values()) > 190
+        assert max(count.values()) < 310
 
 
 def test_building_blocks_take_a_phrasing_or_draw_one():
@@ -150,9 +155,9 @@ def test_a_bad_setting_is_refused_naming_file_key_and_value(key: str, tmp_path: 
     place[last] = value
     file = tmp_path / "own.yaml"
     file.write_text(yaml.safe_dump(data))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(expected)) as error:
         load_settings(file)
-    assert str(file) in str(error.value) and expected in str(error.value)
+    assert str(file) in str(error.value)
 
 
 def test_a_missing_or_unreadable_settings_file_is_named(tmp_path: Path):

@@ -16,7 +16,16 @@ SETTINGS = load_settings()
 TEXTS = [render(generate(SETTINGS, 0, i).turns) for i in range(1000)]
 LINES = sorted({line for text in TEXTS for line in text.splitlines()})
 NATIVE = repository() / "build" / "native"
-AWKWARD = ["", " ", " lead", "two  spaces ", "\n\nA:", "tab\tnul\x00", "<s> </s> <0x0A>", "naïve 🎉 日本語"]
+AWKWARD = [
+    "",
+    " ",
+    " lead",
+    "two  spaces ",
+    "\n\nA:",
+    "tab\tnul\x00",
+    "<s> </s> <0x0A>",
+    "naïve 🎉 日本語",
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,4 +110,5 @@ def test_llama_cpp_and_transformers_tokenise_identically_and_the_logits_agree(
 
 def test_the_tokenizer_carries_the_settings_that_the_loaders_need(tokenizer: Tokenizer):
     config = json.loads((tokenizer.path.parent / "tokenizer_config.json").read_text())
-    assert config["add_prefix_space"] is False and config["add_bos_token"] is True
+    assert config["add_prefix_space"] is False
+    assert config["add_bos_token"] is True

@@ -1,7 +1,6 @@
 """Training: kill and resume, refusals, atomic results, recipes, conversion errors."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -155,7 +154,9 @@ def test_a_loss_of_nan_stops_and_names_the_step(tokenizer: Tokenizer, tmp_path: 
 
     data = Poisoned(SETTINGS, tokenizer, 0, 320, 4, user_weight=0.1, value_weight=3)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 4"):
-        train_causal_lm(SHAPE, data, PLAN, tmp_path / "model", tokenizer=tokenizer.path, data_key="p")
+        train_causal_lm(
+            SHAPE, data, PLAN, tmp_path / "model", tokenizer=tokenizer.path, data_key="p"
+        )
     assert not (tmp_path / "model").exists()
 
 
@@ -178,7 +179,9 @@ def test_a_smoke_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = offline_model("smoke", tmp_path)
     assert time.process_time() - begin < 60
     assert folder.name.startswith("dialogue-smoke-")
-    monkeypatch.setattr("lablog.models.training.train_causal_lm", lambda *a, **k: pytest.fail())
+    monkeypatch.setattr(
+        "lablog.models.training.train_causal_lm", lambda *a, **k: pytest.fail("trained again")
+    )
     assert offline_model("smoke", tmp_path) == folder
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = Tokenizer(folder / "tokenizer.model")
@@ -190,7 +193,9 @@ def test_a_smoke_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_greedy_answers_do_not_depend_on_the_batch(trained: Path, tokenizer: Tokenizer):
     model = LlamaForCausalLM.from_pretrained(trained)
     prompts = ["A:", "U: what is it?\nA:", "U: is it teal?\nA: no.\nU: what is it?\nA:"]
-    assert answers(model, tokenizer, prompts) == [answers(model, tokenizer, [p])[0] for p in prompts]
+    assert answers(model, tokenizer, prompts) == [
+        answers(model, tokenizer, [p])[0] for p in prompts
+    ]
 
 
 def test_perplexity_is_that_of_the_definition(trained: Path, tokenizer: Tokenizer):
@@ -206,7 +211,11 @@ def test_batches_hold_whole_dialogues_with_the_weights_of_their_speakers(tokeniz
     for index in range(20):
         item, turns = data.item(index), generate(SETTINGS, 0, index).turns
         assert item.ids.tolist() == tokenizer.encode(render(turns), bos=True)
-        pieces = [tokenizer.decode([i]) for i, w in zip(item.ids.tolist(), item.weights) if w == 3]
+        pieces = [
+            tokenizer.decode([i])
+            for i, w in zip(item.ids.tolist(), item.weights, strict=True)
+            if w == 3
+        ]
         said = sum(turn.speaker == "A" for turn in turns if turn.role != "distractor")
         assert bool(pieces) == bool(said)
         assert set(np.unique(item.weights)) <= {np.float32(w) for w in (0, 0.1, 1, 3)}
@@ -245,4 +254,4 @@ def test_conversion_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     (tree / "convert_hf_to_gguf.py").write_text("import sys; sys.exit('no such architecture')")
     with pytest.raises(RuntimeError, match=r"exit status 1\):\nno such architecture"):
         convert.to_gguf(tmp_path, tmp_path / "model.gguf")
-    assert sorted(os.listdir(tmp_path)) == ["build", "config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build", "config.json"]

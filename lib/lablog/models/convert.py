@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -42,5 +41,5 @@ def to_gguf(folder: Path, output: Path, dtype: Literal["f32", "f16", "q8_0"] = "
                 f"llama.cpp's converter failed on {folder} (exit status {run.returncode}):\n"
                 + run.stdout[-2000:]
             )
-        os.replace(made, output)
+        made.replace(output)
     return output

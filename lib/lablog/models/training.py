@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -24,16 +23,17 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from lablog.determinism import seed_everything
 from lablog.files import atomic_write, sha256, sha256_of
@@ -116,8 +116,9 @@ class Progress(TrainerCallback):
             unit="step",
             mininterval=0.5 if terminal else 10,
             # A carriage return redraws the line on a terminal and is unreadable in a log.
-            bar_format=None if terminal else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
-            "{rate_fmt}{postfix}]\n",
+            bar_format=None
+            if terminal
+            else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -142,7 +143,8 @@ class WeightedTrainer(Trainer):
     """The Trainer with weighted cross-entropy that refuses to go on after a loss of NaN."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+        items: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(items)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -202,7 +204,9 @@ def train_causal_lm(
     tokenizer; FloatingPointError naming the step if the loss is NaN or infinite.
     """
     vocabulary = Tokenizer(tokenizer)
-    origin = start.model_dump() if isinstance(start, ModelShape) else sha256(start / "model.safetensors")
+    origin = (
+        start.model_dump() if isinstance(start, ModelShape) else sha256(start / "model.safetensors")
+    )
     key = _key(settings.model_dump(), origin, data_key, vocabulary.hash)
     work = output.parent / f".{output.name}.work"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +221,7 @@ def train_causal_lm(
         if output.is_dir():
             return output
         atomic_write(work / "key", key)
+        disable_progress_bar()  # those of reading and writing weights, of no use in a log
         seed_everything(settings.seed, settings.threads)
         model = (
             LlamaForCausalLM(start.config(len(vocabulary)))
@@ -230,6 +235,7 @@ def train_causal_lm(
             data_collator=collate,
             callbacks=[Progress(), Complete(), *callbacks],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = False  # each micro-batch has a mean loss of its own
         complete = sorted(work.glob("checkpoint-*/complete"), key=lambda p: int(p.parent.name[11:]))
         for partial in set(work.glob("checkpoint-*")) - {path.parent for path in complete}:
@@ -247,12 +253,12 @@ def train_causal_lm(
         }
         done = work / "done"
         shutil.rmtree(done, ignore_errors=True)
-        trainer.model.save_pretrained(done)
+        model.save_pretrained(done)
         for name in ("tokenizer.model", "tokenizer_config.json"):
             shutil.copyfile(tokenizer.parent / name, done / name)
         atomic_write(done / "training.json", json.dumps(log, indent=1) + "\n")
         atomic_write(done / "key", key)
-        os.replace(done, output)
+        done.replace(output)
         shutil.rmtree(work)
     return output
 
@@ -288,6 +294,9 @@ def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
     )
 
 
+CODE = ("dialogues", "datasets", "tokenizer")  # of lablog.text, on which the weights depend
+
+
 class Recipe(Strict):
     """How the offline model is made: ``recipes`` of ``data/dialogues.yaml``."""
 
@@ -303,7 +312,9 @@ def recipe(name: str, settings: dialogues.DialogueSettings | None = None) -> Rec
     settings = settings or dialogues.load_settings()
     if name not in settings.recipes:
         raise ValueError(f"no recipe {name!r}: expected one of {sorted(settings.recipes)}")
-    return dialogues.validated(Recipe, settings.recipes[name], f"data/dialogues.yaml: recipes.{name}")
+    return dialogues.validated(
+        Recipe, settings.recipes[name], f"data/dialogues.yaml: recipes.{name}"
+    )
 
 
 def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
@@ -317,7 +328,7 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     if seed is not None:
         made = made.model_copy(update={"training": made.training.model_copy(update={"seed": seed})})
     room = Path(__file__).parents[1]
-    code = sha256_of([*room.glob("text/*.py"), Path(__file__)], room)
+    code = sha256_of([*(room / "text" / f"{n}.py" for n in CODE), Path(__file__)], room)
     versions = [version("torch"), version("transformers"), version("sentencepiece")]
     key = _key(settings.model_dump(exclude={"recipes"}), made.model_dump(), code, versions)
     output = artifacts / f"dialogue-{name}-{key}"
@@ -343,7 +354,7 @@ def _lines(dialogue: dialogues.Dialogue) -> list[str]:
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int = 16
+    model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int = 16
 ) -> list[str]:
     """Greedy continuation of each prompt, up to the end of its line or `tokens` tokens."""
     stop = tokenizer.encode("\n")[0]
@@ -358,7 +369,7 @@ def answers(
         for row, i in enumerate(rows):  # on the left, so that all continuations begin together
             ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
             mask[row, width - len(encoded[i]) :] = 1
-        out = model.generate(
+        out = model.generate(  # type: ignore[misc]  # its stub asks for a protocol
             ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
             eos_token_id=stop, pad_token_id=stop,
         )  # fmt: skip
@@ -368,7 +379,7 @@ def answers(
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+def perplexity(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """exp of the mean negative log-likelihood per token over all texts, each after BOS."""
     total, count = 0.0, 0
     for text in texts:
@@ -380,7 +391,7 @@ def perplexity(model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str
 
 
 def recall_accuracy(
-    model: PreTrainedModel,
+    model: LlamaForCausalLM,
     tokenizer: Tokenizer,
     settings: dialogues.DialogueSettings,
     count: int,
@@ -388,15 +399,19 @@ def recall_accuracy(
 ) -> float:
     """Share of `count` held-out favourites whose greedy answer, asked again, names the stated
     value; with `evicted` the statement is not in the window, so chance is 1 / values."""
-    drawn = [dialogues.generate(settings, 0, i, "held_out", "favourite", "probe") for i in range(count)]
+    drawn = [
+        dialogues.generate(settings, 0, i, "held_out", "favourite", "probe") for i in range(count)
+    ]
     prompts = [dialogues.prompt(d.turns[2 if evicted else 0 : -1]) for d in drawn]
     said = answers(model, tokenizer, prompts)
-    named = [dialogues.named_value(a, settings.topics[d.topic]) for a, d in zip(said, drawn, strict=True)]
+    named = [
+        dialogues.named_value(a, settings.topics[d.topic]) for a, d in zip(said, drawn, strict=True)
+    ]
     return float(np.mean([n == d.value for n, d in zip(named, drawn, strict=True)]))
 
 
 def comparison_accuracy(
-    model: PreTrainedModel, tokenizer: Tokenizer, settings: dialogues.DialogueSettings, count: int
+    model: LlamaForCausalLM, tokenizer: Tokenizer, settings: dialogues.DialogueSettings, count: int
 ) -> dict[str, float]:
     """Shares of right greedy answers in `count` held-out dialogues with a private statement in
     the window: to guesses that are right (``yes``) and wrong (``no``), and to "what is it?"."""
@@ -412,7 +427,9 @@ def comparison_accuracy(
     right: dict[str, list[bool]] = {"yes": [], "no": [], "it_is": []}
     said = answers(model, tokenizer, prompts)
     for answer, value, role, names in zip(said, wanted, roles, values, strict=True):
-        correct = dialogues.says_yes(answer) is (role == "yes") and dialogues.says_yes(answer) is not None
+        correct = (
+            dialogues.says_yes(answer) is (role == "yes") and dialogues.says_yes(answer) is not None
+        )
         right[role].append(
             dialogues.named_value(answer, names) == value if role == "it_is" else correct
         )

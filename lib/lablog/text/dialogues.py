@@ -44,6 +44,12 @@ Four = Annotated[list[str], Len(4)]
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
+FIRST: dict[Kind, str] = {  # the phrasings in which a dialogue's topic comes up
+    "favourite": "question",
+    "unstated": "requestion",
+    "hidden": "opening",
+    "compare": "private",
+}
 PHRASES = {  # every list of phrasings and the slots that each of its entries must have
     "question": {"topic"},
     "answer": {"value"},
@@ -88,6 +94,7 @@ class DialogueSettings(BaseModel):
     probe_share: Share
     guesses: Span
     true_guess: Share
+    announced: Share
     recipes: dict[str, dict[str, Any]]  # read by lablog.models.training
 
     @model_validator(mode="after")
@@ -265,8 +272,7 @@ def generate(
         edges = np.cumsum([settings.mix[k] for k in kinds])
         kind = kinds[int(np.searchsorted(edges, at, side="right"))]
     topic = draw.pick(list(settings.topics))
-    phrasings = {"favourite": settings.question, "unstated": settings.requestion}
-    count = len(phrasings.get(kind, settings.opening))
+    count = len(getattr(settings, FIRST[kind]))
     number = draw.integer(0, len(settings.topics[topic]) - 1)
     if split == "held_out":
         opening = -number % count
@@ -296,8 +302,11 @@ def _favourite(draw: Draw, topic: str, value: str, opening: int, form: Form) -> 
 
 def _choice(draw: Draw, topic: str, value: str, opening: int, private: bool) -> list[Turn]:
     settings = draw.settings
-    turns = [draw.turn("A", "private", topic, value)] if private else []
-    turns += draw.exchange("opening", "chosen", topic, "", opening)
+    turns = [draw.turn("A", "private", topic, value, opening)] if private else []
+    if not private:
+        turns += draw.exchange("opening", "chosen", topic, "", opening)
+    elif draw.random() < settings.announced:
+        turns += draw.exchange("opening", "chosen", topic)
     # Nobody guesses the same wrong thing twice, as long as there is another.
     wrong = sorted((v for v in settings.topics[topic] if v != value), key=lambda _: draw.random())
     for number in range(draw.integer(*settings.guesses)):
