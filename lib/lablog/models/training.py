@@ -322,6 +322,7 @@ class Recipe(Strict):
     vocabulary: int = Field(ge=300)  # token ids
     user_weight: float = Field(ge=0)  # loss weight of the user's tokens; the assistant's is 1
     value_weight: float = Field(gt=0)  # loss weight of the assistant's values, yes and no
+    simple: int = Field(ge=0)  # number of simple comparisons with which training begins
     shape: ModelShape
     training: TrainingSettings
 
@@ -361,7 +362,14 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     plan = made.training
     count = plan.steps * plan.batch_size * plan.gradient_accumulation
     dataset = DialogueDataset(
-        settings, tokenizer, plan.seed, count, plan.batch_size, made.user_weight, made.value_weight
+        settings,
+        tokenizer,
+        plan.seed,
+        count,
+        plan.batch_size,
+        made.user_weight,
+        made.value_weight,
+        made.simple,
     )
     train_causal_lm(made.shape, dataset, plan, output, tokenizer=path, data_key=key)
     return output
