@@ -142,7 +142,8 @@ run.figure(
 
 # %%
 example = laboratory.items.recall[0]
-for turn in (example.question, *example.distractors, example.requestion):
+print(f"U: {example.question.text}\nA: (the model answers)")
+for turn in (*example.distractors, example.requestion):
     print(f"{turn.speaker}: {turn.text}")
 
 # %% [markdown]

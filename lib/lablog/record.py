@@ -174,14 +174,12 @@ class Run:
         self._files: dict[str, FileHash] = {}
 
     def metric(self, name: str, value: float | int | bool | str | None, unit: str, *,
-               interval: Interval | None = None, **details: Any) -> Metric:
+               interval: Interval | None = None, **details: Any) -> None:
         """Add a metric; `details` are further fields of :class:`Metric`."""
         if interval is not None:
             details |= {"interval": (interval.low, interval.high), "interval_level": interval.level,
                         "interval_method": interval.method}
-        metric = Metric(name=name, value=value, unit=unit, **details)
-        self._metrics.append(metric)
-        return metric
+        self._metrics.append(Metric(name=name, value=value, unit=unit, **details))
 
     def figure(self, name: str, figure: Figure, data: pd.DataFrame, caption: str) -> ShownFigure:
         """Save a figure as SVG with its data as CSV; returns what the notebook displays."""
@@ -211,7 +209,7 @@ class Run:
         return pd.DataFrame(
             [{"metric": m.name, "value": format_metric(m)} for m in shown],
             columns=["metric", "value"],
-        )
+        ).set_index("metric")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

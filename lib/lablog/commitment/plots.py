@@ -57,7 +57,7 @@ def residual(norms: np.ndarray, direction_norm: float, strengths: Sequence[float
         axes.plot(layers, added, linestyle="--", marker=MARKERS[1 + number],
                   color=COLOURS[1 + number], label=f"added so far at λ = {strength:g}")
     axes.set(yscale="log", xlabel="layer (0-based)", ylabel="Euclidean norm", xticks=layers)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure, data
 
 
