@@ -210,6 +210,7 @@ class Context:
         parameters.n_seq_max = sequences
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = {"f32": 0, "f16": 1}[cache_type]
+        parameters.flash_attn_type = 0 if cache_type == "f32" else -1  # its sums are half precision
         parameters.kv_unified = False  # a sequence then attends to its own cells only
         parameters.no_perf = True
         self._watched: dict[int, tuple[float, int]] = {}
