@@ -38,7 +38,7 @@ def native_folder() -> Path:
 
 
 @cache
-def _binding() -> ModuleType:
+def bindings() -> ModuleType:
     """llama_cpp, bound to the patched library, with the commitment's functions declared."""
     os.environ["LLAMA_CPP_LIB_PATH"] = str(native_folder() / "lib")
     import llama_cpp
@@ -110,7 +110,7 @@ class Model:
 
     def __init__(self, path: Path, gpu_layers: int = 0) -> None:
         self.path = check_gguf(path)
-        self._binding = _binding()
+        self._binding = bindings()
         parameters = self._binding.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         self._handle = self._binding.llama_model_load_from_file(os.fsencode(path), parameters)
