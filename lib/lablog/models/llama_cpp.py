@@ -193,6 +193,9 @@ class Context:
 
     A sequence is an integer below `sequences`; it grows by :meth:`decode`, is brought to a given
     content by :meth:`prefill` and copied by :meth:`fork`. Close it, or use it as a context manager.
+
+    cache_type: ``f32`` computes attention in single precision (for comparisons with PyTorch);
+    ``f16`` is llama.cpp's default, with flash attention where it has it, and half again as fast.
     """
 
     def __init__(self, model: Model, sequences: int = 1, window: int = 512, threads: int = 1,
