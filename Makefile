@@ -46,6 +46,7 @@ setup: ## environment and native library; the other targets do it when needed
 	@$(EXCLUSIVE) --wait build/.setup.lock $(MAKE) --no-print-directory _setup
 
 _setup: $(ENV_STAMP) $(NATIVE_STAMP)
+	@:
 
 # The sdist carries both the bindings and the llama.cpp tree that native/ patches, so that they
 # are one version by construction. CMake checks its hash.
