@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import nbformat
+
 from lablog.files import atomic_write, repository, sha256_of
 from lablog.record import Record
 from lablog.report import IN_PROSE, reject_judgements
@@ -77,6 +79,10 @@ def build(folder: Path, target: Path) -> Path:
     (source / "results.md").write_text(results_page(records))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)
+    for chapter in (source / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(chapter, as_version=4).cells:
+            if cell.cell_type == "markdown":
+                reject_judgements(cell.source, IN_PROSE)
     work = target.parent / "work"
     shutil.rmtree(work, ignore_errors=True)
     program = Path(sys.executable).with_name("jupyter-book")
