@@ -169,10 +169,7 @@ improvements[improvements[["recall", "eviction", "same_choice"]].any(axis=1)]
 
 # %%
 with run.stage("calibration"):
-    solved = {
-        layers: [calibration.calibrate(laboratory, layers, seed, kl_budget) for seed in seeds]
-        for layers in sweep.RANGES
-    }
+    solved = calibration.calibrate(laboratory, sweep.RANGES, seeds, kl_budget)
 budgets = [results.record_budget(run, name, found, seeds) for name, found in solved.items()]
 laboratory.close()
 
