@@ -148,11 +148,5 @@ publish: ## copy this profile's records and the README's figure into book/record
 clean: ## remove results and book, keep environment and native library
 	rm -rf $(filter-out build/venv build/native build/native-sanitize build/source,$(wildcard build/*))
 
-distpublish: ## copy this profile's records and the README's figure into book/records/
-	@mkdir -p book/records/$(PROFILE)
-	@cp build/$(PROFILE)/records/*.json book/records/$(PROFILE)/
-	@cp build/$(PROFILE)/figures/02_lambda_calibration/heat.svg book/records/$(PROFILE)/
-	@test ! -e build/bench.json || cp build/bench.json book/records/
-
-clean: ## remove everything that was generated
+distclean: ## remove everything that was generated
 	rm -rf build lib/*.egg-info
