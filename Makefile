@@ -90,7 +90,8 @@ $(NATIVE_STAMP): native/CMakeLists.txt $(wildcard native/cmake/* native/patches/
 # --- Results ----------------------------------------------------------------------------------
 
 reproduce: setup ## run every stale notebook, then the book and a summary (make -n shows what)
-	+@$(PY) -m lablog.runner plan $(ARGUMENTS) > build/.plan.$$PPID.mk && \
+	+@test -x $(PY) || { echo "# then every notebook of profile $(PROFILE): none has run yet"; exit 0; }; \
+	  $(PY) -m lablog.runner plan $(ARGUMENTS) > build/.plan.$$PPID.mk && \
 	  $(EXCLUSIVE) build/$$($(PY) -m lablog.runner name $(ARGUMENTS))/.lock \
 	  $(MAKE) --no-print-directory PLAN=build/.plan.$$PPID.mk _results; \
 	  status=$$?; rm -f build/.plan.$$PPID.mk; exit $$status
