@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,7 +32,7 @@ from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from lablog import book, profiles, report
+from lablog import book, profiles
 from lablog.files import repository, write_if_changed
 from lablog.provenance import machine, source_dependencies, source_state
 from lablog.record import RUN_VARIABLE, Failure, Record
@@ -39,6 +40,8 @@ from lablog.record import RUN_VARIABLE, Failure, Record
 EXIT_CODES = {"ok": 0, "failed": 1, "timeout": 124, "interrupted": 130}
 NATIVE_STAMP = "build/native/.built"
 """What the Makefile touches after the native library was built; results depend on it."""
+PINS = "packages.txt"
+"""The pinned packages as they were planned with, apart from the rest of pyproject.toml."""
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,17 @@ def dependencies(notebook: str, folder: Path, parameters: Mapping[str, Any]) -> 
     """Files whose change makes the notebook's record stale."""
     root = repository()
     files = source_dependencies(profiles.notebook_path(notebook))
-    named = (root / value for value in parameters.values() if isinstance(value, str) and value)
-    files += [path for path in named if path.is_file()]
+    for value in parameters.values():
+        path = root / value if isinstance(value, str) and value else None
+        if path and path.is_dir():  # a Hugging Face folder
+            files += sorted(inner for inner in path.iterdir() if inner.is_file())
+        elif path and path.is_file():
+            files.append(path)
+            if path.suffix == ".bin":  # llama2.c: the tokenizer lies beside the weights
+                files += sorted(path.parent.glob("tok*.bin"))
     if root / "lib/lablog/models/llama_cpp.py" in files:
         files.append(root / NATIVE_STAMP)
-    return [*files, folder / "parameters" / f"{notebook}.json"]
+    return [*files, folder / "parameters" / f"{notebook}.json", folder / "parameters" / PINS]
 
 
 def _folder(profile: profiles.Profile) -> Path:
@@ -209,13 +218,16 @@ def plan(profile: profiles.Profile, names: Sequence[str]) -> str:
     """Write parameter files and return the rules that Make includes (paths from the root)."""
     root, folder = repository(), _folder(profile)
     lines = []
+    pins = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    write_if_changed(folder / "parameters" / PINS, "\n".join(pins) + "\n")
     for notebook in _chosen(names):
         parameters = profile.parameters[notebook]
         content = json.dumps(dict(parameters), indent=1, sort_keys=True) + "\n"
         write_if_changed(folder / "parameters" / f"{notebook}.json", content)
         record = _result_paths(folder, notebook)["record"].relative_to(root)
         files = " ".join(
-            os.path.relpath(path, root) for path in dependencies(notebook, folder, parameters)
+            os.path.relpath(path, root).replace(" ", "\\ ")
+            for path in dependencies(notebook, folder, parameters)
         )
         lines += [f"RECORDS += {record}", f"{record}: {files}",
                   f"\t$(RUN) {folder.relative_to(root)} {notebook}"]
@@ -333,7 +345,7 @@ def main(arguments: Sequence[str] | None = None, submit: Executor = here) -> int
                 print(tell(profile, options.notebooks))
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
-    except (profiles.ProfileError, book.BookError, report.ReportError, OSError) as error:
+    except (ValueError, book.BookError, OSError) as error:  # each names the file and the remedy
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

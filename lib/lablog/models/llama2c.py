@@ -16,7 +16,6 @@ import numpy as np
 from safetensors.numpy import save_file
 from sentencepiece import sentencepiece_model_pb2
 
-
 from lablog.files import atomic_folder, atomic_write
 
 sentencepiece_proto: Any = sentencepiece_model_pb2  # generated code without type stubs
