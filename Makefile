@@ -126,7 +126,8 @@ test: setup test-native ## everything that can be checked: style, types, native,
 	@$(PY) -m pytest
 
 test-native: setup ## the C++ tests against the unpatched library
-	@$(CMAKE) -S native -B build/native -DLABLOG_TESTS=ON > build/native/configure.log
+	@$(CMAKE) -S native -B build/native -DLABLOG_TESTS=ON > build/native/configure.log 2>&1 \
+	  || { cat build/native/configure.log >&2; exit 1; }
 	@$(CMAKE) --build build/native -j $(JOBS) > build/native/build-tests.log 2>&1 \
 	  || { tail -40 build/native/build-tests.log >&2; exit 1; }
 	@ctest --test-dir build/native --output-on-failure
