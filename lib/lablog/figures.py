@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+from cycler import cycler
 from matplotlib.figure import Figure
 
 from lablog.files import atomic_write
@@ -26,7 +27,7 @@ def use_style() -> None:
     mpl.rcParams.update({
         "figure.constrained_layout.use": True, "figure.dpi": 100, "font.size": 10,
         "savefig.transparent": True, "axes.grid": True, "grid.alpha": 0.3, "grid.color": GREY,
-        "axes.prop_cycle": mpl.cycler(color=COLOURS), "axes.spines.top": False,
+        "axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False,
         "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": GREY,
         "axes.titlecolor": GREY, "axes.titlesize": 10, "text.color": GREY, "xtick.color": GREY,
         "ytick.color": GREY, "legend.frameon": False, "legend.fontsize": 9, "lines.markersize": 4,

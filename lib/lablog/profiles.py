@@ -89,9 +89,8 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
                 "`name: type = value`"
             )
         assert statement.value is not None
-        parameter = Parameter(
-            statement.target.id, ast.unparse(statement.annotation), ast.literal_eval(statement.value)
-        )
+        default = ast.literal_eval(statement.value)
+        parameter = Parameter(statement.target.id, ast.unparse(statement.annotation), default)
         parameter.check(parameter.default, str(notebook))
         found[parameter.name] = parameter
     return found

@@ -33,10 +33,13 @@ class FileHash(Strict):
     bytes: int
 
     @classmethod
-    def of(cls, path: Path) -> FileHash:
-        root = repository()
-        shown = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-        return cls(path=str(shown), sha256=sha256(path), bytes=path.stat().st_size)
+    def of(cls, path: Path, artifacts: Path) -> FileHash:
+        """Hash a file; its path is told from `artifacts`, the repository, or by name alone."""
+        shown = path.name
+        for base, prefix in ((repository(), ""), (artifacts, "artifacts/")):
+            if path.is_relative_to(base):
+                shown = prefix + str(path.relative_to(base))
+        return cls(path=shown, sha256=sha256(path), bytes=path.stat().st_size)
 
 
 class Source(Strict):

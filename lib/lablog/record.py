@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lablog.figures import ShownFigure
+    from lablog.report import Report, Section
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 RUN_VARIABLE = "LABLOG_RUN"
 """Environment variable with the path of the run context that the runner writes.
 
@@ -84,6 +85,13 @@ class Stage(Strict):
     seconds: float
 
 
+class ReportText(Strict):
+    """The mandated report of the run as rendered from its metrics."""
+
+    en: str
+    ja: str
+
+
 class Failure(Strict):
     """What ended a run that did not finish."""
 
@@ -109,6 +117,7 @@ class Record(Strict):
     files: tuple[FileHash, ...] = ()
     figures: tuple[FigureFile, ...] = ()
     metrics: tuple[Metric, ...] = ()
+    report: ReportText | None = None
     failure: Failure | None = None
 
     @model_validator(mode="after")
@@ -143,7 +152,9 @@ class Record(Strict):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{path} is not a record of schema {SCHEMA_VERSION}: {error}") from error
+            raise ValueError(
+                f"{path} is not a record of schema {SCHEMA_VERSION}: {error}"
+            ) from error
 
 
 class Run:
@@ -188,7 +199,7 @@ class Run:
 
     def file(self, path: Path) -> Path:
         """Note a data or model file that the run reads; returns the path."""
-        self._files[str(path)] = FileHash.of(path)
+        self._files[str(path)] = FileHash.of(path, self.artifacts)
         return path
 
     @contextmanager
@@ -200,22 +211,30 @@ class Run:
 
     def record(self) -> Record:
         """The record as it stands now."""
-        seeds = self.parameters.get("seeds", self.parameters.get("seed", ()))
+        seeds = [self.parameters["seed"]] if "seed" in self.parameters else []
         return Record(
-            notebook=self.notebook, profile=self.profile, status="ok",
-            parameters=self.parameters, seeds=tuple(seeds) if isinstance(seeds, list) else (seeds,)
-            if isinstance(seeds, int) else (), started=self.started,
+            notebook=self.notebook, profile=self.profile, status="ok", parameters=self.parameters,
+            seeds=(*seeds, *self.parameters.get("seeds", ())), started=self.started,
             seconds=time.perf_counter() - self._clock, stages=tuple(self._stages),
             peak_memory_bytes=peak_memory_bytes(), source=self.source, machine=self.machine,
             files=tuple(self._files.values()), figures=tuple(self._figures),
             metrics=tuple(self._metrics),
         )  # fmt: skip
 
-    def finish(self) -> Record:
-        """Write the record into the run's folder; the notebook's last act."""
+    def finish(self, sections: Sequence[Section]) -> Report:
+        """Write the record into the run's folder and return its mandated report.
+
+        The notebook's last act; raises :class:`lablog.report.ReportError` when a mandatory
+        number is missing, and then no record is written.
+        """
+        from lablog.report import mandated
+
         record = self.record()
+        report = mandated(record, sections)
+        text = ReportText(en=report.english, ja=report.japanese)
+        record = record.model_copy(update={"report": text})
         record.write(self.folder / "records" / f"{self.notebook}.json")
-        return record
+        return report
 
 
 def peak_memory_bytes() -> int:

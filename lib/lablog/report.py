@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from lablog.record import Metric, Record
+if TYPE_CHECKING:
+    from lablog.record import Metric, Record
 
 JUDGEMENTS = re.compile(
     r"\b(GOOD|EXCELLENT|MODERATE|POOR|SUCCESS(?:FUL)?|IMPRESSIVE|PROMISING)\b"

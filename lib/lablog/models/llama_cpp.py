@@ -122,6 +122,7 @@ class Model:
         self.vocabulary: int = self._binding.llama_vocab_n_tokens(self._vocab)
         self.window: int = self._binding.llama_model_n_ctx_train(self._handle)
         self.parameters: int = self._binding.llama_model_n_params(self._handle)
+        self._stops: dict[str, frozenset[int]] = {}
 
     def close(self) -> None:
         """Free the weights; contexts must be closed before."""
@@ -171,6 +172,15 @@ class Model:
         """Whether a token ends generation (end of sequence or of turn)."""
         return bool(self._binding.llama_vocab_is_eog(self._vocab, token))
 
+    def stops(self, text: str = "\n") -> frozenset[int]:
+        """Ids of all tokens that contain `text` or end generation."""
+        if text not in self._stops:
+            self._stops[text] = frozenset(
+                token for token in range(self.vocabulary)
+                if self.ends_generation(token) or text in self.detokenize([token])
+            )  # fmt: skip
+        return self._stops[text]
+
     def metadata(self, key: str) -> str | None:
         """A GGUF metadata value as text, or None."""
         buffer = ctypes.create_string_buffer(4096)
@@ -181,8 +191,8 @@ class Model:
 class Context:
     """Caches of up to `sequences` sequences of up to `window` tokens each.
 
-    A sequence is an integer below `sequences`; it grows by :meth:`decode` and is forked by
-    :meth:`fork`. Close it, or use it as a context manager.
+    A sequence is an integer below `sequences`; it grows by :meth:`decode`, is brought to a given
+    content by :meth:`prefill` and copied by :meth:`fork`. Close it, or use it as a context manager.
     """
 
     def __init__(self, model: Model, sequences: int = 1, window: int = 512, threads: int = 1,
@@ -214,7 +224,7 @@ class Context:
             )
         self._memory = self._binding.llama_get_memory(self._handle)
         self._batch = batch
-        self.lengths = np.zeros(sequences, dtype=np.int32)
+        self.tokens: list[list[int]] = [[] for _ in range(sequences)]
         self._commitment: Commitment | None = None
 
     def close(self) -> None:
@@ -270,18 +280,39 @@ class Context:
     def clear(self) -> None:
         """Empty all sequences; the commitment stays."""
         self._binding.llama_memory_clear(self._memory, False)
-        self.lengths[:] = 0
+        self.tokens = [[] for _ in range(self.sequences)]
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
         """Make `targets` copies of sequence `source`."""
         for target in targets:
+            self._binding.llama_memory_seq_rm(self._memory, target, -1, -1)
             self._binding.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-            self.lengths[target] = self.lengths[source]
+            self.tokens[target] = list(self.tokens[source])
 
     def rewind(self, sequence: int, length: int) -> None:
         """Forget all tokens of a sequence from position `length` on."""
-        self._binding.llama_memory_seq_rm(self._memory, sequence, length, -1)
-        self.lengths[sequence] = length
+        if length < len(self.tokens[sequence]):
+            self._binding.llama_memory_seq_rm(self._memory, sequence, length, -1)
+            del self.tokens[sequence][length:]
+
+    def prefill(self, contents: Mapping[int, Tokens],
+                logits: Literal["last", "all"] = "last") -> dict[int, np.ndarray]:  # fmt: skip
+        """Bring sequences to hold exactly `contents`, decoding only what they do not hold yet.
+
+        What they hold stays as it was computed, under whatever commitment was set then. At least
+        the last token of each is decoded again, for its logits.
+        """
+        additions = {}
+        for sequence, tokens in contents.items():
+            held = self.tokens[sequence]
+            common = 0
+            for mine, theirs in zip(held, tokens[:-1], strict=False):
+                if mine != theirs:
+                    break
+                common += 1
+            self.rewind(sequence, common)
+            additions[sequence] = tokens[common:]
+        return self.decode(additions, logits)
 
     def decode(self, additions: Mapping[int, Tokens],
                logits: Literal["last", "all"] = "last") -> dict[int, np.ndarray]:  # fmt: skip
@@ -293,12 +324,11 @@ class Context:
         """
         additions = {sequence: tokens for sequence, tokens in additions.items() if len(tokens)}
         sizes = {sequence: len(tokens) for sequence, tokens in additions.items()}
+        held = {sequence: len(self.tokens[sequence]) for sequence in sizes}
         for sequence, size in sizes.items():
-            if self.lengths[sequence] + size > self.window:
-                raise ValueError(
-                    f"sequence {sequence} would hold {self.lengths[sequence] + size} tokens; the "
-                    f"window holds {self.window}"
-                )
+            if held[sequence] + size > self.window:
+                raise ValueError(f"sequence {sequence} would hold {held[sequence] + size} tokens; "
+                                 f"the window holds {self.window}")  # fmt: skip
         if not additions:
             return {}
         owner = np.repeat(np.fromiter(sizes, np.int32), list(sizes.values()))
@@ -307,7 +337,7 @@ class Context:
             raise ValueError(f"token ids span [{token.min()}, {token.max()}]; the vocabulary has "
                              f"{self.model.vocabulary}")  # fmt: skip
         position = np.concatenate(
-            [self.lengths[s] + np.arange(n, dtype=np.int32) for s, n in sizes.items()]
+            [np.arange(held[s], held[s] + n, dtype=np.int32) for s, n in sizes.items()]
         )
         if logits == "all":
             wanted = np.ones(len(token), dtype=np.int8)
@@ -320,8 +350,8 @@ class Context:
         ]
         every = np.concatenate(rows)
         counts = list(sizes.values()) if logits == "all" else [1] * len(sizes)
-        for sequence, size in sizes.items():
-            self.lengths[sequence] += size
+        for sequence, tokens in additions.items():
+            self.tokens[sequence].extend(map(int, tokens))
         return dict(zip(sizes, np.split(every, np.cumsum(counts)[:-1]), strict=True))
 
     def _decode_batch(self, token: np.ndarray, position: np.ndarray, owner: np.ndarray,
@@ -377,6 +407,36 @@ class Context:
                 "with watch_residual=True and decode with logits='all' first"
             )
         return np.array([total / seen for _, (total, seen) in sorted(self._watched.items())])
+
+
+def generate(context: Context, logits: Mapping[int, np.ndarray], count: int,
+             stops: frozenset[int] = frozenset(),
+             uniforms: Mapping[int, np.ndarray] | None = None) -> dict[int, list[int]]:  # fmt: skip
+    """Continue all sequences together by up to `count` tokens each, without the stop token.
+
+    logits: those after each sequence's last token [1, vocabulary], as ``decode`` returns them.
+    uniforms: for each sequence float64 [count] in [0, 1), which pick tokens at temperature 1 by
+    inverting the cumulative distribution; None decodes greedily.
+    """
+    written: dict[int, list[int]] = {sequence: [] for sequence in logits}
+    current = {sequence: rows[-1] for sequence, rows in logits.items()}
+    for step in range(count):
+        active = list(current)
+        stacked = np.stack([current[sequence] for sequence in active]).astype(np.float64)
+        if uniforms is None:
+            chosen = stacked.argmax(axis=1)
+        else:
+            weights = np.exp(stacked - stacked.max(axis=1, keepdims=True)).cumsum(axis=1)
+            targets = np.array([uniforms[s][step] for s in active]) * weights[:, -1]
+            chosen = (weights <= targets[:, None]).sum(axis=1)
+        going = {s: int(t) for s, t in zip(active, chosen, strict=True) if int(t) not in stops}
+        for sequence, token in going.items():
+            written[sequence].append(token)
+        if not going or step == count - 1:
+            break
+        current = {s: rows[-1] for s, rows in
+                   context.decode({s: [t] for s, t in going.items()}).items()}  # fmt: skip
+    return written
 
 
 @cache

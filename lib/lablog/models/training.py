@@ -61,6 +61,25 @@ class ModelShape(Strict):
     norm_eps: float = 1e-5
     tied_embeddings: bool
     initializer_range: float = Field(gt=0)
+    mimetic: bool = False
+
+    def model(self, vocabulary: int) -> LlamaForCausalLM:
+        """A model of this shape with random weights from PyTorch's generator.
+
+        With `mimetic` the keys begin equal to the queries and the output projection as the
+        transpose of the values', so that every head begins by looking for equal tokens and
+        copying them (after Trockman & Kolter, Mimetic Initialization of Self-Attention Layers,
+        2023); needs as many key as query heads.
+        """
+        model = LlamaForCausalLM(self.config(vocabulary))
+        if self.mimetic:
+            with torch.no_grad():
+                for layer in model.model.layers:
+                    attention = layer.self_attn
+                    attention.k_proj.weight.copy_(attention.q_proj.weight)
+                    attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+                    layer.mlp.up_proj.weight.copy_(layer.mlp.gate_proj.weight)
+        return model
 
     def config(self, vocabulary: int) -> LlamaConfig:
         """The Hugging Face configuration."""
@@ -224,7 +243,7 @@ def train_causal_lm(
         disable_progress_bar()  # those of reading and writing weights, of no use in a log
         seed_everything(settings.seed, settings.threads)
         model = (
-            LlamaForCausalLM(start.config(len(vocabulary)))
+            start.model(len(vocabulary))
             if isinstance(start, ModelShape)
             else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
         )

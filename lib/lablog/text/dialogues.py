@@ -250,7 +250,7 @@ class Draw:
     def guess(self, topic: str, value: str, guessed: str) -> list[Turn]:
         """ "is it `guessed`?" and the answer that is true of `value`."""
         verdict = "yes" if guessed == value else "no"
-        return [self.turn("U", "is_it", topic, guessed), self.turn("A", verdict, topic)]
+        return [self.turn("U", "is_it", topic, guessed), self.turn("A", verdict, topic, guessed)]
 
 
 def generate(

@@ -1,0 +1,141 @@
+# `make help` lists what can be made; `make reproduce` and `make test` need nothing before them.
+
+PROFILE   ?= laptop
+SET       ?=
+NOTEBOOKS ?=
+PYTHON    ?= $(firstword $(shell command -v python3.11) python3)
+CMAKE     ?= cmake
+CXX       ?= c++
+JOBS      ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+# An activated conda environment (not its base) is used as it is; otherwise build/venv is made.
+ifneq ($(and $(CONDA_PREFIX),$(filter-out base,$(or $(CONDA_DEFAULT_ENV),named))),)
+ENV := $(CONDA_PREFIX)
+else
+ENV := $(CURDIR)/build/venv
+endif
+PY := $(ENV)/bin/python
+export PATH := $(ENV)/bin:$(PATH)
+export MPLBACKEND := agg
+
+ENV_STAMP    := build/.environment$(subst /,-,$(ENV))
+NATIVE_STAMP := build/native/.built
+BINDING      := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.toml)
+SDIST        := build/source/$(subst -,_,$(firstword $(subst ==, ,$(BINDING))))-$(lastword $(subst ==, ,$(BINDING))).tar.gz
+RUN          := $(PY) -m lablog.runner run
+ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
+EXCLUSIVE    := python3 lib/lablog/exclusive.py
+PIP          := $(PY) -m pip --disable-pip-version-check --quiet
+
+.PHONY: help setup lab reproduce test book bench verify why clean distclean \
+        test-native test-native-sanitize _setup _results
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-21s %s\n", $$1, $$2}' Makefile
+	@printf '\n  %-26s %s\n' \
+	  'PROFILE=smoke|laptop|full' 'which settings (default laptop); or path/to/own.yaml' \
+	  'SET="model=my.gguf"' 'override single values; results get a folder of their own' \
+	  'NOTEBOOKS="01 02"' 'only these'
+
+# --- Setting up -------------------------------------------------------------------------------
+
+setup: ## environment and native library; the other targets do it when needed
+	@$(EXCLUSIVE) --wait build/.setup.lock $(MAKE) --no-print-directory _setup
+
+_setup: $(ENV_STAMP) $(NATIVE_STAMP)
+
+# The sdist carries both the bindings and the llama.cpp tree that native/ patches, so that they
+# are one version by construction. CMake checks its hash.
+$(SDIST): | $(PY)
+	@echo "fetching $(BINDING)"
+	@$(PIP) download --no-deps --no-binary :all: --dest $(@D) $(BINDING)
+	@touch $@
+
+$(PY):
+	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 11))' || { echo \
+	  'error: $(PYTHON) is not Python 3.11 with venv: install it (Debian: apt-get install' \
+	  'python3.11-venv) or say PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(ENV)
+
+$(ENV_STAMP): pyproject.toml $(SDIST)
+	@$(PY) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo \
+	  'error: $(PY) is not Python 3.11: activate an environment made from environment.yml,' \
+	  'or deactivate conda' >&2; exit 1; }
+	@echo "installing the pinned packages into $(ENV) (a few minutes the first time)"
+	@$(PIP) install -C 'cmake.args=-DLLAMA_BUILD=OFF;-DLLAVA_BUILD=OFF' $(SDIST)
+	@$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(NATIVE_STAMP): native/CMakeLists.txt $(wildcard native/patches/* native/src/*) $(SDIST)
+	@for tool in '$(CMAKE)' '$(CXX)'; do command -v $$tool >/dev/null || { echo \
+	  "error: $$tool is not installed; the native library needs CMake and a C++17 compiler" \
+	  "(Debian: apt-get install cmake g++; macOS: xcode-select --install and cmake;" \
+	  "conda: environment.yml brings both)" >&2; exit 1; }; done
+	@echo "building the patched llama.cpp (about two minutes)"
+	@mkdir -p $(@D) && date +%s > $(@D)/.started
+	@$(CMAKE) -S native -B $(@D) -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_CXX_COMPILER=$(CXX) $(CMAKE_ARGS) > $(@D)/configure.log 2>&1 \
+	  || { cat $(@D)/configure.log >&2; exit 1; }
+	@$(CMAKE) --build $(@D) -j $(JOBS) > $(@D)/build.log 2>&1 || { tail -40 $(@D)/build.log >&2; exit 1; }
+	@echo $$(( $$(date +%s) - $$(cat $(@D)/.started) )) > $(@D)/build_seconds
+	@touch $@
+
+# --- Results ----------------------------------------------------------------------------------
+
+reproduce: setup ## run every stale notebook, then the book and a summary (make -n shows what)
+	+@$(PY) -m lablog.runner plan $(ARGUMENTS) > build/.plan.$$PPID.mk && \
+	  $(EXCLUSIVE) build/$$($(PY) -m lablog.runner name $(ARGUMENTS))/.lock \
+	  $(MAKE) --no-print-directory PLAN=build/.plan.$$PPID.mk _results; \
+	  status=$$?; rm -f build/.plan.$$PPID.mk; exit $$status
+
+# The plan holds one rule for each notebook: its record depends on its source, its parameters,
+# the modules that it imports, their data files and the native library.
+ifdef PLAN
+include $(PLAN)
+endif
+_results: $(RECORDS)
+	@$(PY) -m lablog.book $(ARGUMENTS)
+	@$(PY) -m lablog.runner summary $(ARGUMENTS)
+
+why: ## say for each notebook whether it would run, and because of what
+	@$(PY) -m lablog.runner why $(ARGUMENTS)
+
+verify: setup ## run the notebooks twice and compare the records
+	@$(PY) -m lablog.runner verify $(ARGUMENTS)
+
+book: setup ## build the book from the results at hand
+	@$(PY) -m lablog.book $(ARGUMENTS)
+
+lab: setup ## JupyterLab with the notebooks as paired .ipynb
+	@$(ENV)/bin/jupytext --quiet --sync notebooks/*.py
+	@$(ENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+
+# --- Checks -----------------------------------------------------------------------------------
+
+test: setup test-native ## everything that can be checked: style, types, native, library, notebooks, book
+	@$(ENV)/bin/ruff check .
+	@$(ENV)/bin/mypy
+	@$(PY) -m pytest
+
+test-native: setup ## the C++ tests against the unpatched library
+	@$(CMAKE) -S native -B build/native -DLABLOG_TESTS=ON > build/native/configure.log
+	@$(CMAKE) --build build/native -j $(JOBS) > build/native/build-tests.log 2>&1 \
+	  || { tail -40 build/native/build-tests.log >&2; exit 1; }
+	@ctest --test-dir build/native --output-on-failure
+
+test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-behaviour sanitizers
+	@$(CMAKE) -S native -B build/native-sanitize -DLLAMA_SDIST=$(CURDIR)/$(SDIST) \
+	  -DLABLOG_TESTS=ON -DLABLOG_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	@$(CMAKE) --build build/native-sanitize -j $(JOBS)
+	@ctest --test-dir build/native-sanitize --output-on-failure
+
+bench: setup ## speed, as ratios within one process: build/bench.json
+	@$(PY) -m lablog.bench
+
+clean: ## remove results and book, keep environment and native library
+	rm -rf $(filter-out build/venv build/native build/native-sanitize build/source,$(wildcard build/*))
+
+distclean: ## remove everything that was generated
+	rm -rf build lib/*.egg-info

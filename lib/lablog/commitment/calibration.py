@@ -1,0 +1,73 @@
+"""Calibration: the strength λ that spends a given budget of divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import brentq
+
+from lablog.commitment import coherence, latent
+from lablog.commitment.sweep import Laboratory
+from lablog.commitment.window import Injection, Speech
+from lablog.models.llama_cpp import Commitment
+
+BRACKET = (1e-4, 1e3)
+"""λ is sought in this range."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The smallest λ at which the divergence reaches the budget, and what was spent there."""
+
+    strength: float
+    divergence: float
+    evaluations: int
+
+
+def solve_budget(divergence: Callable[[float], float], budget: float,
+                 tolerance: float = 1e-3) -> Solution | None:  # fmt: skip
+    """Smallest λ in `BRACKET` with divergence(λ) = budget, to a relative `tolerance` in λ.
+
+    The first crossing is bracketed on a grid of half decades, then found by Brent's method on
+    logarithmic axes. None when the divergence stays below the budget throughout.
+
+    divergence: non-negative, 0 at λ = 0; need not be monotone beyond the first crossing.
+    """
+    if not (math.isfinite(budget) and budget > 0):
+        raise ValueError(f"KL budget = {budget}: expected a positive number of nats")
+    calls = 0
+
+    def excess(log_strength: float) -> float:
+        nonlocal calls
+        calls += 1
+        return math.log(max(divergence(math.exp(log_strength)), 1e-30) / budget)
+
+    low, high = (math.log(end) for end in BRACKET)
+    grid = np.linspace(low, high, 1 + round(2 * (high - low) / math.log(10)))
+    if excess(low) >= 0:
+        return Solution(BRACKET[0], divergence(BRACKET[0]), calls + 1)
+    crossing = next((i for i in range(1, len(grid)) if excess(grid[i]) >= 0), None)
+    if crossing is None:
+        return None
+    root = brentq(excess, grid[crossing - 1], grid[crossing], xtol=tolerance)
+    strength = math.exp(root)
+    return Solution(strength, divergence(strength), calls + 1)
+
+
+def calibrate(laboratory: Laboratory, layers: str, seed: int, budget: float) -> Solution | None:
+    """λ at which the 95th percentile of KL per held-out token is `budget` nats."""
+    direction = latent.sample(seed, laboratory.settings.k, laboratory.model.width).direction
+    span = laboratory.layers(layers)
+
+    def solve(speech: Speech) -> Solution | None:
+        def divergence(strength: float) -> float:
+            injection = Injection((Commitment(direction, strength, span),))
+            _, kl, _ = coherence.read_divergence(speech, laboratory.material, injection)
+            return float(np.percentile(kl, 95))
+
+        return solve_budget(divergence, budget)
+
+    return laboratory.with_speech(solve)

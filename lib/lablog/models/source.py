@@ -1,0 +1,76 @@
+"""What the notebooks' `model` parameter may name, and how it becomes a GGUF file.
+
+``offline:RECIPE``                    the model that the project trains itself
+``path/to/model.gguf``                a GGUF file
+``path/to/model.bin``                 llama2.c, with its tokenizer beside it
+``path/to/folder``                    a Hugging Face folder
+``hub:OWNER/NAME[@REVISION]``         the same from the Hub
+``hub:OWNER/NAME[@REVISION]:FILE``    a GGUF file from the Hub
+
+Relative paths are told from the root of the clone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock
+
+from lablog.files import repository, sha256
+from lablog.models import convert, hub, llama2c
+
+HUB = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+\.gguf))?$")
+
+
+def hugging_face_folder(model: str, artifacts: Path) -> Path:
+    """The model as a Hugging Face folder (safetensors); converted or trained if need be.
+
+    Raises ValueError when the name is of no known form or names a GGUF file.
+    """
+    if model.startswith("offline:"):
+        from lablog.models.training import offline_model
+
+        return offline_model(model.removeprefix("offline:"), artifacts)
+    if model.startswith("hub:"):
+        match = HUB.match(model)
+        if not match or match["file"]:
+            raise ValueError(f"model {model!r} is not of the form hub:OWNER/NAME[@REVISION]")
+        return hub.download_model(match["repo"], match["revision"])
+    path = repository() / Path(model).expanduser()
+    if path.suffix == ".bin":
+        tokenizer = llama2c.find_tokenizer(path, llama2c.read_model(path).vocabulary)
+        name = f"{path.stem}-{sha256(path)[:12]}-{sha256(tokenizer)[:12]}"
+        with FileLock(artifacts / f".{name}.lock"):
+            if not (artifacts / name).is_dir():
+                llama2c.to_hugging_face(path, tokenizer, artifacts / name)
+        return artifacts / name
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"model {model!r}: {path} is no GGUF file, llama2.c .bin or Hugging Face folder "
+            "(with config.json); other forms are offline:RECIPE and hub:OWNER/NAME"
+        )
+    return path
+
+
+def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32") -> Path:
+    """The model as a GGUF file; Hugging Face folders are converted once, into `artifacts`.
+
+    dtype is that of the conversion; a GGUF file is taken as it is.
+    """
+    match = HUB.match(model)
+    if match and match["file"]:
+        return hub.download(match["repo"], match["file"], match["revision"])
+    if model.endswith(".gguf"):
+        path = repository() / Path(model).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"model {model!r}: there is no file {path}")
+        return path
+    artifacts.mkdir(parents=True, exist_ok=True)
+    folder = hugging_face_folder(model, artifacts)
+    weights = sorted(folder.glob("*.safetensors"))
+    digest = sha256(weights[0])[:12] if weights else "none"
+    output = artifacts / f"{folder.name}-{digest}-{dtype}.gguf"
+    with FileLock(output.with_suffix(".lock")):
+        return output if output.is_file() else convert.to_gguf(folder, output, dtype)

@@ -1,0 +1,345 @@
+"""Runs notebooks headlessly: ``python -m lablog.runner --help``.
+
+Make decides what is stale from the dependency file that ``plan`` writes; ``run`` executes one
+notebook through jupytext and papermill in a folder of its own, and moves notebook, figures and
+(last) the record into place. The record's time stamp is the start of the run, so that anything
+touched meanwhile counts as newer. A run that ends in any other way leaves the last good result
+as it is and its own remains in ``failed/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+import papermill
+from filelock import FileLock, Timeout
+from nbclient.exceptions import CellTimeoutError
+from papermill.exceptions import PapermillExecutionError
+
+from lablog import profiles
+from lablog.files import repository, write_if_changed
+from lablog.provenance import machine, source_dependencies, source_state
+from lablog.record import RUN_VARIABLE, Failure, Record
+
+EXIT_CODES = {"ok": 0, "failed": 1, "timeout": 124, "interrupted": 130}
+NATIVE_STAMP = "build/native/.built"
+"""What the Makefile touches after the native library was built; results depend on it."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """All that a run depends on besides the source tree; it writes only below `folder`."""
+
+    notebook: str
+    profile: str
+    parameters: Mapping[str, Any]
+    folder: Path
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: a status of :class:`lablog.record.Record` and the record's path."""
+
+    status: str
+    record: Path
+    message: str = ""
+
+
+Executor = Callable[[Callable[[RunSpec], Outcome], RunSpec], Outcome]
+"""Hands a run to whatever computes it: ``submit(execute, spec) -> Outcome``.
+
+For a cluster: ``lambda function, spec: client.submit(function, spec).result()``.
+"""
+
+
+def here(function: Callable[[RunSpec], Outcome], spec: RunSpec) -> Outcome:
+    """The local executor: this process."""
+    return function(spec)
+
+
+def _result_paths(folder: Path, notebook: str) -> dict[str, Path]:
+    return {
+        "figures": folder / "figures" / notebook,
+        "notebook": folder / "notebooks" / f"{notebook}.ipynb",
+        "record": folder / "records" / f"{notebook}.json",  # last: it is Make's target
+    }
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)
+
+
+def _as_notebook(path: Path) -> nbformat.NotebookNode:
+    """The source as a notebook whose cell ids follow from its name and the cell's position."""
+    notebook = jupytext.read(path)
+    for index, cell in enumerate(notebook.cells):
+        cell["id"] = f"{path.stem[:2]}-{index:03d}"
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python",
+                                       "display_name": "Python 3"}  # fmt: skip
+    return notebook
+
+
+def _explain(error: BaseException) -> tuple[str, str]:
+    """Status and one message for whatever ended a run."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "interrupted by the user"
+    if isinstance(error, CellTimeoutError):
+        return "timeout", str(error).splitlines()[0]
+    if isinstance(error, PapermillExecutionError):
+        return "failed", f"{error.ename}: {error.evalue}"
+    return "failed", f"{type(error).__name__}: {error}"
+
+
+def execute(spec: RunSpec) -> Outcome:
+    """Execute one notebook and move its results into place.
+
+    One run of a notebook at a time in a folder: a second one is refused (OSError).
+    """
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(spec.folder / f".{spec.notebook}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OSError(
+            f"another run of {spec.notebook} is writing to {spec.folder}; wait until it ends, "
+            "or use a profile of another name"
+        ) from None
+    with lock:
+        for stale in spec.folder.glob(f".run-{spec.notebook}-*"):  # a run that was killed
+            shutil.rmtree(stale)
+        scratch = Path(tempfile.mkdtemp(prefix=f".run-{spec.notebook}-", dir=spec.folder))
+        try:
+            return _execute_in(spec, scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
+    started, clock = datetime.now(UTC), time.perf_counter()
+    produced, final = _result_paths(scratch, spec.notebook), _result_paths(
+        spec.folder, spec.notebook
+    )  # fmt: skip
+    produced["notebook"].parent.mkdir()
+    context = scratch / "context.json"
+    context.write_text(json.dumps({
+        "profile": spec.profile, "folder": str(scratch),
+        "artifacts": str(spec.folder / "artifacts"),
+    }))  # fmt: skip
+    os.environ[RUN_VARIABLE] = str(context)
+    print(f"[{spec.notebook}] running, profile {spec.profile}", flush=True)
+    try:
+        papermill.execute_notebook(
+            _as_notebook(profiles.notebook_path(spec.notebook)), produced["notebook"],
+            parameters=dict(spec.parameters), kernel_name="python3", language="python",
+            cwd=repository(), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            execution_timeout=spec.timeout, autosave_cell_every=10,
+        )  # fmt: skip
+        if not produced["record"].is_file():
+            raise RuntimeError("the notebook ended without `run.finish()`: it wrote no record")
+        record = Record.read(produced["record"])
+    except BaseException as error:
+        status, message = _explain(error)
+        record = Record(
+            notebook=spec.notebook, profile=spec.profile, status=status,  # type: ignore[arg-type]
+            parameters=dict(spec.parameters), seeds=(), started=started,
+            seconds=time.perf_counter() - clock, source=source_state(), machine=machine(),
+            failure=Failure(kind=type(error).__name__, message=message),
+        )  # fmt: skip
+        kept = spec.folder / "failed" / f"{spec.notebook}.json"
+        if produced["notebook"].is_file():
+            _move(produced["notebook"], kept.with_suffix(".ipynb"))
+        record.write(kept)
+        return Outcome(status, kept, message)
+    for kind in ("figures", "notebook", "record"):
+        if produced[kind].exists():
+            _move(produced[kind], final[kind])
+    os.utime(final["record"], (started.timestamp(), started.timestamp()))
+    for remains in (spec.folder / "failed").glob(f"{spec.notebook}.*"):
+        remains.unlink()
+    return Outcome("ok", final["record"])
+
+
+def dependencies(notebook: str, folder: Path, parameters: Mapping[str, Any]) -> list[Path]:
+    """Files whose change makes the notebook's record stale."""
+    root = repository()
+    files = source_dependencies(profiles.notebook_path(notebook))
+    named = (root / value for value in parameters.values() if isinstance(value, str) and value)
+    files += [path for path in named if path.is_file()]
+    if root / "lib/lablog/models/llama_cpp.py" in files:
+        files.append(root / NATIVE_STAMP)
+    return [*files, folder / "parameters" / f"{notebook}.json"]
+
+
+def _folder(profile: profiles.Profile) -> Path:
+    return repository() / "build" / profile.name
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    available = profiles.notebooks()
+    unknown = [name for name in names if not any(n.startswith(name) for n in available)]
+    if unknown:
+        profiles.notebook_path(unknown[0])
+    return [n for n in available if not names or any(n.startswith(name) for name in names)]
+
+
+def plan(profile: profiles.Profile, names: Sequence[str]) -> str:
+    """Write parameter files and return the rules that Make includes (paths from the root)."""
+    root, folder = repository(), _folder(profile)
+    lines, previous = [], ""
+    for notebook in _chosen(names):
+        parameters = profile.parameters[notebook]
+        content = json.dumps(dict(parameters), indent=1, sort_keys=True) + "\n"
+        write_if_changed(folder / "parameters" / f"{notebook}.json", content)
+        record = _result_paths(folder, notebook)["record"].relative_to(root)
+        files = " ".join(
+            os.path.relpath(path, root) for path in dependencies(notebook, folder, parameters)
+        )
+        # Order only: the notebooks run one after the other and share trained models.
+        lines += [f"RECORDS += {record}", f"{record}: {files} | {previous}".rstrip(" |"),
+                  f"\t$(RUN) {folder.relative_to(root)} {notebook}"]  # fmt: skip
+        previous = str(record)
+    return "\n".join(lines)
+
+
+def why(profile: profiles.Profile, names: Sequence[str]) -> str:
+    """For each notebook, whether Make would run it and because of which files."""
+    lines = []
+    for notebook in _chosen(names):
+        record = _result_paths(_folder(profile), notebook)["record"]
+        inputs = dependencies(notebook, _folder(profile), profile.parameters[notebook])
+        if not record.is_file():
+            reason = "runs: it has no result yet"
+        else:
+            newer = [
+                os.path.relpath(path, repository())
+                for path in inputs
+                if not path.exists() or path.stat().st_mtime > record.stat().st_mtime
+            ]
+            reason = f"runs: newer than its result: {', '.join(newer)}" if newer else "up to date"
+        lines.append(f"{notebook}: {reason}")
+    return "\n".join(lines)
+
+
+def difference(first: Record, second: Record) -> list[str]:
+    """Names of everything but times in which two records differ."""
+    one, two = first.results(), second.results()
+    differing = [key for key in one if key != "metrics" and one[key] != two[key]]
+    left, right = ({m["name"]: m for m in r["metrics"]} for r in (one, two))
+    return differing + sorted(n for n in left | right if left.get(n) != right.get(n))
+
+
+def verify(profile: profiles.Profile, names: Sequence[str]) -> int:
+    """Run every notebook twice from nothing and compare records and figure data; 0 if equal."""
+    wrong = 0
+    folders = [repository() / "build" / "verify" / f"{profile.name}-{run}" for run in "ab"]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    for notebook in _chosen(names):
+        outcomes = [
+            execute(RunSpec(notebook, profile.name, profile.parameters[notebook], folder))
+            for folder in folders
+        ]
+        failed = [outcome for outcome in outcomes if outcome.status != "ok"]
+        if failed:
+            print(f"{notebook}: {failed[0].status}: {failed[0].message}", file=sys.stderr)
+            return 1
+        differing = difference(*(Record.read(outcome.record) for outcome in outcomes))
+        for svg in sorted(_result_paths(folders[0], notebook)["figures"].glob("*")):
+            twin = _result_paths(folders[1], notebook)["figures"] / svg.name
+            if svg.read_bytes() != twin.read_bytes():
+                differing.append(svg.name)
+        wrong += bool(differing)
+        print(f"{notebook}: {'identical' if not differing else 'differs in ' + str(differing)}")
+    return 1 if wrong else 0
+
+
+def summary(profile: profiles.Profile, names: Sequence[str]) -> str:
+    """One screen: each notebook's English report, duration and memory."""
+    blocks = []
+    for notebook in _chosen(names):
+        path = _result_paths(_folder(profile), notebook)["record"]
+        if not path.is_file():
+            blocks.append(f"== {notebook}: no result; see `make why`")
+            continue
+        record = Record.read(path)
+        memory = (record.peak_memory_bytes or 0) / 2**20
+        blocks.append(f"== {notebook} ({record.seconds:.0f} s, {memory:.0f} MiB)\n"
+                      f"{record.report.en if record.report else 'no report'}")  # fmt: skip
+    shown = os.path.relpath(_folder(profile))
+    return "\n\n".join([*blocks, f"records, figures, notebooks: {shown}/"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lablog.runner", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("plan", "write parameters and print Make's rules"),
+                       ("why", "say what would run and because of what"),
+                       ("summary", "print the reports of the last results"),
+                       ("verify", "run twice and compare the records"),
+                       ("name", "print the folder that results go to")):  # fmt: skip
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--profile", default="laptop", help="name, or path of a YAML file")
+        command.add_argument("--set", nargs="*", default=[], metavar="[NN.]NAME=VALUE",
+                             help="override single parameters")  # fmt: skip
+        command.add_argument("notebooks", nargs="*", help="numbers or names; all if left out")
+    run = commands.add_parser("run", help="execute one notebook with the planned parameters")
+    run.add_argument("folder", type=Path, help="build/<profile>")
+    run.add_argument("notebook")
+    run.add_argument("--timeout", type=float, help="seconds that one cell may take")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, submit: Executor = here) -> int:
+    """Command line; returns the exit code (0 ok, 1 failed, 2 usage, 124 timeout, 130 Ctrl-C)."""
+    options = _parser().parse_args(arguments)
+    # A terminated run ends like an interrupted one: remains kept aside, record written.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        if options.command == "run":
+            folder = options.folder.resolve()
+            planned = folder / "parameters" / f"{options.notebook}.json"
+            outcome = submit(execute, RunSpec(
+                options.notebook, folder.name, json.loads(planned.read_text()), folder,
+                options.timeout,
+            ))  # fmt: skip
+            if outcome.status != "ok":
+                print(f"[{options.notebook}] {outcome.status}: {outcome.message}\n"
+                      f"[{options.notebook}] partial output: {outcome.record.parent}",
+                      file=sys.stderr)  # fmt: skip
+            return EXIT_CODES[outcome.status]
+        profile = profiles.load(options.profile, options.set)
+        if options.command == "verify":
+            return verify(profile, options.notebooks)
+        if options.command == "name":
+            print(profile.name)
+        else:
+            tell = {"plan": plan, "why": why, "summary": summary}[options.command]
+            print(tell(profile, options.notebooks))
+    except KeyboardInterrupt:
+        return EXIT_CODES["interrupted"]
+    except (profiles.ProfileError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
