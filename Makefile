@@ -5,7 +5,8 @@ SET       ?=
 NOTEBOOKS ?=
 PYTHON    ?= $(firstword $(shell command -v python3.11) python3)
 CMAKE     ?= cmake
-CXX       ?= c++
+# CMake finds the compiler by itself; make's own default for CXX is not a wish.
+COMPILER  := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 JOBS      ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 # An activated conda environment (not its base) is used as it is; otherwise build/venv is made.
@@ -69,14 +70,14 @@ $(ENV_STAMP): pyproject.toml $(SDIST)
 	@touch $@
 
 $(NATIVE_STAMP): native/CMakeLists.txt $(wildcard native/patches/* native/src/*) $(SDIST)
-	@for tool in '$(CMAKE)' '$(CXX)'; do command -v $$tool >/dev/null || { echo \
+	@for tool in '$(CMAKE)' '$(COMPILER)'; do command -v $$tool >/dev/null || { echo \
 	  "error: $$tool is not installed; the native library needs CMake and a C++17 compiler" \
 	  "(Debian: apt-get install cmake g++; macOS: xcode-select --install and cmake;" \
 	  "conda: environment.yml brings both)" >&2; exit 1; }; done
 	@echo "building the patched llama.cpp (about two minutes)"
 	@mkdir -p $(@D) && date +%s > $(@D)/.started
 	@$(CMAKE) -S native -B $(@D) -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DCMAKE_BUILD_TYPE=Release \
-	  -DCMAKE_CXX_COMPILER=$(CXX) $(CMAKE_ARGS) > $(@D)/configure.log 2>&1 \
+	  $(CMAKE_ARGS) > $(@D)/configure.log 2>&1 \
 	  || { cat $(@D)/configure.log >&2; exit 1; }
 	@$(CMAKE) --build $(@D) -j $(JOBS) > $(@D)/build.log 2>&1 || { tail -40 $(@D)/build.log >&2; exit 1; }
 	@echo $$(( $$(date +%s) - $$(cat $(@D)/.started) )) > $(@D)/build_seconds
@@ -96,7 +97,7 @@ ifdef PLAN
 include $(PLAN)
 endif
 _results: $(RECORDS)
-	@$(PY) -m lablog.book $(ARGUMENTS)
+	@$(PY) -m lablog.runner book $(ARGUMENTS)
 	@$(PY) -m lablog.runner summary $(ARGUMENTS)
 
 why: ## say for each notebook whether it would run, and because of what
@@ -106,7 +107,7 @@ verify: setup ## run the notebooks twice and compare the records
 	@$(PY) -m lablog.runner verify $(ARGUMENTS)
 
 book: setup ## build the book from the results at hand
-	@$(PY) -m lablog.book $(ARGUMENTS)
+	@$(PY) -m lablog.runner book $(ARGUMENTS)
 
 lab: setup ## JupyterLab with the notebooks as paired .ipynb
 	@$(ENV)/bin/jupytext --quiet --sync notebooks/*.py

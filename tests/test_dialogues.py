@@ -98,6 +98,17 @@ def test_the_probe_form_has_one_statement_some_distractors_and_one_question():
         assert 2 <= len(roles[2:-2]) // 2 <= 4
 
 
+def test_the_simple_form_of_a_comparison_is_statement_guess_and_reveal():
+    for index in range(50):
+        roles = [
+            turn.role for turn in generate(SETTINGS, 2, index, "train", "compare", "simple").turns
+        ]
+        assert roles[0] == "private"
+        assert roles[1] == "is_it"
+        assert roles[2] in ("yes", "no")
+        assert roles[3:] == ["what_is_it", "it_is"]
+
+
 def test_kinds_follow_the_mix_and_yes_and_no_balance():
     dialogues = [generate(SETTINGS, 3, i) for i in range(4000)]
     kinds = Counter(d.kind for d in dialogues)

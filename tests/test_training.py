@@ -230,6 +230,27 @@ def test_batches_hold_whole_dialogues_with_the_weights_of_their_speakers(tokeniz
     assert all((b["weights"][b["input_ids"] == 0] == 0).all() for b in batches)
 
 
+def test_training_may_begin_with_simple_comparisons(tokenizer: Tokenizer):
+    data = DialogueDataset(SETTINGS, tokenizer, 0, 40, 4, user_weight=0, value_weight=3, simple=20)
+    lengths = [len(data[i].ids) for i in range(40)]
+    for index in range(20):
+        turns = generate(SETTINGS, 0, index, "train", "compare", "simple").turns
+        assert data.item(index).ids.tolist() == tokenizer.encode(render(turns), bos=True)
+    assert data.item(20).ids.tolist() == tokenizer.encode(
+        render(generate(SETTINGS, 0, 20).turns), bos=True
+    )
+    assert np.mean(lengths) > 30
+
+
+def test_mimetic_heads_look_for_equal_tokens():
+    shape = SHAPE.model_copy(update={"kv_heads": 2, "mimetic": True, "initializer_range": 0.2})
+    attention = shape.model(300).model.layers[0].self_attn
+    assert torch.equal(attention.q_proj.weight, attention.k_proj.weight)
+    assert torch.equal(attention.o_proj.weight, attention.v_proj.weight.T)
+    with pytest.raises(ValueError, match="mimetic needs kv_heads = heads, got 1 and 2"):
+        ModelShape.model_validate(SHAPE.model_dump() | {"mimetic": True})
+
+
 def test_recipes_are_checked(tmp_path: Path):
     assert {"smoke", "laptop"} <= SETTINGS.recipes.keys()
     assert isinstance(recipe("laptop"), Recipe)

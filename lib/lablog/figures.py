@@ -33,7 +33,7 @@ def use_style() -> None:
         "ytick.color": GREY, "legend.frameon": False, "legend.fontsize": 9, "lines.markersize": 4,
         # Text as text keeps figures small and searchable; a fixed salt keeps their ids stable.
         "svg.fonttype": "none", "svg.hashsalt": "lablog",
-    })  # fmt: skip
+    })
 
 
 def save(figure: Figure, data: pd.DataFrame, folder: Path, name: str) -> tuple[Path, Path]:

@@ -140,7 +140,7 @@ def _parse_override(text: str) -> tuple[str | None, str, Any]:
     matches = [notebook for notebook in notebooks() if notebook.startswith(prefix)]
     if len(matches) != 1:
         raise ProfileError(f"override {text!r}: no single notebook {prefix!r}"
-                           f"{_nearest(prefix, notebooks())}")  # fmt: skip
+                           f"{_nearest(prefix, notebooks())}")
     return matches[0], name, yaml.safe_load(value)
 
 
@@ -163,7 +163,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Profile:
         if parameter not in valid:
             where = f"{origin}: unknown parameter {parameter!r}"
             raise ProfileError(where + (f" of {notebook}" if notebook else "")
-                               + _nearest(parameter, valid))  # fmt: skip
+                               + _nearest(parameter, valid))
         for target in targets:
             values[target][parameter] = declared[target][parameter].check(value, origin)
 

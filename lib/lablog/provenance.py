@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import platform
+import re
 import subprocess
 from functools import cache
 from importlib import metadata
@@ -16,7 +17,7 @@ from lablog.files import repository, sha256, sha256_of
 
 PACKAGES = ("accelerate", "gguf", "huggingface_hub", "llama-cpp-python", "matplotlib", "numpy",
             "pandas", "papermill", "safetensors", "scipy", "sentencepiece", "torch",
-            "transformers")  # fmt: skip
+            "transformers")
 
 
 class Strict(BaseModel):
@@ -150,7 +151,7 @@ def _data_named_in(path: Path) -> set[Path]:
     return {
         folder / text
         for text in strings
-        if text and len(text) < 100 and "\n" not in text and (folder / text).is_file()
+        if re.fullmatch(r"[\w.-]{1,100}", text) and (folder / text).is_file()
     }
 
 

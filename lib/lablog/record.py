@@ -24,6 +24,7 @@ from lablog.files import atomic_write, repository
 from lablog.intervals import Interval
 from lablog.profiles import declared_parameters, notebook_path
 from lablog.provenance import FileHash, Machine, Source, Strict, machine, source_state
+from lablog.report import format_metric, mandated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +162,7 @@ class Run:
     """The open run of one notebook; collects what its record will hold."""
 
     def __init__(self, notebook: str, profile: str, folder: Path, artifacts: Path,
-                 parameters: Mapping[str, Any]) -> None:  # fmt: skip
+                 parameters: Mapping[str, Any]) -> None:
         self.notebook, self.profile = notebook, profile
         self.folder, self.artifacts = folder, artifacts
         self.parameters = dict(parameters)
@@ -173,14 +174,12 @@ class Run:
         self._files: dict[str, FileHash] = {}
 
     def metric(self, name: str, value: float | int | bool | str | None, unit: str, *,
-               interval: Interval | None = None, **details: Any) -> Metric:  # fmt: skip
+               interval: Interval | None = None, **details: Any) -> None:
         """Add a metric; `details` are further fields of :class:`Metric`."""
         if interval is not None:
             details |= {"interval": (interval.low, interval.high), "interval_level": interval.level,
-                        "interval_method": interval.method}  # fmt: skip
-        metric = Metric(name=name, value=value, unit=unit, **details)
-        self._metrics.append(metric)
-        return metric
+                        "interval_method": interval.method}
+        self._metrics.append(Metric(name=name, value=value, unit=unit, **details))
 
     def figure(self, name: str, figure: Figure, data: pd.DataFrame, caption: str) -> ShownFigure:
         """Save a figure as SVG with its data as CSV; returns what the notebook displays."""
@@ -188,7 +187,7 @@ class Run:
 
         svg, csv = figures.save(figure, data, self.folder / "figures" / self.notebook, name)
         entry = FigureFile(name=name, svg=f"figures/{self.notebook}/{svg.name}",
-                           csv=f"figures/{self.notebook}/{csv.name}", caption=caption)  # fmt: skip
+                           csv=f"figures/{self.notebook}/{csv.name}", caption=caption)
         self._figures.append(entry)
         origin = (
             f"notebook {self.notebook} · profile {self.profile} · commit {self.source.commit[:10]}"
@@ -201,6 +200,16 @@ class Run:
         """Note a data or model file that the run reads; returns the path."""
         self._files[str(path)] = FileHash.of(path, self.artifacts)
         return path
+
+    def metrics_table(self, prefix: str) -> pd.DataFrame:
+        """The metrics so far whose name begins with `prefix`, for display."""
+        import pandas as pd
+
+        shown = [m for m in self._metrics if m.name.startswith(f"{prefix}.")]
+        return pd.DataFrame(
+            [{"metric": m.name, "value": format_metric(m)} for m in shown],
+            columns=["metric", "value"],
+        ).set_index("metric")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -219,7 +228,7 @@ class Run:
             peak_memory_bytes=peak_memory_bytes(), source=self.source, machine=self.machine,
             files=tuple(self._files.values()), figures=tuple(self._figures),
             metrics=tuple(self._metrics),
-        )  # fmt: skip
+        )
 
     def finish(self, sections: Sequence[Section]) -> Report:
         """Write the record into the run's folder and return its mandated report.
@@ -227,8 +236,6 @@ class Run:
         The notebook's last act; raises :class:`lablog.report.ReportError` when a mandatory
         number is missing, and then no record is written.
         """
-        from lablog.report import mandated
-
         record = self.record()
         report = mandated(record, sections)
         text = ReportText(en=report.english, ja=report.japanese)
@@ -258,4 +265,4 @@ def begin(notebook: str, namespace: Mapping[str, Any]) -> Run:
     return Run(
         notebook, settings["profile"], Path(settings["folder"]), Path(settings["artifacts"]),
         {name: namespace[name] for name in declared},
-    )  # fmt: skip
+    )

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from lablog.record import Metric, Record
 
-JUDGEMENTS = re.compile(
-    r"\b(GOOD|EXCELLENT|MODERATE|POOR|SUCCESS(?:FUL)?|IMPRESSIVE|PROMISING)\b"
-    r"|改善した|良好|適切|優秀|十分な",
-    re.IGNORECASE,
-)
+_ENGLISH = r"\b(GOOD|EXCELLENT|MODERATE|POOR|SUCCESSFUL|IMPRESSIVE|PROMISING)\b"
+_JAPANESE = r"改善した|良好|適切|優秀|十分な"
+IN_REPORTS = re.compile(f"{_ENGLISH}|{_JAPANESE}", re.IGNORECASE)
+IN_PROSE = re.compile(f"{_ENGLISH}|{_JAPANESE}")
+"""Prose may say "the last good result"; a verdict in capitals is refused everywhere."""
 _FIELD = re.compile(r"\{([A-Za-z0-9_.+\-]+)(?::(\w+))?\}")
 Language = Literal["en", "ja"]
 
@@ -36,10 +36,10 @@ class Section:
     lines: Sequence[tuple[str, str]]
 
 
-def reject_judgements(text: str) -> str:
+def reject_judgements(text: str, words: re.Pattern[str] = IN_REPORTS) -> str:
     """Return `text`, or raise ReportError naming the first judgement word and its line."""
     for line in text.splitlines():
-        found = JUDGEMENTS.search(line)
+        found = words.search(line)
         if found:
             raise ReportError(f"judgement {found.group()!r} in {line.strip()!r}: give the number")
     return text

@@ -29,8 +29,9 @@ import papermill
 from filelock import FileLock, Timeout
 from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
-from lablog import profiles
+from lablog import book, profiles, report
 from lablog.files import repository, write_if_changed
 from lablog.provenance import machine, source_dependencies, source_state
 from lablog.record import RUN_VARIABLE, Failure, Record
@@ -93,7 +94,7 @@ def _as_notebook(path: Path) -> nbformat.NotebookNode:
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"{path.stem[:2]}-{index:03d}"
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python",
-                                       "display_name": "Python 3"}  # fmt: skip
+                                       "display_name": "Python 3"}
     return notebook
 
 
@@ -136,13 +137,13 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
     started, clock = datetime.now(UTC), time.perf_counter()
     produced, final = _result_paths(scratch, spec.notebook), _result_paths(
         spec.folder, spec.notebook
-    )  # fmt: skip
+    )
     produced["notebook"].parent.mkdir()
     context = scratch / "context.json"
     context.write_text(json.dumps({
         "profile": spec.profile, "folder": str(scratch),
         "artifacts": str(spec.folder / "artifacts"),
-    }))  # fmt: skip
+    }))
     os.environ[RUN_VARIABLE] = str(context)
     print(f"[{spec.notebook}] running, profile {spec.profile}", flush=True)
     try:
@@ -151,7 +152,9 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
             parameters=dict(spec.parameters), kernel_name="python3", language="python",
             cwd=repository(), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
             execution_timeout=spec.timeout, autosave_cell_every=10,
-        )  # fmt: skip
+            # Sockets in the file system: no port that others can connect to, or be in the way of.
+            config=Config(KernelManager={"transport": "ipc"}),
+        )
         if not produced["record"].is_file():
             raise RuntimeError("the notebook ended without `run.finish()`: it wrote no record")
         record = Record.read(produced["record"])
@@ -162,7 +165,7 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
             parameters=dict(spec.parameters), seeds=(), started=started,
             seconds=time.perf_counter() - clock, source=source_state(), machine=machine(),
             failure=Failure(kind=type(error).__name__, message=message),
-        )  # fmt: skip
+        )
         kept = spec.folder / "failed" / f"{spec.notebook}.json"
         if produced["notebook"].is_file():
             _move(produced["notebook"], kept.with_suffix(".ipynb"))
@@ -203,7 +206,7 @@ def _chosen(names: Sequence[str]) -> list[str]:
 def plan(profile: profiles.Profile, names: Sequence[str]) -> str:
     """Write parameter files and return the rules that Make includes (paths from the root)."""
     root, folder = repository(), _folder(profile)
-    lines, previous = [], ""
+    lines = []
     for notebook in _chosen(names):
         parameters = profile.parameters[notebook]
         content = json.dumps(dict(parameters), indent=1, sort_keys=True) + "\n"
@@ -212,10 +215,8 @@ def plan(profile: profiles.Profile, names: Sequence[str]) -> str:
         files = " ".join(
             os.path.relpath(path, root) for path in dependencies(notebook, folder, parameters)
         )
-        # Order only: the notebooks run one after the other and share trained models.
-        lines += [f"RECORDS += {record}", f"{record}: {files} | {previous}".rstrip(" |"),
-                  f"\t$(RUN) {folder.relative_to(root)} {notebook}"]  # fmt: skip
-        previous = str(record)
+        lines += [f"RECORDS += {record}", f"{record}: {files}",
+                  f"\t$(RUN) {folder.relative_to(root)} {notebook}"]
     return "\n".join(lines)
 
 
@@ -282,7 +283,7 @@ def summary(profile: profiles.Profile, names: Sequence[str]) -> str:
         record = Record.read(path)
         memory = (record.peak_memory_bytes or 0) / 2**20
         blocks.append(f"== {notebook} ({record.seconds:.0f} s, {memory:.0f} MiB)\n"
-                      f"{record.report.en if record.report else 'no report'}")  # fmt: skip
+                      f"{record.report.en if record.report else 'no report'}")
     shown = os.path.relpath(_folder(profile))
     return "\n\n".join([*blocks, f"records, figures, notebooks: {shown}/"])
 
@@ -294,11 +295,12 @@ def _parser() -> argparse.ArgumentParser:
                        ("why", "say what would run and because of what"),
                        ("summary", "print the reports of the last results"),
                        ("verify", "run twice and compare the records"),
-                       ("name", "print the folder that results go to")):  # fmt: skip
+                       ("book", "build the book from the results at hand"),
+                       ("name", "print the folder that results go to")):
         command = commands.add_parser(name, help=text)
         command.add_argument("--profile", default="laptop", help="name, or path of a YAML file")
         command.add_argument("--set", nargs="*", default=[], metavar="[NN.]NAME=VALUE",
-                             help="override single parameters")  # fmt: skip
+                             help="override single parameters")
         command.add_argument("notebooks", nargs="*", help="numbers or names; all if left out")
     run = commands.add_parser("run", help="execute one notebook with the planned parameters")
     run.add_argument("folder", type=Path, help="build/<profile>")
@@ -314,31 +316,38 @@ def main(arguments: Sequence[str] | None = None, submit: Executor = here) -> int
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         if options.command == "run":
-            folder = options.folder.resolve()
-            planned = folder / "parameters" / f"{options.notebook}.json"
-            outcome = submit(execute, RunSpec(
-                options.notebook, folder.name, json.loads(planned.read_text()), folder,
-                options.timeout,
-            ))  # fmt: skip
-            if outcome.status != "ok":
-                print(f"[{options.notebook}] {outcome.status}: {outcome.message}\n"
-                      f"[{options.notebook}] partial output: {outcome.record.parent}",
-                      file=sys.stderr)  # fmt: skip
-            return EXIT_CODES[outcome.status]
+            return _run(options, submit)
         profile = profiles.load(options.profile, options.set)
-        if options.command == "verify":
-            return verify(profile, options.notebooks)
-        if options.command == "name":
-            print(profile.name)
-        else:
-            tell = {"plan": plan, "why": why, "summary": summary}[options.command]
-            print(tell(profile, options.notebooks))
+        match options.command:
+            case "verify":
+                return verify(profile, options.notebooks)
+            case "name":
+                print(profile.name)
+            case "book":
+                target = repository() / "build" / "book" / "html"
+                print(f"book: {book.build(_folder(profile), target)}/index.html")
+            case command:
+                tell = {"plan": plan, "why": why, "summary": summary}[command]
+                print(tell(profile, options.notebooks))
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
-    except (profiles.ProfileError, OSError) as error:
+    except (profiles.ProfileError, book.BookError, report.ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _run(options: argparse.Namespace, submit: Executor) -> int:
+    folder = options.folder.resolve()
+    planned = folder / "parameters" / f"{options.notebook}.json"
+    parameters = json.loads(planned.read_text())
+    outcome = submit(
+        execute, RunSpec(options.notebook, folder.name, parameters, folder, options.timeout)
+    )
+    if outcome.status != "ok":
+        print(f"[{options.notebook}] {outcome.status}: {outcome.message}\n"
+              f"[{options.notebook}] partial output: {outcome.record.parent}", file=sys.stderr)
+    return EXIT_CODES[outcome.status]
 
 
 if __name__ == "__main__":

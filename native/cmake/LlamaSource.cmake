@@ -64,6 +64,7 @@ function(llama_tree SDIST DIR)
         return()
     endif()
 
+    llama_sdist_verify("${SDIST}")
     get_filename_component(NAME "${DIR}" NAME)
     message(STATUS "Unpacking llama.cpp of llama-cpp-python ${LLAMA_SDIST_VERSION} into ${NAME}/")
     set(ROOT "llama_cpp_python-${LLAMA_SDIST_VERSION}/vendor/llama.cpp")
@@ -80,11 +81,13 @@ function(llama_tree SDIST DIR)
         endif()
     endif()
     foreach(PATCH IN LISTS ARG_PATCHES)
-        # git apply is strict (no fuzz). Inside a repository it would look for the files of *that*
-        # repository and skip ours without a word: the ceiling set in CMakeLists.txt prevents this.
+        # git apply is strict (no fuzz). But if it finds itself inside a repository, and build/ is
+        # inside one, it skips files that the repository does not know, without a word: hide it.
         get_filename_component(PATCH_NAME "${PATCH}" NAME)
         message(STATUS "Applying ${PATCH_NAME}")
-        execute_process(COMMAND "${LLAMA_GIT}" apply --whitespace=nowarn "${PATCH}"
+        execute_process(
+            COMMAND "${CMAKE_COMMAND}" -E env --unset=GIT_DIR --unset=GIT_WORK_TREE "GIT_CEILING_DIRECTORIES=${WORK}"
+                    "${LLAMA_GIT}" apply --whitespace=nowarn "${PATCH}"
             WORKING_DIRECTORY "${WORK}/${ROOT}" RESULT_VARIABLE FAILED ERROR_VARIABLE ERROR)
         if(FAILED)
             message(FATAL_ERROR "native/patches/${PATCH_NAME} does not apply to llama.cpp of llama-cpp-python "

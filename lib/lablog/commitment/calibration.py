@@ -28,7 +28,7 @@ class Solution:
 
 
 def solve_budget(divergence: Callable[[float], float], budget: float,
-                 tolerance: float = 1e-3) -> Solution | None:  # fmt: skip
+                 tolerance: float = 1e-3) -> Solution | None:
     """Smallest λ in `BRACKET` with divergence(λ) = budget, to a relative `tolerance` in λ.
 
     The first crossing is bracketed on a grid of half decades, then found by Brent's method on

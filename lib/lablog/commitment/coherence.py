@@ -51,7 +51,7 @@ class Coherence:
     def word(self, baseline: Coherence, thresholds: Thresholds) -> str:
         """The lab log's word for this configuration against the baseline at λ = 0."""
         if (self.perplexity > thresholds.perplexity_ratio * baseline.perplexity
-                or self.same_top < thresholds.same_top_token):  # fmt: skip
+                or self.same_top < thresholds.same_top_token):
             return "incoherent"
         if self.repeated_4grams > baseline.repeated_4grams + thresholds.repeated_4grams:
             return "coherent but repetitive"
@@ -73,7 +73,7 @@ class Material:
 
 
 def make_material(settings: DialogueSettings, seed: int, texts: int, continuations: int,
-                  tokens: int) -> Material:  # fmt: skip
+                  tokens: int) -> Material:
     """Held-out favourites and random numbers for `continuations` ≤ `texts` continuations."""
     if not 1 <= continuations <= texts:
         raise ValueError(f"continuations = {continuations}: expected 1 to texts = {texts}")
@@ -108,7 +108,7 @@ def read(speech: Speech, texts: Sequence[Sequence[Turn]], injection: Injection) 
         for number, end in enumerate(ends):
             injection.turn(context, number)
             told = {i: speech.history(turns[:end]) for i, turns in group.items()
-                    if number == 0 or len(turns) > end - 2}  # fmt: skip
+                    if number == 0 or len(turns) > end - 2}
             for i, logits in context.prefill(told, "all").items():
                 pieces[i].append(log_probabilities(logits))
         for i, parts in pieces.items():
@@ -117,7 +117,7 @@ def read(speech: Speech, texts: Sequence[Sequence[Turn]], injection: Injection) 
 
 
 def read_divergence(speech: Speech, material: Material,
-                    injection: Injection) -> tuple[float, np.ndarray, float]:  # fmt: skip
+                    injection: Injection) -> tuple[float, np.ndarray, float]:
     """Perplexity, KL per token [tokens] and same-top-token rate on the held-out texts.
 
     `material.base` is filled by the first call (which must inject nothing).
@@ -135,11 +135,11 @@ def read_divergence(speech: Speech, material: Material,
         divergence.append(_divergence(committed, base))
         same.append(committed.argmax(axis=1) == base.argmax(axis=1))
     return (float(np.exp(np.concatenate(loss).mean(dtype=np.float64))), np.concatenate(divergence),
-            float(np.concatenate(same).mean()))  # fmt: skip
+            float(np.concatenate(same).mean()))
 
 
-def _continue(speech: Speech, material: Material,
-              injection: Injection) -> tuple[list[list[int]], list[np.ndarray]]:  # fmt: skip
+def continuations(speech: Speech, material: Material,
+                  injection: Injection) -> tuple[list[list[int]], list[np.ndarray]]:
     """The model's own continuations and KL to the unmodified model at each of their tokens."""
     context: Context = speech.context
     texts: list[list[int]] = []
@@ -151,7 +151,7 @@ def _continue(speech: Speech, material: Material,
         group = {i - begin: openings[i] for i in chosen}
 
         def under(applied: Injection, tails: dict[int, list[int]],
-                  group: dict[int, list[int]] = group) -> dict[int, np.ndarray]:  # fmt: skip
+                  group: dict[int, list[int]] = group) -> dict[int, np.ndarray]:
             context.clear()
             applied.turn(context, 0)
             context.prefill(group)
@@ -186,7 +186,7 @@ def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
 def measure(speech: Speech, material: Material, injection: Injection) -> Coherence:
     """All coherence metrics of one configuration."""
     perplexity, divergence, same = read_divergence(speech, material, injection)
-    texts, own = _continue(speech, material, injection)
+    texts, own = continuations(speech, material, injection)
     own_divergence = np.concatenate(own)
     return Coherence(
         perplexity=perplexity, kl_mean=float(divergence.mean()),
@@ -195,4 +195,4 @@ def measure(speech: Speech, material: Material, injection: Injection) -> Coheren
         own_kl_p95=float(np.percentile(own_divergence, 95)),
         repeated_4grams=float(np.mean([repeated_ngrams(text) for text in texts])),
         distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2),
-    )  # fmt: skip
+    )

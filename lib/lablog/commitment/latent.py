@@ -30,14 +30,14 @@ def _sampler() -> ctypes.CDLL:
     library = ctypes.CDLL(str(next((native_folder() / "lib").glob("libcommitment.*"))))
     floats = ctypes.POINTER(ctypes.c_float)
     library.commitment_sample.argtypes = [ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32,
-                                          floats, floats, floats]  # fmt: skip
+                                          floats, floats, floats]
     library.commitment_sample.restype = ctypes.c_int32
     library.commitment_error.argtypes = [ctypes.c_int32]
     library.commitment_error.restype = ctypes.c_char_p
     library.commitment_once.argtypes = [
         ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32,
         ctypes.POINTER(floats), ctypes.POINTER(ctypes.c_uint64),
-    ]  # fmt: skip
+    ]
     library.commitment_once.restype = ctypes.c_int32
     return library
 

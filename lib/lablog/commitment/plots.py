@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +21,7 @@ LABELS = {
     "same_choice": "same X in both forms", "yes_sum": "Σ P(yes)", "kl_p95": "95th percentile of KL",
     "perplexity": "held-out perplexity", "own_kl_p95": "KL on own text, 95th percentile",
     "repeated_4grams": "repeated 4-grams", "distinct_2": "distinct-2",
-}  # fmt: skip
+}
 
 
 def _columns(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -33,6 +35,16 @@ def _errors(table: pd.DataFrame, name: str) -> np.ndarray:
     return np.nan_to_num(np.clip(ends, 0, None))
 
 
+def training_curve(folder: Path) -> Drawn:
+    """Training loss of the offline model against optimiser steps."""
+    log = json.loads((folder / "training.json").read_text())
+    data = pd.DataFrame(log["history"])[["step", "loss", "learning_rate"]]
+    figure, axes = plt.subplots(figsize=(6.4, 2.8))
+    axes.plot(data["step"], data["loss"], color=COLOURS[0])
+    axes.set(yscale="log", xlabel="optimiser step", ylabel="weighted loss / nat per token")
+    return figure, data
+
+
 def residual(norms: np.ndarray, direction_norm: float, strengths: Sequence[float]) -> Drawn:
     """Mean ‖h‖ after each layer beside the length that the commitment has added by then."""
     layers = np.arange(len(norms))
@@ -43,9 +55,9 @@ def residual(norms: np.ndarray, direction_norm: float, strengths: Sequence[float
         added = strength * direction_norm * (layers + 1)
         data[f"added_at_{strength:g}"] = added
         axes.plot(layers, added, linestyle="--", marker=MARKERS[1 + number],
-                  color=COLOURS[1 + number], label=f"added so far at λ = {strength:g}")  # fmt: skip
+                  color=COLOURS[1 + number], label=f"added so far at λ = {strength:g}")
     axes.set(yscale="log", xlabel="layer (0-based)", ylabel="Euclidean norm", xticks=layers)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure, data
 
 
@@ -56,17 +68,17 @@ def named_rows(table: pd.DataFrame) -> Drawn:
     rows += [(f"{label}: redrawn", "redrawn", layers, s) for label, s, layers in NAMED_ROWS]
     keyed = table.set_index(["control", "layers", "strength"])
     data = pd.DataFrame(
-        [{"row": label, **keyed.loc[(c, layers, s)].to_dict()} for label, c, layers, s in rows]
+        [{"row": label, **keyed.loc[(c, layers, s), :].to_dict()} for label, c, layers, s in rows]
     )
     names = ("recall", "eviction", "same_choice", "yes_sum")
     figure, panels = plt.subplots(1, 4, figsize=(9.6, 3.8), sharey=True)
     position = np.arange(len(data))[::-1]
     for axes, name in zip(panels, names, strict=True):
         for control, colour, marker in zip(("none", "text", "commitment", "redrawn"),
-                                           COLOURS[:4], MARKERS, strict=False):  # fmt: skip
+                                           COLOURS[:4], MARKERS, strict=False):
             chosen = np.array([row[1] == control for row in rows])
             axes.errorbar(data[name][chosen], position[chosen],
-                          xerr=_errors(data[chosen], name), fmt=marker, color=colour, capsize=2)  # fmt: skip
+                          xerr=_errors(data[chosen], name), fmt=marker, color=colour, capsize=2)
         axes.set(xlabel=LABELS[name], yticks=position, yticklabels=data["row"])
         if name == "yes_sum":
             axes.axvline(1, color=GREY, linestyle=":")
@@ -81,11 +93,11 @@ def _curves(axes: Axes, table: pd.DataFrame, name: str, horizontal: str) -> None
         part = table[(table["layers"] == layers) & (table["control"] == "commitment")]
         part = part.sort_values(horizontal)
         axes.errorbar(part[horizontal], part[name], yerr=_errors(part, name), label=layers,
-                      color=COLOURS[number], marker=MARKERS[number], capsize=2)  # fmt: skip
+                      color=COLOURS[number], marker=MARKERS[number], capsize=2)
     redrawn = table[(table["layers"] == "all") & (table["control"] == "redrawn")]
     redrawn = redrawn.sort_values(horizontal)
     axes.errorbar(redrawn[horizontal], redrawn[name], yerr=_errors(redrawn, name), color=GREY,
-                  marker="x", linestyle=":", label="all, redrawn every turn", capsize=2)  # fmt: skip
+                  marker="x", linestyle=":", label="all, redrawn every turn", capsize=2)
     for value in table[table["control"] == "none"][name]:
         axes.axhline(value, color=GREY, linewidth=1, label="unmodified")
     axes.set(xscale="log", ylabel=LABELS[name])
@@ -130,14 +142,14 @@ def heat(table: pd.DataFrame) -> Drawn:
         image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(grid.to_numpy()):
             mark = {"incoherent": "†", "coherent but repetitive": "*"}.get(
-                str(words.iloc[row, column]), "")  # fmt: skip
+                str(words.iloc[row, column]), "")
             axes.text(column, row, f"{value:.2f}{mark}", ha="center", va="center", fontsize=9,
-                      color="white" if value < 0.55 else "black")  # fmt: skip
+                      color="white" if value < 0.55 else "black")
         axes.set(yticks=range(len(RANGES)), yticklabels=RANGES, title=LABELS[name])
         axes.grid(visible=False)
         figure.colorbar(image, ax=axes, label="share")
     panels[-1].set(xticks=range(len(grid.columns)), xticklabels=[f"{s:g}" for s in grid.columns],
-                   xlabel="λ († incoherent, * coherent but repetitive)")  # fmt: skip
+                   xlabel="λ († incoherent, * coherent but repetitive)")
     return figure, _columns(part, names)
 
 
@@ -151,8 +163,8 @@ def budget(table: pd.DataFrame, nats: float) -> Drawn:
         if len(part) and np.isfinite(part["low"].iloc[0]):
             mean = part["mean"].iloc[0]
             axes.errorbar(mean, number, color=COLOURS[number], marker=MARKERS[number], capsize=3,
-                          xerr=[[mean - part["low"].iloc[0]], [part["high"].iloc[0] - mean]])  # fmt: skip
+                          xerr=[[mean - part["low"].iloc[0]], [part["high"].iloc[0] - mean]])
     axes.set(xscale="log", yticks=range(len(RANGES)), yticklabels=RANGES,
-             xlabel=f"λ at which the 95th percentile of KL is {nats:g} nat")  # fmt: skip
+             xlabel=f"λ at which the 95th percentile of KL is {nats:g} nat")
     axes.invert_yaxis()
     return figure, table

@@ -74,7 +74,7 @@ def make_items(settings: DialogueSettings, seed: int, count: int) -> Items:
             tuple(draw.distractors(topic, draw.integer(*settings.probe_gap))),
             draw.turn("U", "requestion", topic),
             np.array([draw.random() for _ in range(ANSWER_TOKENS)]),
-        ))  # fmt: skip
+        ))
         draw = Draw(settings, seed, STREAMS["fork"], index)
         topic = draw.pick(topics)
         values = tuple(settings.topics[topic])
@@ -87,7 +87,7 @@ def make_items(settings: DialogueSettings, seed: int, count: int) -> Items:
             draw.turn("U", "what_is_it", topic),
             answer.split("{value}")[0].format(topic=topic).strip(),
             draw.turn("A", "private", topic, values[noted]), noted,
-        ))  # fmt: skip
+        ))
     return Items(tuple(recall), tuple(fork))
 
 
@@ -142,7 +142,7 @@ def _index(text: str, values: Sequence[str]) -> int:
 
 
 def run_recall(speech: Speech, items: Sequence[RecallItem], injection: Injection,
-               note: Note = "none") -> RecallResult:  # fmt: skip
+               note: Note = "none") -> RecallResult:
     """Recall in the window and after eviction, for all items together.
 
     With note ``text`` a line that repeats the first answer heads the evicted window: the
@@ -179,7 +179,7 @@ def run_recall(speech: Speech, items: Sequence[RecallItem], injection: Injection
 
 
 def _ask(speech: Speech, histories: dict[int, list[Turn]], questions: dict[int, Turn],
-         injection: Injection, turn: int) -> list[str]:  # fmt: skip
+         injection: Injection, turn: int) -> list[str]:
     """Greedy answers to `questions` after `histories`; turn by turn if the injection changes."""
     context = speech.context
     if injection.changes:
@@ -189,7 +189,7 @@ def _ask(speech: Speech, histories: dict[int, list[Turn]], questions: dict[int, 
             speech.context.prefill({
                 i: speech.history(history[:end]) for i, history in histories.items()
                 if end <= len(history)
-            })  # fmt: skip
+            })
         turn += longest // 2 + 1
     injection.turn(context, turn)
     logits = context.prefill(
@@ -200,14 +200,14 @@ def _ask(speech: Speech, histories: dict[int, list[Turn]], questions: dict[int, 
 
 
 def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
-             note: Note = "none") -> ForkResult:  # fmt: skip
+             note: Note = "none") -> ForkResult:
     """Every fork of every hidden choice; with note ``text`` the choice heads the window."""
     context = speech.context
     widest = max(len(item.values) for item in items) + 1
     room = context.sequences // widest
     if not room:
         raise ValueError(f"forking {widest - 1} ways needs {widest} sequences, the context has "
-                         f"{context.sequences}")  # fmt: skip
+                         f"{context.sequences}")
     count = len(items)
     yes, mass = np.zeros((count, widest - 1)), np.zeros(count)
     named = np.zeros((count, widest - 1))
@@ -220,7 +220,7 @@ def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
         context.prefill({
             base: speech.history(history)
             for base, history in zip(bases, histories, strict=True)
-        })  # fmt: skip
+        })
         injection.turn(context, 1)
         asked: dict[int, list[int]] = {}
         for base, history, item in zip(bases, histories, group, strict=True):
@@ -230,13 +230,13 @@ def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
                 asked[base + 1 + offset] = speech.prompt([*history, guess])
         last = context.prefill(asked)
         forks = {base + 1 + x for base, item in zip(bases, group, strict=True)
-                 for x in range(len(item.values))}  # fmt: skip
+                 for x in range(len(item.values))}
         answers = speech.word_probabilities({s: last[s][0] for s in forks}, ("yes", "no"))
         scores = speech.scores(
             {base: last[base][0] for base in bases},
             {base: speech.continuations([*history, item.naming], item.stem, item.values)
              for base, history, item in zip(bases, histories, group, strict=True)},
-        )  # fmt: skip
+        )
         for row, (base, item) in enumerate(zip(bases, group, strict=True), begin):
             size = len(item.values)
             pairs = np.array([answers[base + 1 + x] for x in range(size)])

@@ -9,19 +9,19 @@ import queue
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from lablog.commitment import coherence, latent, probes
 from lablog.commitment.window import Injection, Speech
 from lablog.files import sha256, sha256_of
 from lablog.intervals import Interval, over_seeds, wilson
 from lablog.models.llama_cpp import Commitment, Context, Model
+from lablog.progress import progress
 from lablog.provenance import usable_threads
 from lablog.text.dialogues import load_settings
 
@@ -29,7 +29,7 @@ Control = Literal["commitment", "redrawn", "none", "text"]
 RANGES = ("all", "last quarter", "first quarter", "layer 0")
 NAMED_ROWS = (("λ = 1, all layers", 1.0, "all"), ("λ = 0.1, all layers", 0.1, "all"),
               ("λ = 0.01, all layers", 0.01, "all"),
-              ("λ = 0.01, last quarter", 0.01, "last quarter"))  # fmt: skip
+              ("λ = 0.01, last quarter", 0.01, "last quarter"))
 """The log's four experiments; its "last 8 layers" of 32 are the last quarter."""
 SMALL = 50_000_000
 """Parameters up to which one thread a context is faster than many threads in one."""
@@ -39,7 +39,7 @@ def layer_range(name: str, layers: int) -> tuple[int, int]:
     """A named range of a model's layers, 0-based and inclusive; a quarter is rounded up."""
     quarter = math.ceil(layers / 4)
     ranges = {"all": (0, layers - 1), "last quarter": (layers - quarter, layers - 1),
-              "first quarter": (0, quarter - 1), "layer 0": (0, 0)}  # fmt: skip
+              "first quarter": (0, quarter - 1), "layer 0": (0, 0)}
     if name not in ranges:
         raise ValueError(f"layer range {name!r}: expected one of {', '.join(RANGES)}")
     return ranges[name]
@@ -76,14 +76,14 @@ class Task:
 
 
 def grid(strengths: Iterable[float], ranges: Iterable[str], seeds: Iterable[int],
-         controls: Sequence[Control] = ("commitment",)) -> list[Task]:  # fmt: skip
+         controls: Sequence[Control] = ("commitment",)) -> list[Task]:
     """Every combination, preceded by the unmodified model and the text-only baseline."""
     seeds, strengths = list(seeds), [s for s in strengths if s != 0]
     tasks = [Task("none"), Task("text")]
     return tasks + [
         Task(control, strength, layers, seed)
         for control in controls for layers in ranges for strength in strengths for seed in seeds
-    ]  # fmt: skip
+    ]
 
 
 class Laboratory:
@@ -105,11 +105,11 @@ class Laboratory:
             context = Context(
                 self.model, settings.sequences, settings.window,
                 threads=1 if small else usable_threads(), cache_type="f32" if small else "f16",
-            )  # fmt: skip
+            )
             self._idle.put(Speech(self._stack.enter_context(context), settings.chat))
         here = Path(__file__).parents[1]
         code = sha256_of([*here.glob("commitment/*.py"), here / "models/llama_cpp.py",
-                          here / "text/dialogues.py"], here)  # fmt: skip
+                          here / "text/dialogues.py"], here)
         parts = [asdict(settings), sha256(gguf), code, dialogues.model_dump(exclude={"recipes"})]
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self.residual = self._residual_norms()
@@ -121,6 +121,10 @@ class Laboratory:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the contexts and the model."""
         self._stack.close()
 
     def with_speech(self, function: Any) -> Any:
@@ -133,7 +137,7 @@ class Laboratory:
     def _residual_norms(self) -> np.ndarray:
         """Mean ‖h‖ after each layer of the unmodified model on the held-out texts [layers]."""
         with Context(self.model, 1, self.settings.window, usable_threads(),
-                     watch_residual=True) as context:  # fmt: skip
+                     watch_residual=True) as context:
             coherence.read(Speech(context, self.settings.chat), self.material.texts, Injection())
             return context.residual_norms()
 
@@ -155,7 +159,7 @@ class Laboratory:
         drawn *= first.norm / np.linalg.norm(drawn, axis=1, keepdims=True)
         return Injection(tuple(
             Commitment(direction.astype(np.float32), task.strength, layers) for direction in drawn
-        ))  # fmt: skip
+        ))
 
     def dose(self, task: Task) -> float:
         """λ · number of layers · ‖W_c z*‖ / mean ‖h‖ (lab log A1); 0 without a commitment."""
@@ -182,9 +186,17 @@ class Laboratory:
                 "eviction": float(recall.recalled_after_eviction.mean()),
                 "yes_sum": float(fork.yes_sum.mean()), "same_choice": float(fork.same.mean()),
                 "answer_mass": float(fork.answer_mass.mean()), **asdict(language), "word": word,
-            }  # fmt: skip
+            }
 
         return self.with_speech(work)
+
+    def continuation(self, task: Task) -> str:
+        """What the model writes under a task behind the first opening."""
+        one = replace(self.material, uniforms=self.material.uniforms[:1])
+        texts, _ = self.with_speech(
+            lambda speech: coherence.continuations(speech, one, self.injection(task))
+        )
+        return self.model.detokenize(texts[0])
 
     def run(self, tasks: Sequence[Task], artifacts: Path) -> pd.DataFrame:
         """Evaluate all tasks, one row each, in their order.
@@ -204,7 +216,7 @@ class Laboratory:
                 done[self._identity(Task(*(row[f] for f in Task.__dataclass_fields__)))] = row
         missing = {self._identity(task): task for task in tasks}
         missing = {identity: task for identity, task in missing.items() if identity not in done}
-        bar = tqdm(total=len(missing), desc="sweep", unit="run", mininterval=5)
+        bar = progress(len(missing), "sweep", "run")
         with ThreadPoolExecutor(self.workers) as pool, journal.open("a") as file, bar:
             futures = {pool.submit(self.evaluate, t): identity for identity, t in missing.items()}
             try:
@@ -224,7 +236,7 @@ class Laboratory:
 
 MEASURES = ("recall", "eviction", "same_choice", "yes_sum", "answered", "perplexity", "kl_mean",
             "kl_p95", "own_kl_mean", "own_kl_p95", "same_top", "repeated_4grams", "distinct_1",
-            "distinct_2", "answer_mass", "dose")  # fmt: skip
+            "distinct_2", "answer_mass", "dose")
 PROPORTIONS = ("recall", "eviction", "same_choice", "answered")
 
 

@@ -100,7 +100,7 @@ class Speech:
         return result
 
     def continuations(self, turns: Sequence[Turn], stem: str,
-                      values: Sequence[str]) -> list[list[int]]:  # fmt: skip
+                      values: Sequence[str]) -> list[list[int]]:
         """Tokens of each value behind the prompt with `stem`."""
         start = len(self.prompt(turns, stem))
         return [self.prompt(turns, f"{stem} {value}".strip())[start:] for value in values]
@@ -117,7 +117,7 @@ class Speech:
         """
         first = {s: _log_softmax(row) for s, row in last.items()}
         result = {s: np.array([first[s][tokens[0]] for tokens in several])
-                  for s, several in continuations.items()}  # fmt: skip
+                  for s, several in continuations.items()}
         longer = {}
         for sequence, several in continuations.items():
             for offset, tokens in enumerate(several):

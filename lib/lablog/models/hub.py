@@ -77,7 +77,7 @@ def download(repository: str, file: str, revision: str | None = None) -> Path:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
             raise HubError(f"{what}: SHA-256 {actual} arrived, the Hub states {stated}; the file "
-                           "was removed, run again to fetch it anew")  # fmt: skip
+                           "was removed, run again to fetch it anew")
     return path
 
 

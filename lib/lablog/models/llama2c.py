@@ -64,7 +64,7 @@ def read_model(path: Path) -> Llama2c:
         "w2": (layers, width, feed_forward), "w3": (layers, feed_forward, width),
         "final_norm": (width,), "rope_real": (window, head_size // 2),
         "rope_imaginary": (window, head_size // 2),
-    }  # fmt: skip
+    }
     if signed_vocabulary < 0:
         parts["classifier"] = (vocabulary, width)
     expected = HEADER.size + 4 * sum(int(np.prod(shape)) for shape in parts.values())
@@ -156,7 +156,7 @@ def to_hugging_face(model: Path, tokenizer: Path, folder: Path) -> Path:
             "self_attn.k_proj": _rotary_halves(w["wk"][i], source.kv_heads),
             "self_attn.v_proj": w["wv"][i], "self_attn.o_proj": w["wo"][i],
             "mlp.gate_proj": w["w1"][i], "mlp.down_proj": w["w2"][i], "mlp.up_proj": w["w3"][i],
-        }  # fmt: skip
+        }
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
     tied = w["classifier"] is w["embedding"]
     if not tied:
@@ -169,7 +169,7 @@ def to_hugging_face(model: Path, tokenizer: Path, folder: Path) -> Path:
         "max_position_embeddings": source.window, "rms_norm_eps": NORM_EPSILON,
         "rope_theta": ROPE_THETA, "hidden_act": "silu", "tie_word_embeddings": tied,
         "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
-    }  # fmt: skip
+    }
     with atomic_folder(folder) as scratch:
         arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         save_file(arrays, scratch / "model.safetensors", metadata={"format": "pt"})

@@ -52,7 +52,7 @@ def _binding() -> ModuleType:
         ("llama_set_commitment_range", i32, [context, i32, i32]),
         ("llama_clear_commitment", i32, [context]),
         ("llama_commitment_error", ctypes.c_char_p, [i32]),
-    ):  # fmt: skip
+    ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     llama_cpp.llama_log_set(_quiet_log, ctypes.c_void_p())
@@ -178,7 +178,7 @@ class Model:
             self._stops[text] = frozenset(
                 token for token in range(self.vocabulary)
                 if self.ends_generation(token) or text in self.detokenize([token])
-            )  # fmt: skip
+            )
         return self._stops[text]
 
     def metadata(self, key: str) -> str | None:
@@ -197,7 +197,7 @@ class Context:
 
     def __init__(self, model: Model, sequences: int = 1, window: int = 512, threads: int = 1,
                  batch: int = 2048, cache_type: Literal["f32", "f16"] = "f32",
-                 watch_residual: bool = False) -> None:  # fmt: skip
+                 watch_residual: bool = False) -> None:
         self.model, self.sequences, self.window = model, sequences, window
         self._binding = model._binding
         limit = self._binding.llama_max_parallel_sequences()
@@ -265,7 +265,7 @@ class Context:
             self._checked(library.llama_set_commitment(
                 self._handle, vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), vector.size,
                 vector.size, commitment.strength, first, last,
-            ))  # fmt: skip
+            ))
         else:
             if commitment.strength != self._commitment.strength:
                 self._checked(
@@ -296,7 +296,7 @@ class Context:
             del self.tokens[sequence][length:]
 
     def prefill(self, contents: Mapping[int, Tokens],
-                logits: Literal["last", "all"] = "last") -> dict[int, np.ndarray]:  # fmt: skip
+                logits: Literal["last", "all"] = "last") -> dict[int, np.ndarray]:
         """Bring sequences to hold exactly `contents`, decoding only what they do not hold yet.
 
         What they hold stays as it was computed, under whatever commitment was set then. At least
@@ -315,7 +315,7 @@ class Context:
         return self.decode(additions, logits)
 
     def decode(self, additions: Mapping[int, Tokens],
-               logits: Literal["last", "all"] = "last") -> dict[int, np.ndarray]:  # fmt: skip
+               logits: Literal["last", "all"] = "last") -> dict[int, np.ndarray]:
         """Append tokens to sequences, all in as few batches as possible.
 
         Returns for each sequence float32 logits [n, vocabulary]: those after each of its n added
@@ -328,14 +328,14 @@ class Context:
         for sequence, size in sizes.items():
             if held[sequence] + size > self.window:
                 raise ValueError(f"sequence {sequence} would hold {held[sequence] + size} tokens; "
-                                 f"the window holds {self.window}")  # fmt: skip
+                                 f"the window holds {self.window}")
         if not additions:
             return {}
         owner = np.repeat(np.fromiter(sizes, np.int32), list(sizes.values()))
         token = np.concatenate([np.asarray(t, dtype=np.int32) for t in additions.values()])
         if token.min() < 0 or token.max() >= self.model.vocabulary:
             raise ValueError(f"token ids span [{token.min()}, {token.max()}]; the vocabulary has "
-                             f"{self.model.vocabulary}")  # fmt: skip
+                             f"{self.model.vocabulary}")
         position = np.concatenate(
             [np.arange(held[s], held[s] + n, dtype=np.int32) for s, n in sizes.items()]
         )
@@ -355,7 +355,7 @@ class Context:
         return dict(zip(sizes, np.split(every, np.cumsum(counts)[:-1]), strict=True))
 
     def _decode_batch(self, token: np.ndarray, position: np.ndarray, owner: np.ndarray,
-                      wanted: np.ndarray) -> np.ndarray:  # fmt: skip
+                      wanted: np.ndarray) -> np.ndarray:
         def pointer(array: np.ndarray, kind: Any) -> Any:
             return array.ctypes.data_as(ctypes.POINTER(kind))
 
@@ -367,11 +367,11 @@ class Context:
             pos=pointer(position, ctypes.c_int32), n_seq_id=pointer(ones, ctypes.c_int32),
             seq_id=pointer(addresses, ctypes.POINTER(ctypes.c_int32)),
             logits=pointer(wanted, ctypes.c_int8),
-        )  # fmt: skip
+        )
         code = self._binding.llama_decode(self._handle, batch)
         if code:
             raise EngineError(f"llama.cpp could not decode {len(token)} tokens (code {code}): "
-                              f"{_last_errors()}")  # fmt: skip
+                              f"{_last_errors()}")
         count = int(wanted.sum())
         if not count:
             return np.empty((0, self.model.vocabulary), dtype=np.float32)
@@ -411,7 +411,7 @@ class Context:
 
 def generate(context: Context, logits: Mapping[int, np.ndarray], count: int,
              stops: frozenset[int] = frozenset(),
-             uniforms: Mapping[int, np.ndarray] | None = None) -> dict[int, list[int]]:  # fmt: skip
+             uniforms: Mapping[int, np.ndarray] | None = None) -> dict[int, list[int]]:
     """Continue all sequences together by up to `count` tokens each, without the stop token.
 
     logits: those after each sequence's last token [1, vocabulary], as ``decode`` returns them.
@@ -435,7 +435,7 @@ def generate(context: Context, logits: Mapping[int, np.ndarray], count: int,
         if not going or step == count - 1:
             break
         current = {s: rows[-1] for s, rows in
-                   context.decode({s: [t] for s, t in going.items()}).items()}  # fmt: skip
+                   context.decode({s: [t] for s, t in going.items()}).items()}
     return written
 
 
@@ -448,5 +448,5 @@ def _ggml() -> ctypes.CDLL:
     library.ggml_nelements.argtypes = [ctypes.c_void_p]
     library.ggml_backend_tensor_get.restype = None
     library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p,
-                                                ctypes.c_size_t, ctypes.c_size_t]  # fmt: skip
+                                                ctypes.c_size_t, ctypes.c_size_t]
     return library

@@ -16,12 +16,13 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
 from tqdm.auto import tqdm
@@ -63,13 +64,22 @@ class ModelShape(Strict):
     initializer_range: float = Field(gt=0)
     mimetic: bool = False
 
+    @model_validator(mode="after")
+    def _check(self) -> ModelShape:
+        if self.mimetic and self.kv_heads != self.heads:
+            raise ValueError(
+                f"mimetic needs kv_heads = heads, got {self.kv_heads} and {self.heads}"
+            )
+        return self
+
     def model(self, vocabulary: int) -> LlamaForCausalLM:
         """A model of this shape with random weights from PyTorch's generator.
 
-        With `mimetic` the keys begin equal to the queries and the output projection as the
-        transpose of the values', so that every head begins by looking for equal tokens and
-        copying them (after Trockman & Kolter, Mimetic Initialization of Self-Attention Layers,
-        2023); needs as many key as query heads.
+        With `mimetic` keys begin equal to queries and the output projection as the transpose of
+        that of the values: every head begins by looking for equal tokens and copying them (after
+        Trockman & Kolter, Mimetic Initialization of Self-Attention Layers, 2023). The two
+        halves of the gated unit begin equal too, as detectors of energy: of two values added
+        up in one state, equal ones have twice the energy of different ones.
         """
         model = LlamaForCausalLM(self.config(vocabulary))
         if self.mimetic:
@@ -322,6 +332,7 @@ class Recipe(Strict):
     vocabulary: int = Field(ge=300)  # token ids
     user_weight: float = Field(ge=0)  # loss weight of the user's tokens; the assistant's is 1
     value_weight: float = Field(gt=0)  # loss weight of the assistant's values, yes and no
+    simple: int = Field(ge=0)  # number of simple comparisons with which training begins
     shape: ModelShape
     training: TrainingSettings
 
@@ -346,29 +357,31 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     made = recipe(name, settings)
     if seed is not None:
         made = made.model_copy(update={"training": made.training.model_copy(update={"seed": seed})})
-    room = Path(__file__).parents[1]
-    code = sha256_of([*(room / "text" / f"{n}.py" for n in CODE), Path(__file__)], room)
+    here = Path(__file__)
+    text = [here.parents[1] / "text" / f"{module}.py" for module in CODE]
+    code = sha256_of([*text, here], here.parents[1])
     versions = [version("torch"), version("transformers"), version("sentencepiece")]
     key = _key(settings.model_dump(exclude={"recipes"}), made.model_dump(), code, versions)
     output = artifacts / f"dialogue-{name}-{key}"
     if (output / "key").is_file():
         return output
-    with FileLock(artifacts / f".{output.name}.tokenizer.lock"):
-        path = artifacts / f".{output.name}.tokenizer" / "tokenizer.model"
-        sample = range(4000)
-        lines = {line for i in sample for line in _lines(dialogues.generate(settings, 0, i))}
-        tokenizer = train_tokenizer(sorted(lines), made.vocabulary, path)
     plan = made.training
-    count = plan.steps * plan.batch_size * plan.gradient_accumulation
-    dataset = DialogueDataset(
-        settings, tokenizer, plan.seed, count, plan.batch_size, made.user_weight, made.value_weight
-    )
-    train_causal_lm(made.shape, dataset, plan, output, tokenizer=path, data_key=key)
-    return output
-
-
-def _lines(dialogue: dialogues.Dialogue) -> list[str]:
-    return dialogues.render(dialogue.turns).splitlines()
+    artifacts.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=artifacts, prefix=f".{output.name}.") as room:
+        drawn = (dialogues.generate(settings, 0, i).turns for i in range(4000))
+        lines = {line for turns in drawn for line in dialogues.render(turns).splitlines()}
+        path = Path(room) / "tokenizer.model"
+        dataset = DialogueDataset(
+            settings,
+            train_tokenizer(sorted(lines), made.vocabulary, path),
+            seed=plan.seed,
+            count=plan.steps * plan.batch_size * plan.gradient_accumulation,
+            batch=plan.batch_size,
+            user_weight=made.user_weight,
+            value_weight=made.value_weight,
+            simple=made.simple,
+        )
+        return train_causal_lm(made.shape, dataset, plan, output, tokenizer=path, data_key=key)
 
 
 @torch.inference_mode()

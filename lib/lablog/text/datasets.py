@@ -26,7 +26,8 @@ class DialogueDataset(Dataset[Item]):
     """`count` training dialogues, ordered so that a batch holds dialogues of similar length.
 
     Windows of `window` batches are sorted by length and the batches of a window shuffled, so
-    that almost nothing is padding. Items are a pure function of (arguments, index).
+    that almost nothing is padding. The first `simple` dialogues are comparisons in the simple
+    form. Items are a pure function of (arguments, index).
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class DialogueDataset(Dataset[Item]):
         batch: int,
         user_weight: float,
         value_weight: float,
+        simple: int = 0,
         window: int = 16,
     ):
         self.settings, self.tokenizer, self.seed, self.count = settings, tokenizer, seed, count
-        self.batch, self.size = batch, batch * window
+        self.batch, self.size, self.simple = batch, batch * window, simple
         values = {value for names in settings.topics.values() for value in names}
         self.decisive = re.compile(rf" (?:{'|'.join(sorted(values | {'yes', 'no'}))})\b")
         self.user_weight, self.value_weight = user_weight, value_weight
@@ -64,7 +66,10 @@ class DialogueDataset(Dataset[Item]):
 
     def item(self, index: int) -> Item:
         """Training dialogue number `index`."""
-        turns = generate(self.settings, self.seed, index).turns
+        if index < self.simple:
+            turns = generate(self.settings, self.seed, index, "train", "compare", "simple").turns
+        else:
+            turns = generate(self.settings, self.seed, index).turns
         lines = [self.encode(turn.speaker, turn.text) for turn in turns]
         start = np.array([self.tokenizer.bos], np.int32)
         return Item(

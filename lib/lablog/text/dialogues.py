@@ -35,7 +35,7 @@ from lablog.files import data_file
 Speaker = Literal["U", "A"]
 Kind = Literal["favourite", "unstated", "hidden", "compare"]
 Split = Literal["train", "held_out"]
-Form = Literal["training", "probe"]
+Form = Literal["training", "probe", "simple"]
 
 Word = Annotated[str, Field(pattern=r"^[a-z]+$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -264,7 +264,8 @@ def generate(
     """Dialogue number `index` of a split.
 
     `kind` None draws it from ``mix``. The probe form of a favourite has one statement,
-    ``probe_gap`` distractors and one question; of the other kinds it is the same as training's.
+    ``probe_gap`` distractors and one question; the simple form of a comparison is the private
+    statement, one guess and "what is it?". Of the other kinds all forms are the same.
     """
     draw = Draw(settings, seed, 0 if split == "train" else 1, index)
     if kind is None:
@@ -285,7 +286,7 @@ def generate(
         turns = draw.distractors(topic, draw.integer(*settings.gap))
         turns += draw.exchange("requestion", "answer", topic, value, opening)
     else:
-        turns = _choice(draw, topic, value, opening, private=kind == "compare")
+        turns = _choice(draw, topic, value, opening, kind == "compare", form)
     return Dialogue(kind, topic, value, opening, tuple(turns))
 
 
@@ -300,16 +301,18 @@ def _favourite(draw: Draw, topic: str, value: str, opening: int, form: Form) -> 
     return turns
 
 
-def _choice(draw: Draw, topic: str, value: str, opening: int, private: bool) -> list[Turn]:
+def _choice(
+    draw: Draw, topic: str, value: str, opening: int, private: bool, form: Form
+) -> list[Turn]:
     settings = draw.settings
     turns = [draw.turn("A", "private", topic, value, opening)] if private else []
     if not private:
         turns += draw.exchange("opening", "chosen", topic, "", opening)
-    elif draw.random() < settings.announced:
+    elif form != "simple" and draw.random() < settings.announced:
         turns += draw.exchange("opening", "chosen", topic)
     # Nobody guesses the same wrong thing twice, as long as there is another.
     wrong = sorted((v for v in settings.topics[topic] if v != value), key=lambda _: draw.random())
-    for number in range(draw.integer(*settings.guesses)):
+    for number in range(1 if form == "simple" else draw.integer(*settings.guesses)):
         right = draw.random() < settings.true_guess
         turns += draw.guess(topic, value, value if right else wrong[number % len(wrong)])
     return turns + draw.exchange("what_is_it", "it_is", topic, value)

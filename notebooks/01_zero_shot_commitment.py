@@ -1,0 +1,209 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+# ---
+
+# %% [markdown]
+# # Zero-shot commitment
+#
+# Ask a language model for its favourite colour, talk about something else, and ask again: it may
+# name another colour. The lab log proposed a remedy that needs no text. Sample a latent
+# *commitment* once per conversation and let it colour every later hidden state, so that whatever
+# the model makes up, it makes up in the same light each time. The log tried it by hand on one
+# prompt, with a random commitment and three strengths, and read the answers by eye.
+#
+# This chapter asks the same question with numbers: **does adding a fixed random direction to the
+# residual stream make a model contradict itself less, and what does it cost in language?**
+#
+# Everything below runs on any model that llama.cpp can read. The default is a small Llama that
+# the project trains in minutes on dialogues that it generates; `model` in the next cell takes a
+# path or a Hub address instead.
+
+# %% tags=["parameters"]
+model: str = "offline:smoke"  # offline:RECIPE, a path (.gguf, .bin, folder), or hub:OWNER/NAME
+chat: str = "plain"  # how the model is spoken to: plain or llama2
+k: int = 64  # latent dimension of z*
+seeds: list[int] = [1, 2]  # seeds of the commitments, one conversation's z* each
+item_seed: int = 0  # seed of the probes and of the held-out texts
+items: int = 12  # probes of each family
+texts: int = 8  # held-out dialogues to read
+continuations: int = 4  # of these, how many the model continues by itself
+tokens: int = 24  # length of a continuation, tokens
+sequences: int = 65  # sequences that are evaluated together
+window: int = 256  # tokens that a sequence may hold
+gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
+
+# %% [markdown]
+# The run below collects every number that this chapter shows. It ends in one record, and the
+# figures, the report and the claims ledger read nothing else.
+
+# %%
+from lablog import figures, record
+from lablog.commitment import coherence, latent, plots, results, sweep
+from lablog.models import source
+
+figures.use_style()
+run = record.begin("01_zero_shot_commitment", globals())
+
+# %% [markdown]
+# ## The model
+#
+# The offline model is a Llama of a few layers. Its training dialogues state favourites and ask
+# for them again, many times over, with other talk in between; they also play a guessing game in
+# which the assistant chooses something in secret and answers "is it X?". That teaches copying
+# inside the window and the form of the game, but nothing that could survive outside the window.
+# Training shows a progress bar, keeps checkpoints, and resumes where a kill left it; a finished
+# model is reused until its recipe, its data or its code changes.
+
+# %%
+with run.stage("model"):
+    gguf = run.file(source.gguf_file(model, run.artifacts))
+print(f"{gguf.name}: {gguf.stat().st_size / 2**20:.1f} MiB")
+
+# %% [markdown]
+# A model that cannot copy a stated value inside its window cannot be said to contradict itself,
+# so the training is checked first, on held-out dialogues and in PyTorch, without any of the code
+# that is used below. The same question is then asked with the statement cut out of the window:
+# a sound model can only guess there, one in twelve.
+
+# %%
+if model.startswith("offline:"):
+    folder = source.hugging_face_folder(model, run.artifacts)
+    with run.stage("check"):
+        results.record_model_check(run, folder, items)
+    shown = run.figure("training", *plots.training_curve(folder), "Training of the offline model.")
+    display(shown)
+run.metrics_table("offline")
+
+# %% [markdown]
+# ## The mechanism
+#
+# A latent $z^* \sim \mathcal N(0, I/k)$ is sampled once. A projection $W_c \in \mathbb R^{d
+# \times k}$ with variance $2/(d+k)$ carries it to the model's width $d$. After every layer
+# $\ell$ in the chosen range, behind the second residual connection, the patched llama.cpp adds
+# the same vector to the residual stream at all positions:
+#
+# $$ h_\ell \leftarrow h_\ell + \lambda \, W_c z^*, \qquad
+#    \mathbb E \lVert W_c z^* \rVert^2 = \frac{2d}{d+k}. $$
+#
+# Whether $\lambda$ is large depends on how long $h$ is. The *dose* therefore stands beside it
+# in every table: $\lambda \cdot n_\text{layers} \cdot \lVert W_c z^* \rVert / \overline{\lVert h
+# \rVert}$. One native sampler draws the numbers, the same bits on every platform, for the
+# command line program, for this notebook and for the PyTorch reference.
+
+# %%
+settings = sweep.Settings(
+    k, items, texts, continuations, tokens, item_seed, sequences, window, chat
+)
+with run.stage("baseline"):
+    laboratory = sweep.Laboratory(gguf, settings, gpu_layers)
+sample = latent.sample(seeds[0], k, laboratory.model.width)
+_, initialisations = latent.sample_once(seeds[0], k, laboratory.model.width)
+run.metric("direction_norm", sample.norm, "", seeds=(seeds[0],))
+run.metric("residual_norm", float(laboratory.residual.mean()), "")
+run.metric("initialisations", initialisations, "count")
+
+# %% [markdown]
+# The figure compares the two lengths. Each layer adds the vector anew, so by layer $\ell$ the
+# stream has received it $\ell + 1$ times. Where a dashed line reaches the solid one, more than
+# the model's own signal has been added.
+
+# %%
+run.figure(
+    "residual",
+    *plots.residual(laboratory.residual, sample.norm, (0.01, 0.1, 1.0)),
+    "Mean norm of the residual stream after each layer of the unmodified model, and the length of "
+    "what the commitment has added by then.",
+)
+
+# %% [markdown]
+# ## What is measured
+#
+# **Recall in the window.** A favourite is asked for and answered by the model itself, distractor
+# turns follow, and it is asked for again. Both answers must name the same value. This mostly
+# tests copying.
+#
+# **Recall after eviction.** The same, but the turns with the first answer are no longer in the
+# window, which is encoded anew from its text. Only something outside the text could carry the
+# answer over: a commitment, or a prior so sharp that both answers coincide without one.
+#
+# **Forked hidden choice.** The model says that it has chosen one of twelve things. The
+# conversation is forked: "is it X?" for each X, and "what is it?". A model that holds a choice
+# gives yes a total probability near one, $\sum_X P(\text{yes} \mid \text{is it } X) \approx 1$,
+# and favours the same X in both forms.
+#
+# The first answers are drawn at temperature 1 from random numbers that belong to the item, so
+# all configurations face the same dice.
+
+# %%
+example = laboratory.items.recall[0]
+print(f"U: {example.question.text}\nA: (the model answers)")
+for turn in (*example.distractors, example.requestion):
+    print(f"{turn.speaker}: {turn.text}")
+
+# %% [markdown]
+# The log described its outputs as "incoherent" or "repetitive". Those words are given meanings
+# here, before anything is measured:
+
+# %%
+print(coherence.Thresholds())
+
+# %% [markdown]
+# ## The log's four experiments
+#
+# The log ran $\lambda = 1$, $0.1$ and $0.01$ in all layers and $0.01$ in the last 8 of 32, that
+# is the last quarter. Each is repeated here over several seeds of $z^*$. Two controls stand
+# beside every row. The *redrawn* control injects directions of the same norm but draws a new one
+# every turn: if it does as well, then constancy is not what helps. The *text* control puts one
+# line into the window, the first answer or the choice: what a commitment would have to equal.
+
+# %%
+strengths, ranges = (1.0, 0.1, 0.01), ("all", "last quarter")
+tasks = sweep.grid(strengths, ("all",), seeds, ("commitment", "redrawn"))
+tasks += sweep.grid((0.01,), ("last quarter",), seeds, ("commitment", "redrawn"))[2:]
+with run.stage("sweep"):
+    rows = laboratory.run(tasks, run.artifacts)
+results.record_named_rows(run, rows)
+table = sweep.summarise(rows)
+
+# %%
+run.figure(
+    "named_rows",
+    *plots.named_rows(table),
+    "The probes for the log's four experiments, their redrawn controls and the two baselines; "
+    "means with 95 % intervals (over seeds; over items for the baselines). A model that holds a "
+    "choice has Σ P(yes) at the dotted line.",
+)
+
+# %% [markdown]
+# Numbers hide what a reader would see, so here is the beginning of one continuation per row,
+# from the same opening and the same dice.
+
+# %%
+for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
+    if task.control != "redrawn":
+        print(f"λ = {task.strength:g}, {task.layers}: {laboratory.continuation(task)!r}")
+
+# %% [markdown]
+# ## Report
+
+# %%
+laboratory.close()
+run.finish(results.ZERO_SHOT)
+
+# %% [markdown]
+# ## What this does not show
+#
+# - A random direction means nothing to the model. That it fails, or succeeds by making one value
+#   likely everywhere, says little about a direction that was trained; that is chapter 3.
+# - Recall after eviction and agreement between the question forms can rise for a dull reason: the
+#   direction may favour one value whatever is asked. The Σ P(yes) column and the language metrics
+#   tell the two apart only in part.
+# - In a model of few layers the named ranges are coarse: a quarter of three layers is one.
+# - The offline model knows one kind of conversation. The log's claims were about
+#   Llama-2-7B-Chat; the profile `full` runs this notebook on it.
