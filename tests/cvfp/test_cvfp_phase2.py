@@ -16,23 +16,12 @@ def text(network, embeddings):
     return p2.FixedText(torch.tensor([1, 4, 2, 2, 0, 6, 5, 3, 1, 1]), tokens, contexts)
 
 
-def gradients(network, config, text, contexts):
-    model = p2.Phase2Model(network(), 7, config).double()
-    before, token, _, target = p2.FixedText(text.ids, text.tokens, contexts).inputs()
-    batch = (before, token, contexts[:-1], target)
-    loss = p2.phase2_loss(model, batch, config.context_weight)
-    found = torch.autograd.grad(
-        loss, [contexts, *model.block.stack[-1].parameters()], allow_unused=True
-    )
-    return found[0], found[1:]
-
-
 def test_no_gradient_through_fixed_contexts_or_context_out(network, phase2, text):
     """v2.0: exactly zero into C* from the block, and into the last layer's context half."""
     model = p2.Phase2Model(network(), 7, phase2).double()
     contexts = text.contexts.clone().requires_grad_()
     batch = p2.FixedText(text.ids, text.tokens, contexts).inputs()
-    loss = p2.phase2_loss(model, batch, phase2.context_weight)
+    loss, _, _ = p2.phase2_loss(model, batch, phase2.context_weight)
     assert not batch[0].requires_grad
     assert not batch[2].requires_grad
     loss.backward()
@@ -47,7 +36,7 @@ def test_no_gradient_through_fixed_contexts_or_context_out(network, phase2, text
 def test_soft_variant_does_train_context_out(network, phase2, text):
     config = replace(phase2, version="v1.0")
     model = p2.Phase2Model(network(), 7, config).double()
-    p2.phase2_loss(model, text.inputs(), config.context_weight).backward()
+    p2.phase2_loss(model, text.inputs(), config.context_weight)[0].backward()
     last = model.block.stack[-1]
     assert last.context_norm.weight.grad.abs().sum() > 0
     assert torch.count_nonzero(last.linear.weight.grad[:12]) > 0

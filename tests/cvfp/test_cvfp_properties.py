@@ -132,7 +132,8 @@ def test_a_rollout_is_never_silently_wrong(
     result = rollout(block, text, method=method, tolerance=tolerance, segment=segment)
     error = ((result.contexts - exact).norm(dim=1) / exact.norm(dim=1)).max()
     assert float(error) <= tolerance
-    assert result.done == tokens
+    assert result.sequential_tokens in (0, tokens)
+    assert not result.fell_back or torch.equal(result.contexts, exact)
 
 
 @pytest.mark.parametrize("method", ["jacobi", "quasi-newton"])
@@ -142,8 +143,8 @@ def test_contraction_is_used_and_chaos_falls_back(network, embeddings, method):
     assert calm.passes < 12
     wild = rollout(network(**CHAOS), embeddings(700, 46), method=method)
     assert wild.fell_back
-    assert wild.sequential_tokens > 680
-    assert wild.passes < 5, "two windows were tried, briefly"
+    assert wild.sequential_tokens == 700
+    assert wild.passes < 2, "one window was tried, briefly"
 
 
 def test_segments_reach_where_single_tokens_do_not(network, embeddings):

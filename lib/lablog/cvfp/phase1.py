@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -209,15 +209,16 @@ def sequential_iteration(
     tokens: Tensor,
     previous: Tensor,
     tracker: DiversityTracker,
-    bar: Iterable[int] | None = None,
+    tick: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """One pass with a step per token; the same return values as :func:`parallel_step`."""
     context, contexts = previous[-1], torch.empty_like(previous)
     losses = tokens.new_empty(len(tokens), 3)
-    for i in bar if bar is not None else range(len(tokens)):
+    for i in range(len(tokens)):
         context, losses[i] = step(context, tokens[i], previous[i], tracker.mean)
         contexts[i] = context
         tracker.update(context)
+        tick()
     error = (contexts - previous).square().mean(1)
     converged = (error < step.config.convergence_threshold).sum()
     return contexts, torch.cat([losses.mean(0), converged.to(losses.dtype).unsqueeze(0)])
@@ -259,14 +260,17 @@ def train(
     elif contexts is None:
         contexts = rollout(block, tokens).contexts
     step = SequentialStep(block, config, optimizer) if config.variant == "sequential" else None
+    bar = tqdm(
+        desc=f"{config.variant}, w = {config.diversity_weight:g}, seed {config.seed}",
+        total=(config.iterations - 1) * len(tokens), initial=len(history) * len(tokens),
+        unit="token", mininterval=2, disable=not progress,
+    )  # fmt: skip
     for iteration in range(len(history) + 1, config.iterations):
-        label = f"w={config.diversity_weight:g} iteration {iteration}/{config.iterations - 1}"
-        with tqdm(range(len(tokens)), label, unit="token", disable=not progress) as bar:
-            if step is None:
-                contexts, stats = parallel_step(block, tokens, contexts, optimizer, config)
-                bar.update(len(tokens))
-            else:
-                contexts, stats = sequential_iteration(step, tokens, contexts, tracker, bar)
+        if step is None:
+            contexts, stats = parallel_step(block, tokens, contexts, optimizer, config)
+            bar.update(len(tokens))
+        else:
+            contexts, stats = sequential_iteration(step, tokens, contexts, tracker, bar.update)
         loss, cvfp, diversity, converged = stats.tolist()  # the iteration's one synchronisation
         if not torch.isfinite(stats).all():
             raise FloatingPointError(
@@ -291,6 +295,7 @@ def train(
             atomic_write(checkpoint, buffer.getvalue())
         if done:
             break
+    bar.close()
     return Phase1Result(history, contexts, config.iterations)
 
 
@@ -306,6 +311,14 @@ def _identity(block: CVFPBlock, tokens: Tensor, config: Phase1Config) -> dict[st
         "source": sources, "torch": str(torch.__version__), "threads": torch.get_num_threads(),
         "device": tokens.device.type,
     }  # fmt: skip
+
+
+def checkpoint_path(
+    folder: Path, block: CVFPBlock, tokens: Tensor, config: Phase1Config
+) -> Path:
+    """A file name in `folder` for the training of this untrained `block`, by what it depends on."""
+    key = hashlib.sha256(repr(sorted(_identity(block, tokens, config).items())).encode())
+    return folder / f"phase1-{key.hexdigest()[:16]}.pt"
 
 
 def load_checkpoint(

@@ -86,14 +86,15 @@ class Phase2Model(nn.Module):
 
 def phase2_loss(
     model: Phase2Model, batch: tuple[Context, Token, Tensor, Tensor], context_weight: float
-) -> Tensor:
-    """Mean cross-entropy, in v1.0 plus `context_weight` MSE(context_out, C*)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, cross-entropy, accuracy); in v1.0 the loss adds `context_weight` MSE(context, C*)."""
     before, token, fixed, target = batch
     logits, context_out = model(before, token, fixed)
-    loss = F.cross_entropy(logits, target)
+    loss = entropy = F.cross_entropy(logits, target)
     if model.version == "v1.0":
-        loss = loss + context_weight * F.mse_loss(context_out, fixed)
-    return loss
+        loss = entropy + context_weight * F.mse_loss(context_out, fixed)
+    accuracy = (logits.argmax(1) == target).to(loss.dtype).mean()
+    return loss, entropy.detach(), accuracy
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def predict(model: Phase2Model, text: FixedText, rows: int = 1024) -> Prediction
 
 @dataclass(frozen=True)
 class Epoch:
-    """Perplexity and accuracy after an epoch (0: before training)."""
+    """Perplexity and accuracy: training as met during the epoch, validation after it."""
 
     epoch: int
     train_perplexity: float
@@ -163,39 +164,38 @@ def train_phase2(
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     before, token, fixed, target = training.inputs()
     generator = torch.Generator().manual_seed(config.seed)
-    history = [_epoch(0, model, training, validation)]
-    best, weights = history[0], copy.deepcopy(model.state_dict())
+    history: list[Epoch] = []
+    best, weights = None, copy.deepcopy(model.state_dict())
     with tqdm(total=config.epochs, desc=label, unit="epoch", disable=not progress) as bar:
         for epoch in range(1, config.epochs + 1):
             order = torch.randperm(len(target), generator=generator).to(target.device)
-            total = fixed.new_zeros(())
+            totals = fixed.new_zeros(3)
             for rows in order.split(config.batch_tokens):
                 batch = (Context(before[rows]), Token(token[rows]), fixed[rows], target[rows])
-                loss = phase2_loss(model, batch, config.context_weight)
+                losses = phase2_loss(model, batch, config.context_weight)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                losses[0].backward()
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
                 optimizer.step()
-                total += loss.detach()
-            if not bool(torch.isfinite(total)):
+                totals += len(rows) * torch.stack([x.detach() for x in losses])
+            loss, entropy, accuracy = (totals / len(target)).tolist()
+            if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"{label or config.version}: loss {float(total)} in epoch {epoch}: lower "
+                    f"{label or config.version}: loss {loss} in epoch {epoch}: lower "
                     f"learning_rate = {config.learning_rate} or check the contexts for NaN"
                 )
-            history.append(_epoch(epoch, model, training, validation))
-            if history[-1].validation_perplexity < best.validation_perplexity:
-                best, weights = history[-1], copy.deepcopy(model.state_dict())
+            seen = predict(model, validation)
+            now = Epoch(epoch, math.exp(entropy), accuracy, seen.perplexity, seen.accuracy)
+            history.append(now)
+            if best is None or now.validation_perplexity < best.validation_perplexity:
+                best, weights = now, copy.deepcopy(model.state_dict())
             bar.set_postfix_str(f"validation perplexity {history[-1].validation_perplexity:.1f}")
             bar.update()
             if epoch - best.epoch >= config.patience:
                 break
+    assert best is not None  # epochs >= 1
     model.load_state_dict(weights)
     return Phase2Result(model, history, best)
-
-
-def _epoch(number: int, model: Phase2Model, training: FixedText, validation: FixedText) -> Epoch:
-    a, b = predict(model, training), predict(model, validation)
-    return Epoch(number, a.perplexity, a.accuracy, b.perplexity, b.accuracy)
 
 
 def window_contexts(table: Tensor, ids: Tensor, width: int, size: int) -> Tensor:

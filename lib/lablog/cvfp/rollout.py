@@ -11,7 +11,6 @@ the recurrence contracts (arXiv:2508.16817), so both fall back to the loop where
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,9 +28,8 @@ class Rollout:
     """Contexts [n, context_dim] and how they were found.
 
     `passes`: evaluations of the parallel map per token, on average. `sequential_tokens`: tokens
-    computed by the loop, all of them for the method `sequential`; for the others more than 0
-    means that the fallback was taken. `residuals`: per window of tokens, the largest relative
-    change of a context in each pass. `done`: tokens computed so far.
+    computed by the loop: all for the method `sequential` and where another fell back to it, else
+    0. `residuals`: per window of tokens, the largest relative change of a context in each pass.
     """
 
     contexts: Tensor
@@ -39,7 +37,6 @@ class Rollout:
     passes: float = 0.0
     sequential_tokens: int = 0
     residuals: list[list[float]] = field(default_factory=list)
-    done: int = 0
 
     @property
     def fell_back(self) -> bool:
@@ -108,7 +105,6 @@ def rollout(
     tolerance: float = 1e-4,
     segment: int = 1,
     max_passes: int = 16,
-    on_tokens: Callable[[int], None] = lambda n: None,
 ) -> Rollout:
     """Contexts of `tokens` [n, embed_dim] from `start` (zeros [context_dim] unless given).
 
@@ -118,10 +114,10 @@ def rollout(
 
     The parallel methods solve a window of segments at a time, from the exact end of the window
     before, and stop when the error that is left, extrapolated from how residuals shrink, is below
-    `tolerance` relative to the context's norm. Where they would not get there within `max_passes`
-    (about where the loop is as fast on two CPU cores), the loop does the rest of the window, and
-    after two such windows the rest of the text. Raises ValueError for a wrong width, method,
-    segment or tolerance, FloatingPointError for NaN.
+    `tolerance` relative to the context's norm. As soon as a window would not get there within
+    `max_passes` (about where the loop is as fast on two CPU cores), the loop does the whole text:
+    where the recurrence does not contract, even the rounding of an exact prefix would grow.
+    Raises ValueError for a wrong width, method, segment or tolerance, FloatingPointError for NaN.
     """
     config = block.config
     start = tokens.new_zeros(config.context_dim) if start is None else start
@@ -135,44 +131,37 @@ def rollout(
             "tolerance < 1, at least 4 passes, and segments of 1 token (more only for jacobi)"
         )
     out = tokens.new_empty(len(tokens), config.context_dim)
-    result, parallel = Rollout(out, method), _Window(block, tolerance, max_passes, newton)
-    loop, begin = SequentialRollout(block), 0
-    failures = 2 if method == "sequential" else 0
-    first = rows = max(4, 256 // segment)  # small windows first, larger ones after success
-    while begin < len(tokens):
-        rest = len(tokens) - begin
-        count = min(rows, rest // segment) if failures < 2 else 0
-        end = begin + (count * segment or rest)
-        if count:
-            shape = (count, segment, -1)
-            solved, exact, residuals = parallel.solve(tokens[begin:end].view(shape), start)
-            out[begin : begin + exact] = solved.flatten(0, 1)[:exact]
-            result.passes += len(residuals) * count * segment / len(tokens)
-            result.residuals.append(residuals)
-            begin += exact
-            failures += begin < end
-            rows = first if begin < end else min(2 * rows, max(64, first))
-        if begin < end:
-            loop(tokens[begin:end], out[begin - 1] if begin else start, out[begin:end])
-            result.sequential_tokens += end - begin if failures else 0
-        on_tokens(end - result.done)
-        begin = result.done = end
-        start = out[end - 1]
+    result, window = Rollout(out, method), _Window(block, tolerance, max_passes, newton)
+    begin, rows, here = 0, max(8, 256 // segment), start
+    while begin < len(tokens) and method != "sequential":
+        count = min(rows, -(-(len(tokens) - begin) // segment))
+        size = min(segment, len(tokens) - begin) if count == 1 else segment
+        count = min(count, (len(tokens) - begin) // size)
+        end = begin + count * size
+        solved, residuals = window.solve(tokens[begin:end].view(count, size, -1), here)
+        result.passes += len(residuals) * (end - begin) / len(tokens)
+        result.residuals.append(residuals)
+        if solved is None:
+            break
+        out[begin:end] = solved.flatten(0, 1)
+        begin, here, rows = end, out[end - 1], min(2 * rows, max(64, rows))
+    if begin < len(tokens):
+        SequentialRollout(block)(tokens, start, out)
+        result.sequential_tokens = len(tokens)
     if not bool(torch.isfinite(out).all()):
         raise FloatingPointError("contexts are not finite: the network's weights or tokens are not")
     return result
 
 
 class _Window:
-    """Solves one window of segments; keeps the quasi-Newton diagonal from window to window."""
+    """Solves windows of segments; keeps the quasi-Newton diagonal from window to window."""
 
     def __init__(self, block: CVFPBlock, tolerance: float, max_passes: int, newton: bool) -> None:
         self.block, self.tolerance, self.max_passes = block, tolerance, max_passes
         self.newton, self.diagonal = newton, torch.empty(0)
 
-    def solve(self, tokens: Tensor, start: Tensor) -> tuple[Tensor, int, list[float]]:
-        """Contexts [s, segment, c] of tokens [s, segment, e], how many tokens from the first on
-        are within tolerance (all, or where this is not reached the exact ones), residuals."""
+    def solve(self, tokens: Tensor, start: Tensor) -> tuple[Tensor | None, list[float]]:
+        """Contexts [s, segment, c] of tokens [s, segment, e] or None, and the residuals."""
         segments, length, _ = tokens.shape
         guess = start.expand(segments, length, -1)
         residuals: list[float] = []
@@ -193,13 +182,13 @@ class _Window:
             residuals.append(float(relative.max()))  # one synchronisation a pass, none a token
             guess = new
             if not math.isfinite(residuals[-1]):
-                break
+                return None, residuals
             if self.newton and done > 2:
                 trust = min(1.0, 2 * trust) if residuals[-1] < residuals[-2] else trust / 2
-            verdict = True if done == segments else self._judge(residuals)
+            verdict = self._judge(residuals)
             if verdict is not None:
-                return guess, (segments if verdict else done) * length, residuals
-        return guess, 0, residuals
+                return (guess if verdict else None), residuals
+        return guess, residuals  # as many passes as segments make all of them exact
 
     def _judge(self, residuals: list[float]) -> bool | None:
         """True: converged; False: will not be within the passes allowed; None: go on."""

@@ -1,0 +1,198 @@
+"""Speed of the CVFP experiment as ratios within one process, for ``make bench``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lablog.cvfp.model import CVFPBlock, ModelConfig
+from lablog.cvfp.phase1 import (
+    DiversityTracker,
+    Phase1Config,
+    SequentialStep,
+    make_optimizer,
+    parallel_step,
+    sequential_iteration,
+    train,
+)
+from lablog.cvfp.rollout import SequentialRollout, rollout
+from lablog.record import peak_memory_bytes
+
+Row = tuple[str, float, str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is timed; the log's size unless told otherwise."""
+
+    width: int = 768
+    layers: int = 6
+    tokens: int = 6400
+    slice: int = 60
+    repeats: int = 3
+    growth: tuple[int, ...] = (1000, 6400, 25000)
+
+
+def seconds(work: Callable[[], object], repeats: int, device: str = "cpu") -> float:
+    """Median time of `work`, after one run that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def run(size: Size | None = None, device: str = "cpu") -> list[Row]:
+    """All measurements as (name, value, unit, details); about 3 minutes on two idle cores."""
+    size = size or Size()
+    config = ModelConfig(size.width, size.width, 2 * size.width, size.layers, 1.0, 0.1, 0.01)
+    settings = Phase1Config("parallel", 0.9, 10, 0.002, 1.0, 0.1, 0.95, 2, 0.99, 42)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(size.tokens, size.width, generator=generator)
+    tokens = torch.nn.functional.layer_norm(tokens, (size.width,)).to(device)
+    bench = _Bench(size, config, settings, tokens, device)
+    rows = [*bench.training(), *bench.rollouts(), *bench.growth()]
+    return [(f"cvfp.{name}", value, unit, details) for name, value, unit, details in rows]
+
+
+class _Bench:
+    def __init__(
+        self, size: Size, config: ModelConfig, settings: Phase1Config, tokens: Tensor, device: str
+    ) -> None:
+        self.size, self.config, self.settings = size, config, settings
+        self.tokens, self.device = tokens, device
+
+    def block(self) -> CVFPBlock:
+        return CVFPBlock(self.config, 42).to(self.device)
+
+    def time(self, work: Callable[[], object], repeats: int | None = None) -> float:
+        return seconds(work, repeats or self.size.repeats, self.device)
+
+    def gemm_rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second of the layer's product over all tokens."""
+        hidden = self.config.hidden_dim
+        a = torch.randn(self.size.tokens, hidden, device=self.device).to(dtype)
+        b = torch.randn(hidden, hidden, device=self.device).to(dtype)
+        out = torch.empty(self.size.tokens, hidden, device=self.device, dtype=dtype)
+        once = self.time(lambda: torch.mm(a, b, out=out), 2 * self.size.repeats + 1)
+        return 2 * self.size.tokens * hidden**2 / once
+
+    def weight_bytes(self) -> int:
+        return 4 * self.config.num_layers * self.config.hidden_dim**2
+
+    def parallel(self, autocast: bool) -> tuple[float, Tensor]:
+        block, settings = self.block(), replace(self.settings, autocast=autocast)
+        optimizer, state = make_optimizer(block, settings), [self.tokens]
+
+        def step() -> None:
+            state[0], _ = parallel_step(block, self.tokens, state[0], optimizer, settings)
+
+        first, _ = parallel_step(block, self.tokens, self.tokens, optimizer, settings)
+        return self.time(step), first
+
+    def training(self) -> Iterator[Row]:
+        size, flops = self.size, 3 * self.config.forward_flops * self.size.tokens
+        # The product is measured before and after the step, so that a busy moment shows.
+        gemm = [self.gemm_rate(torch.float32)]
+        step, exact = self.parallel(autocast=False)
+        gemm.append(self.gemm_rate(torch.float32))
+        rate = statistics.mean(gemm)
+        yield ("parallel_step.fraction_of_gemm", flops / step / rate, "ratio",
+               {"seconds": step, "gemm_flops_per_second": gemm, "target": 0.70})  # fmt: skip
+        half_gemm = self.gemm_rate(torch.bfloat16)
+        half, rough = self.parallel(autocast=True)
+        yield ("parallel_step.fraction_of_gemm.bf16", flops / half / half_gemm, "ratio",
+               {"seconds": half, "gemm_flops_per_second": half_gemm, "f32_over_bf16": step / half,
+                "relative_deviation": float((rough - exact).norm() / exact.norm())})  # fmt: skip
+
+        block, slice_ = self.block(), self.tokens[: size.slice]
+        settings = replace(self.settings, variant="sequential", diversity_weight=0.5)
+        sequential = SequentialStep(block, settings, make_optimizer(block, settings))
+        tracker = DiversityTracker(*torch.zeros(2, size.width, device=self.device), 0.99)
+        one = self.time(
+            lambda: sequential_iteration(sequential, slice_, slice_, tracker)
+        ) / len(slice_)  # fmt: skip
+        # Ten streams of the weights: two readings, one writing, and Adam's seven.
+        a, b = torch.randn(2, self.weight_bytes() // 4, device=self.device)
+        out = torch.empty_like(a)
+        bandwidth = 3 * self.weight_bytes() / self.time(lambda: torch.add(a, b, out=out), 9)
+        bound = 10 * self.weight_bytes() / bandwidth
+        optimizer_alone = self.time(sequential.optimizer.step, 9)
+        yield ("train.parallel_over_sequential", one * size.tokens / step, "ratio",
+               {"sequential_seconds_per_token": one, "parallel_seconds": step, "target": 23,
+                "slice_tokens": size.slice, "sequential_fraction_of_memory_bound": bound / one,
+                "bandwidth_bytes_per_second": bandwidth,
+                "adam_share": optimizer_alone / one})  # fmt: skip
+
+    def rollouts(self) -> Iterator[Row]:
+        size, block, tokens = self.size, self.block(), self.tokens[:400]
+        weights = [layer.linear.weight.detach().t().contiguous().t() for layer in block.stack]
+        x = torch.randn(self.config.hidden_dim, device=self.device)
+        y = torch.empty_like(x)
+
+        def products() -> None:
+            for weight in weights:
+                torch.mv(weight, x, out=y)
+
+        loop, out = SequentialRollout(block), torch.empty_like(tokens)
+        pure = [self.time(products, 50)]
+        once = self.time(lambda: loop(tokens, tokens[0], out)) / len(tokens)
+        pure.append(self.time(products, 50))
+        bound = statistics.mean(pure)
+        yield ("rollout.fraction_of_gemv", bound / once, "ratio",
+               {"tokens_per_second": 1 / once, "products_per_second": 1 / bound, "target": 0.85,
+                "bytes_per_second": self.weight_bytes() / bound})  # fmt: skip
+        half = SequentialRollout(block, torch.bfloat16)
+        rough = torch.empty_like(tokens)
+        fast = self.time(lambda: half(tokens, tokens[0], rough)) / len(tokens)
+        yield ("rollout.bf16_over_f32", once / fast, "ratio",
+               {"relative_deviation": float((rough - out).norm() / out.norm())})  # fmt: skip
+        yield self.best_over_sequential("untrained", block)
+        train(block, self.tokens, self.settings, initial=rollout(block, self.tokens).contexts)
+        yield self.best_over_sequential("trained", block)
+
+    def best_over_sequential(self, name: str, block: CVFPBlock) -> Row:
+        """Time of the loop over that of the fastest method that is within 1e-4 of it."""
+        tokens = self.tokens
+        times, details = {}, {}
+        start = time.perf_counter()
+        exact = rollout(block, tokens).contexts
+        times["sequential"] = time.perf_counter() - start
+        for label, method, segment in (
+            ("jacobi", "jacobi", 1), ("jacobi segments of 64", "jacobi", 64),
+            ("quasi-newton", "quasi-newton", 1),
+        ):  # fmt: skip
+            start = time.perf_counter()
+            result = rollout(block, tokens, method=method, segment=segment)  # type: ignore[arg-type]
+            times[label] = time.perf_counter() - start
+            error = (result.contexts - exact).norm(dim=1) / exact.norm(dim=1)
+            details[label] = {"passes": result.passes, "error": float(error.max()),
+                              "loop_tokens": result.sequential_tokens}  # fmt: skip
+        best = min((label for label in times if label != "sequential"), key=times.__getitem__)
+        return (f"rollout.best_over_sequential.{name}", times["sequential"] / times[best], "ratio",
+                {"best": best, "seconds": times, "methods": details})  # fmt: skip
+
+    def growth(self) -> Iterator[Row]:
+        """Seconds and peak memory of a parallel step per token, relative to the smallest size."""
+        block, per_token = self.block(), []
+        optimizer = make_optimizer(block, self.settings)
+        repeats = -(-max(self.size.growth) // len(self.tokens))
+        text = self.tokens.repeat(repeats, 1)
+        for n in self.size.growth:
+            part = text[:n]
+            once = self.time(
+                lambda part=part: parallel_step(block, part, part, optimizer, self.settings), 1
+            )
+            per_token.append(once / n)
+            yield (f"growth.seconds_per_token.{n}", once / n, "s", {
+                "over_smallest": per_token[-1] / per_token[0],
+                "peak_memory_bytes": peak_memory_bytes()})  # fmt: skip
