@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ class _Bench:
         block, slice_ = self.block(), self.tokens[: size.slice]
         settings = replace(self.settings, variant="sequential", diversity_weight=0.5)
         sequential = SequentialStep(block, settings, make_optimizer(block, settings))
-        tracker = DiversityTracker(*torch.zeros(2, size.width, device=self.device), 0.99)
+        mean, variance = torch.zeros(2, size.width, device=self.device)
+        tracker = DiversityTracker(mean, variance, 0.99)
         one = self.time(
             lambda: sequential_iteration(sequential, slice_, slice_, tracker)
         ) / len(slice_)  # fmt: skip
@@ -134,7 +136,7 @@ class _Bench:
                 "adam_share": optimizer_alone / one})  # fmt: skip
 
     def rollouts(self) -> Iterator[Row]:
-        size, block, tokens = self.size, self.block(), self.tokens[:400]
+        block, tokens = self.block(), self.tokens[:400]
         weights = [layer.linear.weight.detach().t().contiguous().t() for layer in block.stack]
         x = torch.randn(self.config.hidden_dim, device=self.device)
         y = torch.empty_like(x)
@@ -189,9 +191,8 @@ class _Bench:
         text = self.tokens.repeat(repeats, 1)
         for n in self.size.growth:
             part = text[:n]
-            once = self.time(
-                lambda part=part: parallel_step(block, part, part, optimizer, self.settings), 1
-            )
+            work = partial(parallel_step, block, part, part, optimizer, self.settings)
+            once = self.time(work, 1)
             per_token.append(once / n)
             yield (f"growth.seconds_per_token.{n}", once / n, "s", {
                 "over_smallest": per_token[-1] / per_token[0],
