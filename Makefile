@@ -69,18 +69,19 @@ $(ENV_STAMP): pyproject.toml $(SDIST)
 	@$(PIP) install --editable '.[test]'
 	@touch $@
 
-$(NATIVE_STAMP): native/CMakeLists.txt $(wildcard native/patches/* native/src/*) $(SDIST)
+$(NATIVE_STAMP): native/CMakeLists.txt $(wildcard native/cmake/* native/patches/* native/src/*) $(SDIST)
 	@for tool in '$(CMAKE)' '$(COMPILER)'; do command -v $$tool >/dev/null || { echo \
 	  "error: $$tool is not installed; the native library needs CMake and a C++17 compiler" \
 	  "(Debian: apt-get install cmake g++; macOS: xcode-select --install and cmake;" \
 	  "conda: environment.yml brings both)" >&2; exit 1; }; done
 	@echo "building the patched llama.cpp (about two minutes)"
-	@mkdir -p $(@D) && date +%s > $(@D)/.started
+	@mkdir -p $(@D); test -e $(@D)/CMakeCache.txt || date +%s > $(@D)/.started
 	@$(CMAKE) -S native -B $(@D) -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DCMAKE_BUILD_TYPE=Release \
 	  $(CMAKE_ARGS) > $(@D)/configure.log 2>&1 \
 	  || { cat $(@D)/configure.log >&2; exit 1; }
 	@$(CMAKE) --build $(@D) -j $(JOBS) > $(@D)/build.log 2>&1 || { tail -40 $(@D)/build.log >&2; exit 1; }
-	@echo $$(( $$(date +%s) - $$(cat $(@D)/.started) )) > $(@D)/build_seconds
+	@test ! -e $(@D)/.started || { echo $$(( $$(date +%s) - $$(cat $(@D)/.started) )) \
+	  > $(@D)/build_seconds && rm $(@D)/.started; }
 	@touch $@
 
 # --- Results ----------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 	@$(CMAKE) --build build/native-sanitize -j $(JOBS)
 	@ctest --test-dir build/native-sanitize --output-on-failure
 
-bench: setup ## speed, as ratios within one process: build/bench.json
+bench: test-native ## speed, as ratios within one process: build/bench.json
 	@$(PY) -m lablog.bench
 
 clean: ## remove results and book, keep environment and native library

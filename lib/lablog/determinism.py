@@ -18,7 +18,7 @@ def seed_everything(seed: int, threads: int | None = None) -> None:
     # cuBLAS reads this when its first handle is made; without it CUDA products may differ.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     if threads is not None:

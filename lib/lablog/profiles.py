@@ -39,7 +39,11 @@ class Parameter:
 
     def check(self, value: Any, origin: str) -> Any:
         """Return `value` if it has the declared type (an int is a float), else ProfileError."""
-        kind = eval(self.annotation, {"__builtins__": {}}, TYPES)
+        try:
+            kind = eval(self.annotation, {"__builtins__": {}}, TYPES)
+        except Exception:
+            raise ProfileError(f"{origin}: the type {self.annotation} of {self.name} is not made "
+                               f"of {', '.join(sorted(TYPES))}") from None
         adapter: TypeAdapter[Any] = TypeAdapter(
             kind, config=ConfigDict(strict=True, allow_inf_nan=False)
         )
@@ -66,9 +70,9 @@ def notebook_path(name: str) -> Path:
     return path
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
+def _nearest(name: Any, valid: Iterable[str]) -> str:
     valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid are: {', '.join(valid)}"
 
 
@@ -82,14 +86,22 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
     if len(cells) != 1:
         raise ProfileError(f"{notebook} has {len(cells)} cells tagged `parameters`; it needs one")
     found = {}
-    for statement in ast.parse(cells[0].source).body:
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+    try:
+        statements = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise ProfileError(f"{notebook}: the parameters cell is no Python: {error}") from None
+    for statement in statements:
+        try:
+            if not isinstance(statement, ast.AnnAssign):
+                raise ValueError("no annotated assignment")
+            if not isinstance(statement.target, ast.Name) or statement.value is None:
+                raise ValueError("no name, or no value")
+            default = ast.literal_eval(statement.value)
+        except ValueError:
             raise ProfileError(
                 f"{notebook}: `{ast.unparse(statement)}` in the parameters cell is no "
-                "`name: type = value`"
-            )
-        assert statement.value is not None
-        default = ast.literal_eval(statement.value)
+                "`name: type = value` with a literal value"
+            ) from None
         parameter = Parameter(statement.target.id, ast.unparse(statement.annotation), default)
         parameter.check(parameter.default, str(notebook))
         found[parameter.name] = parameter
@@ -115,15 +127,18 @@ def _read(source: str, seen: tuple[Path, ...] = ()) -> tuple[str, dict[str, Any]
         raise ProfileError(f"{path} extends itself")
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ProfileError(f"{path} holds a {type(content).__name__}; expected `notebook: {{...}}`")
     base = content.pop("extends", None)
+    if not isinstance(base, str | None):
+        raise ProfileError(f"{path}: extends holds {base!r}; expected the name of a profile")
     merged: dict[str, Any] = _read(base, (*seen, path))[1] if base else {}
     for key, section in content.items():
         if key not in (*RESERVED, *notebooks()):
-            raise ProfileError(f"{path}: unknown key {key!r}{_nearest(key, notebooks())}")
+            valid = (*RESERVED, *notebooks())
+            raise ProfileError(f"{path}: unknown key {key!r}{_nearest(key, valid)}")
         if not isinstance(section, dict):
             raise ProfileError(f"{path}: {key} holds {section!r}; expected `parameter: value`")
         merged[key] = merged.get(key, {}) | section
@@ -135,13 +150,17 @@ def _parse_override(text: str) -> tuple[str | None, str, Any]:
     if not separator:
         raise ProfileError(f"override {text!r} is not of the form [NOTEBOOK.]PARAMETER=VALUE")
     prefix, _, name = target.rpartition(".")
+    try:
+        content = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ProfileError(f"override {text!r} is not valid YAML: {error}") from None
     if not prefix:
-        return None, name, yaml.safe_load(value)
+        return None, name, content
     matches = [notebook for notebook in notebooks() if notebook.startswith(prefix)]
     if len(matches) != 1:
         raise ProfileError(f"override {text!r}: no single notebook {prefix!r}"
                            f"{_nearest(prefix, notebooks())}")
-    return matches[0], name, yaml.safe_load(value)
+    return matches[0], name, content
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Profile:
@@ -157,7 +176,9 @@ def load(source: str, overrides: Sequence[str] = ()) -> Profile:
     declared = {notebook: declared_parameters(notebook_path(notebook)) for notebook in notebooks()}
     values = {n: {p.name: p.default for p in d.values()} for n, d in declared.items()}
 
-    def assign(notebook: str | None, parameter: str, value: Any, origin: str) -> None:
+    def assign(
+        notebook: str | None, parameter: str, value: Any, origin: str
+    ) -> list[tuple[str, str]]:
         targets = [notebook] if notebook else [n for n in declared if parameter in declared[n]]
         valid = declared[notebook] if notebook else {p: 0 for d in declared.values() for p in d}
         if parameter not in valid:
@@ -166,13 +187,16 @@ def load(source: str, overrides: Sequence[str] = ()) -> Profile:
                                + _nearest(parameter, valid))
         for target in targets:
             values[target][parameter] = declared[target][parameter].check(value, origin)
+        return [(target, parameter) for target in targets]
 
     for key in ("all", *sorted(set(sections) - {"all"})):
         for parameter, value in sections.get(key, {}).items():
             assign(None if key == "all" else key, parameter, value, f"profile {source}, {key}")
+    changed = {}
     for text in overrides:
-        assign(*_parse_override(text), origin=f"override {text!r}")
+        for target, parameter in assign(*_parse_override(text), origin=f"override {text!r}"):
+            changed[f"{target}.{parameter}"] = values[target][parameter]
     if overrides:
-        digest = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{name}+{digest}"
     return Profile(name, values)

@@ -104,7 +104,7 @@ class Laboratory:
         for _ in range(self.workers):
             context = Context(
                 self.model, settings.sequences, settings.window,
-                threads=1 if small else usable_threads(), cache_type="f32" if small else "f16",
+                threads=1 if small else usable_threads(), cache_type="f16",
             )
             self._idle.put(Speech(self._stack.enter_context(context), settings.chat))
         here = Path(__file__).parents[1]

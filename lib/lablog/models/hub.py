@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -52,13 +52,25 @@ def _explained(what: str) -> Iterator[None]:
             f"{what}: there is no such repository, or it is private: check the name, or run "
             "`hf auth login`"
         ) from error
-    except (OfflineModeIsEnabled, httpx.TransportError, HfHubHTTPError, OSError) as error:
-        if "onsistency check" in str(error) or isinstance(error, httpx.RemoteProtocolError):
+    except httpx2.ConnectError as error:
+        raise HubError(
+            f"{what}: the Hub cannot be reached: check the network, or give the path of a local "
+            "copy as `model`"
+        ) from error
+    except (OfflineModeIsEnabled, httpx2.TransportError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise HubError(
+                f"{what} cannot be written into the cache ({error}): free some space, or set "
+                "HF_HOME to a folder that can be written"
+            ) from error
+        if "onsistency check" in str(error) or isinstance(error, httpx2.RemoteProtocolError):
             raise HubError(f"{what} arrived truncated; run again to resume it") from error
         raise HubError(
             f"{what}: the Hub did not answer as expected ({str(error).splitlines()[0]}): check "
             "the network, or give the path of a local copy as `model`"
         ) from error
+    except ValueError as error:  # names that the Hub cannot have
+        raise HubError(f"{what}: {error} Expected hub:OWNER/NAME[@REVISION][:FILE]") from error
 
 
 def download(repository: str, file: str, revision: str | None = None) -> Path:

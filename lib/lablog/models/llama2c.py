@@ -10,13 +10,16 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
+from sentencepiece import sentencepiece_model_pb2
+
 
 from lablog.files import atomic_folder, atomic_write
 
+sentencepiece_proto: Any = sentencepiece_model_pb2  # generated code without type stubs
 HEADER = struct.Struct("<7i")
 ROPE_THETA, NORM_EPSILON = 10000.0, 1e-5  # fixed in llama2.c's run.c and model.py
 

@@ -38,7 +38,7 @@ def native_folder() -> Path:
 
 
 @cache
-def _binding() -> ModuleType:
+def bindings() -> ModuleType:
     """llama_cpp, bound to the patched library, with the commitment's functions declared."""
     os.environ["LLAMA_CPP_LIB_PATH"] = str(native_folder() / "lib")
     import llama_cpp
@@ -110,7 +110,7 @@ class Model:
 
     def __init__(self, path: Path, gpu_layers: int = 0) -> None:
         self.path = check_gguf(path)
-        self._binding = _binding()
+        self._binding = bindings()
         parameters = self._binding.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         self._handle = self._binding.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -193,6 +193,9 @@ class Context:
 
     A sequence is an integer below `sequences`; it grows by :meth:`decode`, is brought to a given
     content by :meth:`prefill` and copied by :meth:`fork`. Close it, or use it as a context manager.
+
+    cache_type: ``f32`` computes attention in single precision (for comparisons with PyTorch);
+    ``f16`` is llama.cpp's default, with flash attention where it has it, and half again as fast.
     """
 
     def __init__(self, model: Model, sequences: int = 1, window: int = 512, threads: int = 1,
@@ -210,6 +213,7 @@ class Context:
         parameters.n_seq_max = sequences
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = {"f32": 0, "f16": 1}[cache_type]
+        parameters.flash_attn_type = 0 if cache_type == "f32" else -1  # its sums are half precision
         parameters.kv_unified = False  # a sequence then attends to its own cells only
         parameters.no_perf = True
         self._watched: dict[int, tuple[float, int]] = {}

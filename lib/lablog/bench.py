@@ -1,0 +1,180 @@
+"""Speed, as ratios within one process: ``make bench`` writes build/bench.json.
+
+The file is a record like those of the notebooks. Ratios are medians over pairs of rounds that
+follow each other (A B A B), with the bootstrap interval of the median.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lablog.commitment import latent
+from lablog.files import repository
+from lablog.intervals import Interval, bootstrap_percentile
+from lablog.models import convert, source
+from lablog.models.llama_cpp import bindings, native_folder
+from lablog.progress import progress
+from lablog.record import Run
+from lablog.report import format_metric
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def paired(reference: Callable[[], None], candidate: Callable[[], None], pairs: int,
+           description: str) -> tuple[float, Interval]:
+    """Median of reference time over candidate time (speed of candidate over reference).
+
+    Each pair runs both, in alternating order; one unrecorded pair warms up.
+    """
+    ratios = []
+    with progress(pairs, description, "pair") as bar:
+        for number in range(-1, pairs):
+            if number % 2:
+                first, second = _seconds(reference), _seconds(candidate)
+            else:
+                second, first = _seconds(candidate), _seconds(reference)
+            if number >= 0:
+                ratios.append(first / second)
+                bar.update()
+    return float(np.median(ratios)), bootstrap_percentile(ratios, 50)
+
+
+class Decoder:
+    """Decodes token by token with one of the two builds of libllama, through nothing but C."""
+
+    def __init__(self, library: Path, gguf: Path, window: int = 256) -> None:
+        binding = bindings()
+        self.library = ctypes.CDLL(str(next(library.glob("libllama.*"))))
+        void = ctypes.c_void_p
+        for name, result, arguments in (
+            ("llama_model_load_from_file", void, [ctypes.c_char_p, binding.llama_model_params]),
+            ("llama_init_from_model", void, [void, binding.llama_context_params]),
+            ("llama_decode", ctypes.c_int32, [void, binding.llama_batch]),
+            ("llama_get_memory", void, [void]),
+            ("llama_memory_clear", None, [void, ctypes.c_bool]),
+            ("llama_batch_get_one", binding.llama_batch,
+             [ctypes.POINTER(ctypes.c_int32), ctypes.c_int32]),
+            ("llama_model_n_embd", ctypes.c_int32, [void]),
+            ("llama_model_n_layer", ctypes.c_int32, [void]),
+            ("llama_free", None, [void]), ("llama_model_free", None, [void]),
+        ):
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+        self.model = self.library.llama_model_load_from_file(
+            str(gguf).encode(), binding.llama_model_default_params()
+        )
+        parameters = binding.llama_context_default_params()
+        parameters.n_ctx, parameters.n_threads = window, 1
+        self.context = self.library.llama_init_from_model(self.model, parameters)
+        self._token = (ctypes.c_int32 * 1)(300)
+
+    def run(self, tokens: int) -> None:
+        """Decode `tokens` tokens from an empty cache."""
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), False)
+        for _ in range(tokens):
+            code = self.library.llama_decode(
+                self.context, self.library.llama_batch_get_one(self._token, 1)
+            )
+            if code:
+                raise RuntimeError(f"llama_decode returned {code}")
+
+    def commit(self, strength: float) -> None:
+        """Set a commitment in all layers (the patched build only)."""
+        width = self.library.llama_model_n_embd(self.model)
+        last = self.library.llama_model_n_layer(self.model) - 1
+        vector = latent.sample(1, 64, width).direction
+        code = bindings().llama_cpp._lib.llama_set_commitment(
+            self.context, vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), width, width,
+            strength, 0, last,
+        )
+        if code:
+            raise RuntimeError(f"llama_set_commitment returned {code}")
+
+    def close(self) -> None:
+        """Free context and model."""
+        self.library.llama_free(self.context)
+        self.library.llama_model_free(self.model)
+
+
+def random_llama(artifacts: Path) -> Path:
+    """GGUF of a Llama with 51 M random parameters (16 layers of width 512), f32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = artifacts / "random-51m"
+    gguf = folder.with_suffix(".gguf")
+    if not gguf.is_file():
+        tokenizer = source.hugging_face_folder("offline:smoke", artifacts) / "tokenizer.model"
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=1000, hidden_size=512, intermediate_size=1376, num_hidden_layers=16,
+            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
+            bos_token_id=1, eos_token_id=2,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        convert.to_gguf(folder, gguf)
+    return gguf
+
+
+def native_decode(run: Run) -> None:
+    """Decoding with a commitment in all layers over decoding with the unpatched library."""
+    offline = source.gguf_file("offline:laptop", repository() / "build/laptop/artifacts")
+    native = native_folder()
+    for suffix, gguf, tokens, pairs in (("offline", offline, 200, 80),
+                                        ("50m", random_llama(run.artifacts), 24, 40)):
+        stock = Decoder(native / "lib-stock", gguf)
+        patched = Decoder(native / "lib", gguf)
+        patched.commit(0.01)
+        ratio, interval = paired(
+            partial(stock.run, tokens), partial(patched.run, tokens), pairs, suffix
+        )
+        run.metric(f"native.decode.committed_over_stock.{suffix}", ratio, "ratio",
+                   interval=interval, n=pairs)
+        start = time.perf_counter()
+        patched.run(tokens)
+        rate = tokens / (time.perf_counter() - start)
+        run.metric(f"native.decode.tokens_per_s.{suffix}", rate, "tokens/s")
+        stock.close()
+        patched.close()
+
+
+def native_build(run: Run) -> None:
+    """How long this clone's first native build took."""
+    path = native_folder() / "build_seconds"
+    if path.is_file():
+        run.metric("native.build_seconds", float(path.read_text()), "s")
+    else:
+        run.metric("native.build_seconds", None, "s",
+                   undefined="this clone's build was not made in one go; see `make distclean`")
+
+
+def main() -> int:
+    """Measure everything, write the record and print it."""
+    folder = repository() / "build"
+    parameters: dict[str, Any] = {}
+    run = Run("bench", "bench", folder, folder / "bench", parameters)
+    for stage in (native_build, native_decode):
+        with run.stage(stage.__name__):
+            stage(run)
+    record = run.record()
+    record.write(folder / "bench.json")
+    for metric in record.metrics:
+        print(f"{metric.name}: {format_metric(metric)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

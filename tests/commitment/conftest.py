@@ -1,0 +1,76 @@
+"""A random Llama with the project's tokenizer, in PyTorch and as GGUF."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lablog.commitment import coherence, probes, sweep
+from lablog.commitment.window import Speech
+from lablog.models import convert
+from lablog.models.llama_cpp import Context, Model
+from lablog.text.dialogues import generate, load_settings, render
+from lablog.text.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Hugging Face folder of a Llama with six layers, wide enough a distribution to differ."""
+    path = tmp_path_factory.mktemp("random-llama")
+    settings = load_settings()
+    lines = {
+        line for i in range(400) for line in render(generate(settings, 0, i).turns).splitlines()
+    }
+    tokenizer = train_tokenizer(sorted(lines), 600, path / "tokenizer.model")
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.12, bos_token_id=1, eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gguf(folder) -> Path:
+    return convert.to_gguf(folder, folder.with_suffix(".gguf"))
+
+
+@pytest.fixture(scope="session")
+def torch_model(folder) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def model(gguf):
+    with Model(gguf) as opened:
+        yield opened
+
+
+@pytest.fixture
+def context(model):
+    with Context(model, sequences=27, window=256) as opened:
+        yield opened
+
+
+@pytest.fixture
+def speech(context) -> Speech:
+    return Speech(context)
+
+
+@pytest.fixture(scope="session")
+def items() -> probes.Items:
+    return probes.make_items(load_settings(), seed=3, count=8)
+
+
+@pytest.fixture(scope="session")
+def small() -> sweep.Settings:
+    return sweep.Settings(k=16, items=4, texts=4, continuations=2, tokens=12, item_seed=0,
+                          sequences=27, window=256, chat="plain")
+
+
+@pytest.fixture
+def material() -> coherence.Material:
+    return coherence.make_material(load_settings(), 0, texts=5, continuations=3, tokens=12)

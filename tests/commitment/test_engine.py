@@ -1,0 +1,120 @@
+"""The engine: caches give what fresh evaluation gives; bad files and inputs are refused."""
+
+import gguf as gguf_format
+import numpy as np
+import pytest
+import torch
+
+from lablog.models.llama_cpp import Context, EngineError, Model, check_gguf, generate
+
+LINES = [[1, *range(270, 285)], [1, *range(300, 330)], [1, 280, 281]]
+
+
+def test_logits_are_those_of_pytorch(context, torch_model):
+    together = context.prefill(dict(enumerate(LINES)), "all")
+    with torch.inference_mode():
+        for number, tokens in enumerate(LINES):
+            reference = torch_model(torch.tensor([tokens])).logits[0].numpy()
+            assert np.abs(together[number] - reference).max() <= 2e-3
+
+
+def test_prefill_reuses_only_what_is_common(context):
+    context.prefill({0: [1, 270, 271, 272, 273]})
+    again = context.prefill({0: [1, 270, 271, 299, 298]})[0]
+    context.clear()
+    np.testing.assert_allclose(again, context.prefill({0: [1, 270, 271, 299, 298]})[0], atol=1e-4)
+    assert context.tokens[0] == [1, 270, 271, 299, 298]
+
+
+def test_a_fork_continues_like_its_source(context):
+    context.prefill({0: LINES[0]})
+    context.prefill({2: LINES[1]})  # a fork replaces what its target held
+    context.fork(0, [1, 2])
+    forks = context.decode({1: [290, 291], 2: [290, 295]})
+    context.clear()
+    alone = context.prefill({0: [*LINES[0], 290, 291], 1: [*LINES[0], 290, 295]})
+    np.testing.assert_allclose(forks[1], alone[0], atol=1e-4)
+    np.testing.assert_allclose(forks[2], alone[1], atol=1e-4)
+
+
+def test_generation_inverts_the_cumulative_distribution(context, torch_model):
+    uniforms = np.random.default_rng(0).random((3, 6))
+    rows = context.prefill(dict(enumerate(LINES)))
+    written = generate(context, rows, 6, uniforms=dict(enumerate(uniforms)))
+    for number, tokens in enumerate(LINES):
+        text = list(tokens)
+        for u in uniforms[number]:
+            with torch.inference_mode():
+                p = torch_model(torch.tensor([text])).logits[0, -1].double().softmax(0).numpy()
+            text.append(int(np.searchsorted(p.cumsum(), u, side="right")))
+        assert written[number] == text[len(tokens):]
+
+
+def test_generation_stops_before_a_stop_token(context):
+    rows = context.prefill({0: LINES[0]})
+    greedy = generate(context, rows, 8)[0]
+    rows = context.prefill({0: LINES[0]})
+    assert generate(context, rows, 8, stops=frozenset({greedy[3]}))[0] == greedy[:3]
+
+
+def test_residual_norms_are_those_of_pytorch(model, torch_model):
+    with Context(model, 1, 256, watch_residual=True) as context:
+        context.prefill({0: LINES[1]}, "all")
+        ours = context.residual_norms()
+    seen = []
+    handles = [layer.register_forward_hook(
+        lambda _m, _i, out: seen.append((out[0] if isinstance(out, tuple) else out)[0]))
+        for layer in torch_model.model.layers]
+    with torch.inference_mode():
+        torch_model(torch.tensor([LINES[1]]))
+    for handle in handles:
+        handle.remove()
+    np.testing.assert_allclose(ours, [h.norm(dim=1).mean().item() for h in seen], rtol=1e-4)
+
+
+def test_residual_norms_need_a_watching_context(context):
+    with pytest.raises(EngineError, match="watch_residual=True"):
+        context.residual_norms()
+
+
+def test_what_does_not_fit_is_refused(context, model):
+    with pytest.raises(ValueError, match="window holds 256"):
+        context.decode({0: [1] * 257})
+    with pytest.raises(ValueError, match="vocabulary"):
+        context.decode({0: [model.vocabulary]})
+    with pytest.raises(ValueError, match="sequences = 0"):
+        Context(model, sequences=0)
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.gguf"):
+        Model(tmp_path / "nowhere.gguf")
+
+
+def test_what_is_no_gguf_is_refused(tmp_path):
+    path = tmp_path / "text.gguf"
+    path.write_text("a model, honestly")
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        check_gguf(path)
+
+
+@pytest.mark.parametrize("share", [0.999, 0.5, 0.01])
+def test_a_truncated_gguf_is_refused(gguf, tmp_path, share):
+    data = gguf.read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(EngineError, match=r"cannot load .*cut\.gguf: \S"):
+        Model(path)
+
+
+@pytest.mark.parametrize("architecture", ["mystery", "controlvector"])
+def test_another_architecture_is_refused_by_name(tmp_path, architecture):
+    path = tmp_path / "other.gguf"
+    writer = gguf_format.GGUFWriter(path, architecture)
+    writer.add_tensor("direction.1", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(EngineError, match=architecture):
+        Model(path)

@@ -1,0 +1,231 @@
+"""Probes and coherence, against slow one-by-one evaluation in PyTorch."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lablog.commitment import coherence, probes
+from lablog.commitment.hooks import injected
+from lablog.commitment.window import Injection, Speech
+from lablog.models.llama_cpp import Commitment
+from lablog.text.dialogues import Turn, load_settings, prompt, render
+from lablog.text.tokenizer import Tokenizer
+
+
+class Slow:
+    """The same questions to the PyTorch model, one text at a time, nothing cached."""
+
+    def __init__(self, folder, model, commitment=None):
+        self.tokenizer, self.model = Tokenizer(folder / "tokenizer.model"), model
+        self.commitment = commitment
+
+    def log_probabilities(self, ids):
+        with torch.inference_mode():
+            if self.commitment is None:
+                rows = self.model(torch.tensor([ids])).logits[0]
+            else:
+                addition = self.commitment.strength * torch.from_numpy(self.commitment.direction)
+                with injected(self.model, addition, self.commitment.layers):
+                    rows = self.model(torch.tensor([ids])).logits[0]
+        return rows.double().log_softmax(-1).numpy()
+
+    def answer(self, text, uniforms=None):
+        ids, written = self.tokenizer.encode(text, bos=True), []
+        for step in range(probes.ANSWER_TOKENS):
+            p = np.exp(self.log_probabilities(ids + written)[-1])
+            token = int(p.argmax() if uniforms is None
+                        else np.searchsorted(p.cumsum(), uniforms[step], side="right"))
+            if "\n" in self.tokenizer.decode([token]) or token == 2:
+                break
+            written.append(token)
+        return self.tokenizer.decode(written).strip()
+
+    def probability(self, text, continuation):
+        start = self.tokenizer.encode(text, bos=True)
+        ids = self.tokenizer.encode(text + continuation, bos=True)
+        assert ids[: len(start)] == start
+        rows = self.log_probabilities(ids)
+        return math.exp(sum(rows[i - 1, ids[i]] for i in range(len(start), len(ids))))
+
+
+@pytest.fixture(params=[None, 0.4])
+def commitment(request, model):
+    if request.param is None:
+        return None
+    direction = np.random.default_rng(1).standard_normal(model.width).astype(np.float32)
+    return Commitment(direction, request.param, (0, 5))
+
+
+def injection_of(commitment):
+    return Injection((commitment,)) if commitment else Injection()
+
+
+def index(text, values):
+    named = probes.named_value(text, values)
+    return values.index(named) if named else -1
+
+
+def test_items_are_a_function_of_the_seed():
+    settings = load_settings()
+    one, two = (probes.make_items(settings, 4, 30) for _ in range(2))
+    other = probes.make_items(settings, 5, 30)
+    assert [i.requestion for i in one.recall] == [i.requestion for i in two.recall]
+    assert [i.distractors for i in one.recall] != [i.distractors for i in other.recall]
+    assert len({i.values for i in one.recall}) >= 5
+    prefix = probes.make_items(settings, 4, 10)
+    assert prefix.fork == one.fork[:10]
+
+
+def test_no_distractor_names_a_value_of_the_topic():
+    for item in probes.make_items(load_settings(), 0, 200).recall:
+        assert index(render(item.distractors), item.values) == -1
+
+
+def test_recall_equals_one_by_one_evaluation(speech, folder, torch_model, items, commitment):
+    slow = Slow(folder, torch_model, commitment)
+    result = probes.run_recall(speech, items.recall, injection_of(commitment))
+    for i, item in enumerate(items.recall):
+        first = slow.answer(prompt([item.question]), item.uniforms)
+        said = [item.question, Turn("A", first, "answer"), *item.distractors, item.requestion]
+        evicted = slow.answer(prompt([*item.distractors, item.requestion]))
+        assert result.first[i] == index(first, item.values)
+        assert result.again[i] == index(slow.answer(prompt(said)), item.values)
+        assert result.evicted[i] == index(evicted, item.values)
+
+
+def test_forks_equal_one_by_one_evaluation(speech, folder, torch_model, items, commitment):
+    slow = Slow(folder, torch_model, commitment)
+    result = probes.run_fork(speech, items.fork, injection_of(commitment))
+    for i, item in enumerate(items.fork[:3]):
+        for x, guess in enumerate(item.guesses):
+            text = prompt([*item.opening, guess])
+            yes, no = (
+                slow.probability(text, f" {word}") + slow.probability(text, f" {word.title()}")
+                for word in ("yes", "no")
+            )
+            assert result.yes[i, x] == pytest.approx(yes / (yes + no), abs=2e-3)
+        text = prompt([*item.opening, item.naming])
+        named = np.array([slow.probability(text, f" {item.stem} {v}".replace("  ", " "))
+                          for v in item.values])
+        np.testing.assert_allclose(result.named[i], named / named.sum(), atol=2e-3)
+
+
+def test_results_do_not_depend_on_how_many_are_evaluated_together(model, items, commitment):
+    from lablog.models.llama_cpp import Context
+
+    results = []
+    for sequences in (13, 40):
+        with Context(model, sequences, 256) as context:
+            speech = Speech(context)
+            results.append((probes.run_recall(speech, items.recall, injection_of(commitment)),
+                            probes.run_fork(speech, items.fork, injection_of(commitment))))
+    (recall, fork), (other_recall, other_fork) = results
+    np.testing.assert_array_equal(recall.again, other_recall.again)
+    np.testing.assert_allclose(fork.yes, other_fork.yes, atol=1e-4)
+    np.testing.assert_allclose(fork.named, other_fork.named, atol=1e-4)
+
+
+def test_too_few_sequences_for_a_fork_are_refused(model, items):
+    from lablog.models.llama_cpp import Context
+
+    with Context(model, 5, 256) as context, pytest.raises(ValueError, match="needs 13 sequences"):
+        probes.run_fork(Speech(context), items.fork, Injection())
+
+
+def test_the_text_note_is_in_the_window(speech, items):
+    """With the note, the evicted window holds the first answer again."""
+    without = probes.run_recall(speech, items.recall, Injection())
+    with_note = probes.run_recall(speech, items.recall, Injection(), "text")
+    np.testing.assert_array_equal(without.again, with_note.again)
+    fork, noted = (probes.run_fork(speech, items.fork, Injection(), n) for n in ("none", "text"))
+    assert np.abs(fork.named - noted.named).max() > 1e-3
+
+
+def test_scores_count_what_they_say():
+    recall = probes.RecallResult(np.array([3, -1, 2, 0]), np.array([3, -1, 1, 0]),
+                                 np.array([1, -1, 2, 0]))
+    assert recall.answered.tolist() == [True, False, True, True]
+    assert recall.recalled.tolist() == [True, False, False, True]  # two blanks are no agreement
+    assert recall.recalled_after_eviction.tolist() == [False, False, True, True]
+    fork = probes.ForkResult(np.array([[0.9, 0.1], [0.6, 0.7]]), np.array([[0.8, 0.2], [0.9, 0.1]]),
+                             np.ones(2), np.zeros(2))
+    assert fork.yes_sum.tolist() == pytest.approx([1.0, 1.3])
+    assert fork.same.tolist() == [True, False]
+
+
+def test_a_redrawn_direction_changes_exactly_at_the_turns(speech, folder, torch_model, items):
+    """Positions of turn t carry direction t, as in PyTorch with one direction a position."""
+    rng = np.random.default_rng(2)
+    directions = [Commitment(rng.standard_normal(64).astype(np.float32), 0.4, (0, 5))
+                  for _ in range(16)]
+    text = items.recall[0].distractors[:4]
+    rows = coherence.read(speech, [text], Injection(tuple(directions)))[0]
+    ids = speech.history(text)
+    border = len(speech.history(text[:2]))
+    addition = torch.zeros(1, len(ids), 64)
+    addition[:, :border] = 0.4 * torch.from_numpy(directions[0].direction)
+    addition[:, border:] = 0.4 * torch.from_numpy(directions[1].direction)
+    with torch.inference_mode(), injected(torch_model, addition, (0, 5)):
+        reference = torch_model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+    assert np.abs(rows - reference).max() <= 5e-3
+
+
+def test_coherence_equals_pytorch(speech, folder, torch_model, material, commitment):
+    base = coherence.measure(speech, material, Injection())
+    assert base.kl_mean == base.kl_p95 == 0
+    assert base.same_top == 1
+    slow, plain = Slow(folder, torch_model, commitment), Slow(folder, torch_model)
+    measured = coherence.measure(speech, material, injection_of(commitment))
+    loss, kl = [], []
+    for turns in material.texts:
+        ids = slow.tokenizer.encode(render(turns), bos=True)
+        mine, theirs = slow.log_probabilities(ids), plain.log_probabilities(ids)
+        loss += [-mine[i, ids[i + 1]] for i in range(len(ids) - 1)]
+        kl += (np.exp(mine) * (mine - theirs)).sum(axis=1).tolist()
+    assert measured.perplexity == pytest.approx(math.exp(np.mean(loss)), rel=2e-3)
+    assert measured.kl_mean == pytest.approx(np.mean(kl), rel=5e-3, abs=1e-6)
+    assert measured.kl_p95 == pytest.approx(np.percentile(kl, 95), rel=5e-3, abs=1e-6)
+
+
+def test_the_material_must_be_read_unmodified_first(speech, material, model):
+    commitment = Commitment(np.ones(model.width, np.float32), 0.1, (0, 5))
+    with pytest.raises(ValueError, match="unmodified model"):
+        coherence.read_divergence(speech, material, Injection((commitment,)))
+
+
+@given(st.lists(st.integers(0, 3), max_size=40))
+def test_repetition_counts_repeats(tokens):
+    rate = coherence.repeated_ngrams(tokens)
+    assert 0 <= rate < 1
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    repeats = sum(gram in grams[:i] for i, gram in enumerate(grams))
+    assert rate == pytest.approx(repeats / len(grams) if grams else 0)
+
+
+def test_words_follow_the_thresholds():
+    limits = coherence.Thresholds()
+    base = coherence.Coherence(4.0, 0, 0, 1, 0, 0, 0.2, 0.5, 0.5)
+
+    def word(**changes):
+        return replace(base, **changes).word(base, limits)
+
+    assert word() == "coherent"
+    assert word(perplexity=5.9, same_top=0.51, repeated_4grams=0.29) == "coherent"
+    assert word(perplexity=6.1) == word(same_top=0.49) == "incoherent"
+    assert word(repeated_4grams=0.31) == "coherent but repetitive"
+    assert word(repeated_4grams=0.31, perplexity=100.0) == "incoherent"
+
+
+def test_an_unknown_chat_is_refused(context):
+    with pytest.raises(ValueError, match="plain, llama2"):
+        Speech(context, "chatml")
+
+
+def test_llama2_chat_marks_instructions(context):
+    text = Speech(context, "llama2").render([Turn("U", "hi", "x"), Turn("A", "yes", "y")])
+    assert text == "[INST] hi [/INST] yes </s><s>"

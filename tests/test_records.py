@@ -1,0 +1,305 @@
+"""Records: what is valid, what is refused, and that writing leaves old or new, never between."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lablog.files import atomic_folder, atomic_write, write_if_changed
+from lablog.provenance import FileHash, Machine, Source
+from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Stage
+
+SOURCE = Source(commit="0" * 40, dirty=False, library_sha256="1", patch_sha256="2")
+MACHINE = Machine(python="3.11", platform="Linux", cpu="any", threads=2, device="cpu", packages={})
+
+
+def record(**fields: object) -> Record:
+    base = {"notebook": "01_alpha", "profile": "smoke", "status": "ok", "parameters": {},
+            "seeds": (), "started": datetime(2026, 1, 2, tzinfo=UTC), "seconds": 1.5,
+            "source": SOURCE, "machine": MACHINE}  # fmt: skip
+    return Record(**(base | fields))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["value", "numerator", "denominator", "low", "high"])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(place: str, bad: float):
+    fields = {"value": 0.5, "numerator": 1.0, "denominator": 2.0}
+    ends = {"low": 0.1, "high": 0.9} | ({place: bad} if place in ("low", "high") else {})
+    fields |= {place: bad} if place in fields else {}
+    with pytest.raises(ValidationError, match=r"metric m is not finite .*undefined=<reason>"):
+        Metric(name="m", unit="", interval=(ends["low"], ends["high"]), interval_method="t",
+               **fields)  # fmt: skip
+
+
+def test_an_undefined_metric_has_a_reason_instead_of_a_value():
+    metric = Metric(name="m", value=None, unit="", undefined="no samples")
+    assert metric.value is None
+    for fields in ({"value": None}, {"value": 1.0, "undefined": "no samples"}):
+        with pytest.raises(ValidationError, match="exactly one of value and undefined"):
+            Metric(name="m", unit="", **fields)
+
+
+@pytest.mark.parametrize("fields", [
+    {"interval": (0.0, 1.0)}, {"interval_method": "t"},
+])  # fmt: skip
+def test_an_interval_and_its_method_come_together(fields: dict):
+    with pytest.raises(ValidationError, match="an interval needs its method"):
+        Metric(name="m", value=0.5, unit="", **fields)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("name", "two words"), ("name", ""), ("name", "Upper"), ("name", "{braces}"), ("n", -1),
+    ("unit", None), ("value", [1.0]), ("interval", (0.0,)), ("seeds", ("a",)), ("surprise", 1),
+])  # fmt: skip
+def test_fields_that_do_not_fit_are_refused(field: str, value: object):
+    fields = {"name": "m", "value": 0.5, "unit": "", "interval_method": None}
+    with pytest.raises(ValidationError, match=field):
+        Metric(**(fields | {field: value}))
+
+
+def test_a_truth_value_and_a_class_stay_what_they_are():
+    written = record(metrics=(
+        Metric(name="flag", value=True, unit=""), Metric(name="count", value=1, unit="count"),
+        Metric(name="word", value="repetitive", unit="class"),
+        Metric(name="real", value=1.0, unit=""),
+    ))  # fmt: skip
+    read = Record.model_validate_json(written.model_dump_json())
+    assert [type(m.value) for m in read.metrics] == [bool, int, str, float]
+
+
+def test_names_that_occur_twice_are_refused():
+    metric = Metric(name="m", value=1, unit="")
+    figure = FigureFile(name="f", svg="f.svg", csv="f.csv", caption="")
+    with pytest.raises(ValidationError, match="metric recorded twice: m"):
+        record(metrics=(metric, Metric(name="n", value=1, unit=""), metric))
+    with pytest.raises(ValidationError, match="figure recorded twice: f"):
+        record(figures=(figure, figure))
+
+
+def test_a_missing_metric_is_named_with_its_notebook():
+    held = record(metrics=(Metric(name="m", value=1, unit=""),))
+    assert held.metric("m").value == 1
+    with pytest.raises(KeyError, match=r"01_alpha \(smoke\) holds no metric 'loss'"):
+        held.metric("loss")
+
+
+def test_a_record_does_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        record().seconds = 2.0
+    with pytest.raises(ValidationError, match="status"):
+        record(status="fine")
+
+
+# --- writing and reading --------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+METRICS = st.builds(
+    lambda name, value, counts, n, seeds, interval: Metric(
+        name=name, unit="" if value is not None else "nats", n=n, seeds=seeds,
+        value=value, undefined=None if value is not None else "no samples",
+        numerator=counts and counts[0], denominator=counts and counts[1],
+        interval=interval, interval_method=interval and "bootstrap",
+    ),
+    st.from_regex(r"[a-z0-9][a-zA-Z0-9_.+\-]{0,20}", fullmatch=True),
+    st.none() | FINITE | st.integers() | st.booleans() | TEXT,
+    st.none() | st.tuples(FINITE, FINITE), st.none() | st.integers(0),
+    st.none() | st.lists(st.integers(), max_size=3).map(tuple),
+    st.none() | st.tuples(FINITE, FINITE),
+)  # fmt: skip
+PARAMETERS = st.dictionaries(
+    TEXT, st.none() | st.integers() | FINITE | TEXT | st.booleans() | st.lists(FINITE, max_size=3)
+)
+RECORDS = st.builds(
+    record, metrics=st.lists(METRICS, max_size=4, unique_by=lambda m: m.name).map(tuple),
+    parameters=PARAMETERS, seeds=st.lists(st.integers(), max_size=3).map(tuple),
+    started=st.datetimes(timezones=st.just(UTC)), seconds=FINITE,
+    stages=st.lists(st.builds(Stage, name=TEXT, seconds=FINITE), max_size=2).map(tuple),
+    files=st.lists(st.builds(FileHash, path=TEXT, sha256=TEXT, bytes=st.integers(0)),
+                   max_size=2).map(tuple),
+    status=st.sampled_from(["ok", "failed", "interrupted", "timeout"]),
+    report=st.none() | st.builds(ReportText, en=TEXT, ja=TEXT),
+    failure=st.none() | st.builds(Failure, kind=TEXT, message=TEXT),
+)  # fmt: skip
+
+
+@given(written=RECORDS)
+def test_what_is_read_is_what_was_written(written: Record, tmp_path_factory):
+    path = written.write(tmp_path_factory.getbasetemp() / "round trip" / "record.json")
+    assert Record.read(path) == written
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@given(written=RECORDS)
+def test_the_exported_schema_describes_every_record(written: Record):
+    schema = json.loads(json.dumps(Record.model_json_schema()))
+    checker = jsonschema.Draft202012Validator(schema)
+    checker.validate(json.loads(written.model_dump_json()))
+
+
+def test_the_exported_schema_refuses_what_the_model_refuses():
+    schema = Record.model_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    checker = jsonschema.Draft202012Validator(schema)
+    good = json.loads(record(metrics=(Metric(name="m", value=1, unit=""),)).model_dump_json())
+    assert checker.is_valid(good)
+    for change in ({"surprise": 1}, {"status": "fine"}, {"schema_version": 2}, {"notebook": None}):
+        assert not checker.is_valid(good | change)
+    assert not checker.is_valid({k: v for k, v in good.items() if k != "seeds"})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"schema_version": 2}'])
+def test_a_file_that_is_no_record_is_refused_by_name(content: bytes, tmp_path: Path):
+    path = tmp_path / "01_alpha.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"01_alpha\.json is not a record of schema 1"):
+        Record.read(path)
+
+
+def test_results_leave_out_times_and_nothing_that_was_computed():
+    one = record(metrics=(Metric(name="m", value=1, unit=""),))
+    times = record(metrics=one.metrics, seconds=9.0, started=datetime(2027, 1, 1, tzinfo=UTC),
+                   stages=(Stage(name="s", seconds=1.0),), peak_memory_bytes=7)  # fmt: skip
+    assert times.results() == one.results()
+    for change in ({"seeds": (1,)}, {"parameters": {"k": 1}}, {"metrics": ()},
+                   {"files": (FileHash(path="a", sha256="b", bytes=1),)},
+                   {"figures": (FigureFile(name="f", svg="s", csv="c", caption="t"),)},
+                   {"report": ReportText(en="a", ja="b")}):  # fmt: skip
+        assert one.model_copy(update=change).results() != one.results()
+
+
+def test_files_are_told_by_where_they_lie(tmp_path: Path):
+    from lablog.files import repository
+
+    artifact = tmp_path / "artifacts" / "a" / "m.gguf"
+    artifact.parent.mkdir(parents=True)
+    artifact.write_bytes(b"weights")
+    told = FileHash.of(artifact, tmp_path / "artifacts")
+    assert (told.path, told.bytes) == ("artifacts/a/m.gguf", 7)
+    assert told.sha256 == hashlib.sha256(b"weights").hexdigest()
+    assert FileHash.of(repository() / "pyproject.toml", tmp_path).path == "pyproject.toml"
+    assert FileHash.of(artifact, tmp_path / "elsewhere").path == "m.gguf"
+
+
+# --- atomic writing -------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = atomic_write(tmp_path / "record.json", "old")
+
+    def broken(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["record.json"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from lablog.files import atomic_write
+
+print("begin", flush=True)
+while True:
+    for letter in "ab":
+        atomic_write(Path(sys.argv[1]), letter * 200_000)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path):
+    path = tmp_path / "record.json"
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        seen = set()
+        while len(seen) < 2:  # reading meanwhile finds whole contents, too
+            if path.exists():
+                text = path.read_text()
+                assert text in ("a" * 200_000, "b" * 200_000)
+                seen.add(text[0])
+        child.kill()
+        child.wait()
+        assert path.read_text() in ("a" * 200_000, "b" * 200_000)
+
+
+def test_an_unchanged_content_is_not_written_again(tmp_path: Path):
+    path = tmp_path / "a"
+    assert write_if_changed(path, "one")
+    stamp = path.stat().st_mtime_ns
+    assert not write_if_changed(path, "one")
+    assert path.stat().st_mtime_ns == stamp
+    assert write_if_changed(path, "two")
+    assert path.read_text() == "two"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
+    target = tmp_path / "model"
+
+    def fill(fail: bool) -> None:
+        with atomic_folder(target) as scratch:
+            (scratch / "weights").write_text("half" if fail else "whole")
+            assert scratch != target
+            if fail:
+                raise RuntimeError("planted")
+
+    for before in ([], ["model"]):
+        with pytest.raises(RuntimeError, match="planted"):
+            fill(True)
+        assert names(tmp_path) == before
+        fill(False)
+        assert (target / "weights").read_text() == "whole"
+        assert names(tmp_path) == ["model"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command, which the small disk needs")
+    if made.returncode:
+        pytest.skip(f"mounting a small disk needs root: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_old_record_and_says_what_to_do(small_disk: Path):
+    path = small_disk / "records" / "01_alpha.json"
+    old = record()
+    old.write(path)
+    long = record(parameters={"text": "x" * 200_000})
+    with pytest.raises(OSError, match=r"the disk is full: .*01_alpha\.json.*free some space"):
+        long.write(path)
+    assert Record.read(path) == old
+    assert names(path.parent) == ["01_alpha.json"]
+    # Nothing was leaked: the space is there for what fits.
+    newer = record(seconds=2.0)
+    newer.write(path)
+    assert Record.read(path) == newer
