@@ -64,7 +64,6 @@ device: str = "cpu"  # cpu or cuda
 
 # %%
 from IPython.display import Markdown
-import numpy as np
 import pandas as pd
 import torch
 from lablog import figures, record
@@ -78,13 +77,17 @@ from lablog.determinism import seed_everything
 figures.use_style()
 run = record.begin("05_cvfp_phase2", globals())
 seed_everything(seeds[0])
-shape = ModelConfig(context_dim, embed_dim, hidden_dim, num_layers, layernorm_mix, weight_std, bias_std)  # fmt: skip
+shape = ModelConfig(
+    context_dim, embed_dim, hidden_dim, num_layers, layernorm_mix, weight_std, bias_std
+)
 with run.stage("data"):
-    data = prepare(run.artifacts / "cvfp", shape, text_source=text_source, tokenizer=tokenizer,
-                   vocabulary=vocabulary, embedding=embedding, window=ppmi_span,
-                   corpus_documents=corpus_documents, dialogues=dialogues, seed=seeds[0],
-                   dialogue_tokens=dialogue_tokens, val_data_source=val_data_source, device=device)  # fmt: skip
-T = data.tokens["training"]
+    data = prepare(
+        run.artifacts / "cvfp", shape, text_source=text_source, tokenizer=tokenizer,
+        vocabulary=vocabulary, embedding=embedding, window=ppmi_span, seed=seeds[0],
+        corpus_documents=corpus_documents, dialogues=dialogues, dialogue_tokens=dialogue_tokens,
+        val_data_source=val_data_source, device=device,
+    )  # fmt: skip
+T, first = data.tokens["training"], seeds[0]
 
 # %%
 def phase1_network(seed: int) -> CVFPBlock:
@@ -98,23 +101,23 @@ def phase1_network(seed: int) -> CVFPBlock:
 
 
 # %%
-def texts(contexts: dict) -> dict:
-    return {k: phase2.FixedText(data.ids[k], data.tokens[k], c) for k, c in contexts.items()}
+def contexts_of(block: CVFPBlock) -> dict[str, torch.Tensor]:
+    return {name: rollout(block, tokens).contexts for name, tokens in data.tokens.items()}
 
 
 with run.stage("networks"):
     blocks = {seed: phase1_network(seed) for seed in seeds}
 with run.stage("contexts"):
-    fixed = {s: {k: rollout(b, t).contexts for k, t in data.tokens.items()} for s, b in blocks.items()}
-    bare = CVFPBlock(shape, seeds[0]).to(device)
-    bare_contexts = {k: rollout(bare, t).contexts for k, t in data.tokens.items()}
+    fixed = {seed: contexts_of(block) for seed, block in blocks.items()}
+    bare = CVFPBlock(shape, first).to(device)
+    bare_contexts = contexts_of(bare)
 
 # %% [markdown]
 # ## Stage 2: prediction
 #
 # The block reads $[C^*_{i-1}, e_i]$ and its context output is thrown away; logits come from
-# $[C^*_i, \mathrm{token}_i]$ by a linear head. No gradient can reach $C^*$ or the context output, so
-# the block learns through the token output alone (a test asserts zeros). In v1.0 the head reads the
+# $[C^*_i, \mathrm{token}_i]$ by a linear head. No gradient can reach $C^*$ or the context output
+# so the block learns through the token output alone (a test asserts zeros). In v1.0 the head reads the
 # block's own context output instead, and an MSE pulls that towards $C^*_i$.
 #
 # Each **arm** below is trained in the same way, with early stopping on validation:
@@ -133,29 +136,36 @@ with run.stage("contexts"):
 def arm(seed: int, name: str, contexts: dict, block: CVFPBlock, version: str = "v2.0"):
     config = phase2.Phase2Config(version, epochs, patience, batch_tokens, phase2_learning_rate,
                                  clip_norm, context_weight, head_std, seed)  # fmt: skip
+    texts = {k: phase2.FixedText(data.ids[k], data.tokens[k], contexts[k]) for k in contexts}
     with run.stage(f"phase 2 {name} seed {seed}"):
-        found = phase2.train_phase2(block, data.vocabulary, texts(contexts)["training"],
-                                    texts(contexts)["validation"], config, name, progress=True)  # fmt: skip
-    return found, {k: phase2.predict(found.model, texts(contexts)[k]) for k in ("validation", "test")}  # fmt: skip
-
-
-def permuted(x: torch.Tensor) -> torch.Tensor:
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seeds[0])).to(x.device)]
+        found = phase2.train_phase2(block, data.vocabulary, texts["training"],
+                                    texts["validation"], config, name, True)  # fmt: skip
+    return found, {k: phase2.predict(found.model, texts[k]) for k in ("validation", "test")}
 
 
 # %%
-first = seeds[0]
-zeros = {k: torch.zeros_like(c) for k, c in fixed[first].items()}
-shuffled = {k: permuted(c) for k, c in fixed[first].items()}
-window = {k: phase2.window_contexts(data.embedding.table, i, context_dim, window_tokens) for k, i in data.ids.items()}  # fmt: skip
+def permuted(x: torch.Tensor) -> torch.Tensor:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(first))
+    return x[order.to(x.device)]
+
+
+table = data.embedding.table
+replaced = {
+    "zeros": {k: torch.zeros_like(c) for k, c in fixed[first].items()},
+    "shuffled": {k: permuted(c) for k, c in fixed[first].items()},
+    "window": {k: phase2.window_contexts(table, i, context_dim, window_tokens)
+               for k, i in data.ids.items()},
+}  # fmt: skip
+
+# %%
 arms = {}
 for seed in seeds:
     arms["v2.0", seed] = arm(seed, "v2.0", fixed[seed], blocks[seed])
-    arms["zeros", seed] = arm(seed, "zeros", zeros, blocks[seed])
+    arms["zeros", seed] = arm(seed, "zeros", replaced["zeros"], blocks[seed])
 arms["v1.0", first] = arm(first, "v1.0", fixed[first], blocks[first], "v1.0")
-arms["shuffled", first] = arm(first, "shuffled", shuffled, blocks[first])
 arms["untrained", first] = arm(first, "untrained", bare_contexts, bare)
-arms["window", first] = arm(first, "window", window, blocks[first])
+for name in ("shuffled", "window"):
+    arms[name, first] = arm(first, name, replaced[name], blocks[first])
 
 # %% [markdown]
 # Two baselines need no network: the frequency of each token, and bigrams with Witten-Bell
@@ -176,7 +186,8 @@ pd.DataFrame(rows).set_index("arm").round(3)
 
 # %%
 curves = pd.DataFrame([
-    {"arm": name, "epoch": e.epoch, "training": e.train_perplexity, "validation": e.validation_perplexity}
+    {"arm": name, "epoch": e.epoch, "training": e.train_perplexity,
+     "validation": e.validation_perplexity}
     for (name, seed), (found, _) in arms.items() if found and seed == first for e in found.history
 ])  # fmt: skip
 levels = {n: arms[n, first][1]["validation"].perplexity for n in ("unigram", "bigram")}
@@ -192,24 +203,23 @@ run.figure("perplexity", *plots.perplexity(curves, levels),
 # A ratio above 1 means that the arm is worse than v2.0.
 
 # %%
-names = [n for (n, s) in arms if s == first]
-points = []
-for name in names:
-    metric = run.record().metric(f"{name}.test.perplexity")
-    points.append({"arm": name, "value": metric.value, "low": metric.interval[0], "high": metric.interval[1]})  # fmt: skip
-run.figure("test", *plots.intervals(pd.DataFrame(points)),
-           "Perplexity on disjoint test dialogues, first seed, with bootstrap intervals.")  # fmt: skip
+names = [name for name, seed in arms if seed == first]
+found = {name: run.record().metric(f"{name}.test.perplexity") for name in names}
+points = pd.DataFrame([
+    {"arm": name, "value": m.value, "low": m.interval[0], "high": m.interval[1]}
+    for name, m in found.items()
+])  # fmt: skip
+run.figure("test", *plots.intervals(points),
+           "Perplexity on disjoint test dialogues, first seed, bootstrap intervals.")  # fmt: skip
 
 # %%
 ours, ratios = arms["v2.0", first][1], []
 for name in names[1:]:
     for split in ("validation", "test"):
-        nll = arms[name, first][1][split].nll.double() - ours[split].nll.double()
-        ratio = phase2.Predictions(nll, nll > 0)
-        spread = results.bootstrap_perplexity(ratio, dialogue_tokens, 2000, 0)
-        run.metric(f"{name}.over_v2.0.{split}", ratio.perplexity, "ratio", n=len(nll), interval=spread)  # fmt: skip
-        ratios.append({"arm": name, "text": split, "perplexity / v2.0": ratio.perplexity,
-                       "low": spread.low, "high": spread.high})  # fmt: skip
+        other = arms[name, first][1][split]
+        row = results.record_ratio(run, f"{name}.over_v2.0.{split}", other, ours[split],
+                                   dialogue_tokens)  # fmt: skip
+        ratios.append({"arm": name, "text": split} | row)
 pd.DataFrame(ratios).set_index(["arm", "text"]).round(3)
 
 # %%

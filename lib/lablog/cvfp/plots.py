@@ -82,8 +82,9 @@ def change_map(changes: Mapping[str, Tensor], tokens: int) -> Drawn:
                             extent=(0, shown.shape[1], len(shown) + 0.5, 0.5))  # fmt: skip
         axis.set(title=name, xlabel="token", ylabel="pass")
         axis.grid(False)
-        frame = pd.DataFrame(shown).assign(network=name, change_in=range(1, len(shown) + 1))
-        frames.append(frame.melt(["network", "change_in"], var_name="token"))
+        frame = pd.DataFrame(shown).assign(network=name)
+        frame["pass"] = frame.index + 1
+        frames.append(frame.melt(["network", "pass"], var_name="token"))
     figure.colorbar(image, ax=axes, label="log10 of the mean squared change")
     return figure, pd.concat(frames)
 
@@ -100,6 +101,19 @@ def residuals(frame: pd.DataFrame) -> Drawn:
     left.legend(fontsize=7)
     right.set(xlabel="time for the whole text / s")
     right.tick_params(axis="y", labelsize=7)
+    return figure, frame
+
+
+def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Drawn:
+    """Share of tokens that are exact after each pass; dotted: one token a pass."""
+    figure, (axis,) = _axes(1)
+    frame = pd.DataFrame(dict(shares))
+    frame["pass"] = frame.index + 1
+    for i, name in enumerate(shares):
+        axis.plot(frame["pass"], 100 * frame[name], label=name, marker=MARKERS[i], ms=2)
+    axis.plot(frame["pass"], 100 * frame["pass"] / tokens, ":", color=GREY)
+    axis.set(xlabel="passes", ylabel="tokens within the tolerance / %")
+    axis.legend()
     return figure, frame
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lablog.cvfp import checks
-from lablog.cvfp.phase1 import Iteration
+from lablog.cvfp.phase1 import Passes, Phase1Result
 from lablog.cvfp.phase2 import Phase2Result, Predictions
+from lablog.cvfp.rollout import Rollout
 from lablog.intervals import Interval, geometric_over_seeds, over_seeds
 from lablog.record import Run
 from lablog.report import Section
@@ -45,23 +46,23 @@ def record_contexts(
     return rows
 
 
-def record_history(run: Run, key: str, history: Sequence[Iteration], planned: int) -> pd.DataFrame:
+def record_history(run: Run, key: str, result: Phase1Result) -> pd.DataFrame:
     """Convergence, CVFP loss and iterations of a training; returns one row per iteration."""
-    last = history[-1]
+    history, last = result.history, result.history[-1]
     run.metric(f"{key}.training.convergence", last.converged / last.tokens, "fraction",
                numerator=last.converged, denominator=last.tokens)  # fmt: skip
     run.metric(f"{key}.cvfp_loss", last.cvfp_loss, "", n=last.tokens)
     run.metric(f"{key}.cvfp_loss.largest", max(h.cvfp_loss for h in history), "", n=last.tokens)
     run.metric(f"{key}.iterations", len(history) + 1, "count", numerator=len(history) + 1,
-               denominator=planned)  # fmt: skip
+               denominator=result.planned)  # fmt: skip
     frame = pd.DataFrame([vars(h) for h in history])
     return frame.assign(network=key, share=frame["converged"] / frame["tokens"])
 
 
-def record_passes(run: Run, key: str, differences: Sequence[float], converged: int,
-                  tokens: int) -> dict[str, Any]:  # fmt: skip
+def record_passes(run: Run, key: str, passes: Passes) -> dict[str, Any]:
     """Check 3 on repeated passes with frozen weights; returns the table's row."""
-    found = checks.convergence(differences)
+    differences, tokens = passes.differences, len(passes.contexts)
+    found, converged = checks.convergence(differences), passes.converged[-1]
     run.metric(f"{key}.convergence", converged / tokens, "fraction", numerator=converged,
                denominator=tokens)  # fmt: skip
     run.metric(f"{key}.final_diff", found.final_diff, "", n=tokens)
@@ -118,6 +119,25 @@ def record_predictions(run: Run, key: str, predictions: Mapping[str, Predictions
         run.metric(f"{key}.training.accuracy", epoch.train_accuracy, "fraction")
         row |= {"best epoch": epoch.epoch, "training perplexity": epoch.train_perplexity}
     return row
+
+
+def record_ratio(run: Run, name: str, other: Predictions, ours: Predictions,
+                 block: int) -> dict[str, float]:  # fmt: skip
+    """Perplexity of `other` over that of `ours` on the same tokens, resampled over dialogues."""
+    nll = other.nll.double() - ours.nll.double()
+    difference = Predictions(nll, nll > 0)
+    spread = bootstrap_perplexity(difference, block, 2000, 0)
+    run.metric(name, difference.perplexity, "ratio", n=len(nll), interval=spread)
+    return {"ratio": difference.perplexity, "low": spread.low, "high": spread.high}
+
+
+def record_rollout(run: Run, key: str, found: Rollout, error: float) -> None:
+    """Largest error against the loop, passes per token, and tokens that the loop did."""
+    n = len(found.contexts)
+    run.metric(f"{key}.error", error, "", n=n)
+    run.metric(f"{key}.passes", found.passes, "per token", n=n)
+    run.metric(f"{key}.loop_tokens", found.sequential_tokens, "count",
+               numerator=found.sequential_tokens, denominator=n)  # fmt: skip
 
 
 def relative_errors(guess: Tensor, exact: Tensor) -> Tensor:
