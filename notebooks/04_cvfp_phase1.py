@@ -441,6 +441,8 @@ with run.stage("train sequential"):
 key = f"sequential.w{sequential_weight:g}.tokens{len(part)}"
 steps = results.record_history(run, key, result)
 results.record_contexts(run, key, {"training": result.contexts}, {"training": part})
+tracker = phase1.DiversityTracker(T.new_zeros(context_dim), T.new_zeros(context_dim), ema_decay)
+run.metric("diversity_tracker.memory", tracker.nbytes, "bytes")
 steps[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
 
 # %% [markdown]

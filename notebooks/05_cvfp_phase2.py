@@ -49,7 +49,7 @@ ema_decay: float = 0.99  # Phase 1: of the sequential variant's moving mean
 epochs: int = 4  # Phase 2: at most
 patience: int = 3  # Phase 2: epochs without a lower validation perplexity
 batch_tokens: int = 256  # Phase 2: predictions per optimiser step
-phase2_learning_rate: float = 0.0003  # Phase 2: Adam's
+phase2_learning_rate: float = 0.001  # Phase 2: Adam's
 context_weight: float = 1.0  # v1.0: weight of the MSE to C*
 head_std: float = 0.02  # initial standard deviation of the head
 window_tokens: int = 4  # tokens in the window that replaces C*
@@ -116,9 +116,9 @@ with run.stage("contexts"):
 # ## Stage 2: prediction
 #
 # The block reads $[C^*_{i-1}, e_i]$ and its context output is thrown away; logits come from
-# $[C^*_i, \mathrm{token}_i]$ by a linear head. No gradient can reach $C^*$ or the context output
-# so the block learns through the token output alone (a test asserts zeros). In v1.0 the head reads the
-# block's own context output instead, and an MSE pulls that towards $C^*_i$.
+# $[C^*_i, \mathrm{token}_i]$ by a linear head. No gradient can reach $C^*$ or the context output,
+# so the block learns through the token output alone (a test asserts zeros). In v1.0 the head reads
+# the block's own context output instead, and an MSE pulls that towards $C^*_i$.
 #
 # Each **arm** below is trained in the same way, with early stopping on validation:
 #

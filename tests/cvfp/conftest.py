@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from lablog.cvfp.model import CVFPBlock, ModelConfig
 from lablog.cvfp.phase1 import Phase1Config
 from lablog.cvfp.phase2 import Phase2Config

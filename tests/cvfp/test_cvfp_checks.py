@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lablog.cvfp import checks
 from lablog.cvfp.convergence import Trials
 from lablog.cvfp.phase1 import iterate_passes

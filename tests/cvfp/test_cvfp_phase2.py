@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from lablog.cvfp import phase2 as p2
 from lablog.cvfp.rollout import rollout
 

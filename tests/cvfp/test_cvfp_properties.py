@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from lablog.cvfp.model import shifted
 from lablog.cvfp.phase1 import iterate_passes, make_optimizer, parallel_step, train
 from lablog.cvfp.rollout import (

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lablog.cvfp.model import CVFPBlock, ModelConfig
 from lablog.cvfp.phase1 import (
     DiversityTracker,

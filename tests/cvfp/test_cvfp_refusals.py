@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
-import lablog
 import pytest
 import torch
+
+import lablog
 from lablog.cvfp import data
 from lablog.cvfp.convergence import main as convergence_command
 from lablog.cvfp.model import CVFPBlock, ModelConfig, TokenEmbedding

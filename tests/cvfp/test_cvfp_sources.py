@@ -4,11 +4,12 @@ import tarfile
 from itertools import islice
 
 import pytest
+from tokenizers import ByteLevelBPETokenizer
+
 from lablog.cvfp import bench
 from lablog.files import repository
 from lablog.text.corpora import conversation, documents
 from lablog.text.gpt2 import GPT2Tokenizer
-from tokenizers import ByteLevelBPETokenizer
 
 NAME = "models/ggml-vocab-gpt-2.gguf"
 
@@ -37,7 +38,7 @@ def test_gpt2_tokenizer_against_the_published_files(vocabulary):
     )
     ours = GPT2Tokenizer(vocabulary)
     assert len(ours) == 50257
-    texts = ["Hello, world!", "  two  spaces\n\nand\t", "naïve café 日本語 🙂", "it is 3,141.59", ""]
+    texts = ["Hello, world!", "  two  spaces\n\nand\t", "naïve café 日本語 🙂", "it is 3.14", ""]
     texts += list(islice(documents("arianna", "train", 0), 20))
     for text in texts:
         ids = ours.encode(text)

@@ -98,6 +98,11 @@ class DiversityTracker:
     variance: Tensor
     decay: float
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the two moving statistics."""
+        return self.mean.nbytes + self.variance.nbytes
+
     def update(self, context: Tensor) -> None:
         """Take in one context [context_dim]."""
         self.mean.lerp_(context, 1 - self.decay)

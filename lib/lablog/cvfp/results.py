@@ -52,6 +52,7 @@ def record_history(run: Run, key: str, result: Phase1Result) -> pd.DataFrame:
     run.metric(f"{key}.training.convergence", last.converged / last.tokens, "fraction",
                numerator=last.converged, denominator=last.tokens)  # fmt: skip
     run.metric(f"{key}.cvfp_loss", last.cvfp_loss, "", n=last.tokens)
+    run.metric(f"{key}.cvfp_loss.first", history[0].cvfp_loss, "", n=last.tokens)
     run.metric(f"{key}.cvfp_loss.largest", max(h.cvfp_loss for h in history), "", n=last.tokens)
     run.metric(f"{key}.iterations", len(history) + 1, "count", numerator=len(history) + 1,
                denominator=result.planned)  # fmt: skip
