@@ -120,7 +120,7 @@ def forgetful(network, context_dim=12):
 @given(
     seed=st.integers(0, 1000), std=st.floats(0.02, 1.5), forgets=st.booleans(),
     tokens=st.integers(1, 300), segment=st.integers(1, 40),
-    method=st.sampled_from(["jacobi", "quasi-newton"]), mix=st.sampled_from([0.5, 1.0]),
+    method=st.sampled_from(["jacobi", "quasi-newton"]), mix=st.sampled_from([0.9, 1.0]),
     tolerance=st.sampled_from([1e-2, 1e-4, 1e-8]),
 )  # fmt: skip
 def test_a_rollout_is_never_silently_wrong(

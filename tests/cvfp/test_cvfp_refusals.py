@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import os
 import signal
 import subprocess
 import sys
@@ -15,13 +14,13 @@ from typing import get_type_hints
 import pytest
 import torch
 
-import lablog
 from lablog.cvfp import data
 from lablog.cvfp.convergence import main as convergence_command
 from lablog.cvfp.model import CVFPBlock, ModelConfig, TokenEmbedding
-from lablog.cvfp.phase1 import train
+from lablog.cvfp.phase1 import Phase1Config, train
 from lablog.cvfp.phase2 import FixedText, train_phase2, window_contexts
 from lablog.cvfp.rollout import rollout
+from lablog.files import repository
 from lablog.text.corpora import documents
 from lablog.text.embeddings import gaussian_embedding, ppmi_embedding
 from lablog.text.gpt2 import gpt2_embedding
@@ -66,7 +65,6 @@ def test_swapped_arguments(network, embeddings):
 def test_a_swapped_call_does_not_type_check(tmp_path, monkeypatch):
     from mypy import api
 
-    monkeypatch.setenv("MYPYPATH", str(Path(lablog.__file__).parents[1]))
 
     path = tmp_path / "swapped.py"
     path.write_text(
@@ -78,8 +76,9 @@ def test_a_swapped_call_does_not_type_check(tmp_path, monkeypatch):
             b.forward(t, c)
     """)
     )
-    out, err, code = api.run(["--config-file=", "--ignore-missing-imports",
-                              "--follow-imports=silent", str(path)])  # fmt: skip
+    monkeypatch.chdir(repository())  # the project's own settings, and its cache
+    monkeypatch.setenv("MYPYPATH", "lib")
+    out, err, code = api.run([str(path)])
     assert code == 1, out + err
     assert 'swapped.py:6: error: Argument 1 to "forward"' in out
     assert ":4:" not in out
@@ -196,33 +195,30 @@ def test_checkpoint_of_another_configuration(network, embeddings, phase1, tmp_pa
 
 
 KILLED = """
-import sys, torch
-from pathlib import Path
+import sys
 sys.path.insert(0, sys.argv[2])
-torch.set_num_threads(1)
-from conftest import PHASE1
-from dataclasses import replace
-from lablog.cvfp.model import CVFPBlock, ModelConfig
-from lablog.cvfp.phase1 import train
-block = CVFPBlock(ModelConfig(64, 64, 128, 3, 1.0, 0.1, 0.01), 0)
-tokens = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
-config = replace(PHASE1, variant=sys.argv[3], iterations=int(sys.argv[4]))
-train(block, tokens, config, checkpoint=Path(sys.argv[1]))
-torch.save(block.state_dict(), sys.argv[1] + ".weights")
+from test_cvfp_refusals import train_until_killed
+train_until_killed(sys.argv[1], sys.argv[3], int(sys.argv[4]))
 """
+
+
+def train_until_killed(checkpoint, variant, iterations):
+    """A small training whose weights depend on nothing but its arguments."""
+    torch.set_num_threads(1)
+    block = CVFPBlock(ModelConfig(64, 64, 128, 3, 1.0, 0.1, 0.01), 0)
+    tokens = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    config = Phase1Config(variant, 0.7, iterations, 0.002, 1.0, 0.1, 1.0, 2, 0.9, 0)
+    train(block, tokens, config, checkpoint=Path(checkpoint))
+    return block.state_dict()
 
 
 @pytest.mark.parametrize(("variant", "iterations"), [("parallel", 200), ("sequential", 12)])
 def test_sigkill_then_resume_gives_bit_identical_weights(tmp_path, variant, iterations):
-    here = os.path.dirname(__file__)  # noqa: PTH120
-
-    def start(name):
-        return subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path / name), here, variant, str(iterations)]
-        )
-
-    assert start("whole").wait(120) == 0
-    process, checkpoint, seen = start("killed"), tmp_path / "killed", set()
+    checkpoint, seen = tmp_path / "killed", set()
+    here = str(Path(__file__).parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(checkpoint), here, variant, str(iterations)]
+    )
     deadline = time.monotonic() + 120
     while len(seen) < 3 and time.monotonic() < deadline:  # some iterations in, not at the first
         if checkpoint.is_file():
@@ -233,9 +229,9 @@ def test_sigkill_then_resume_gives_bit_identical_weights(tmp_path, variant, iter
     state = torch.load(checkpoint, weights_only=True)
     assert not state["done"]
     assert 0 < len(state["history"]) < iterations - 1
-    assert start("killed").wait(120) == 0
-    a, b = (torch.load(tmp_path / f"{n}.weights", weights_only=True) for n in ("whole", "killed"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    resumed = train_until_killed(checkpoint, variant, iterations)
+    whole = train_until_killed(tmp_path / "whole", variant, iterations)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_no_synchronisation_with_the_host_inside_token_loops():
