@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from lablog.cvfp.checks import effective_rank, effective_rank_of, singular_values
@@ -63,8 +64,9 @@ def rank_growth(matrices: Mapping[str, Tensor], counts: Sequence[int],
     frame = pd.DataFrame(rows)
     for i, (name, part) in enumerate(frame.groupby("matrix", sort=False)):
         left.plot(part["tokens"], part["effective rank"], label=name, marker=MARKERS[i % 6])
-    left.set(xlabel="tokens", ylabel="effective rank / dimensions", xscale="log")
-    left.legend()
+    left.set(xlabel="tokens", ylabel="effective rank / dimensions")
+    left.set_xscale("log", base=2)
+    left.legend(fontsize=7)
     for i, (split, part) in enumerate(weights.groupby("split", sort=False)):
         right.plot(part["w"], 100 * part["share"], "-", marker=MARKERS[i], label=split)
     right.set(xlabel="diversity weight w", ylabel="effective rank / % of dimensions")
@@ -111,7 +113,7 @@ def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Drawn:
     frame["pass"] = frame.index + 1
     for i, name in enumerate(shares):
         axis.plot(frame["pass"], 100 * frame[name], label=name, marker=MARKERS[i], ms=2)
-    axis.plot(frame["pass"], 100 * frame["pass"] / tokens, ":", color=GREY)
+    axis.plot(frame["pass"], 100 * frame["pass"] / tokens, ":", color=GREY, label="one a pass")
     axis.set(xlabel="passes", ylabel="tokens within the tolerance / %")
     axis.legend()
     return figure, frame
@@ -154,5 +156,8 @@ def intervals(table: pd.DataFrame) -> Drawn:
     error = [table["value"] - table["low"], table["high"] - table["value"]]
     axis.errorbar(table["value"], table["arm"], xerr=error, fmt="o", capsize=3)
     axis.set(xlabel="perplexity on disjoint test text", xscale="log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.invert_yaxis()
     return figure, table
