@@ -18,6 +18,8 @@ endif
 PY := $(ENV)/bin/python
 export PATH := $(ENV)/bin:$(PATH)
 export MPLBACKEND := agg
+# Threads that spin while they wait starve whatever else runs on a machine of few cores.
+export OMP_WAIT_POLICY ?= passive
 
 ENV_STAMP    := build/.environment$(subst /,-,$(ENV))
 NATIVE_STAMP := build/native/.built
@@ -28,7 +30,7 @@ ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 EXCLUSIVE    := python3 lib/lablog/exclusive.py
 PIP          := $(PY) -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup lab reproduce test book bench verify why clean distclean \
+.PHONY: help setup lab reproduce test book bench verify why publish clean distclean \
         test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -46,6 +48,7 @@ setup: ## environment and native library; the other targets do it when needed
 	@$(EXCLUSIVE) --wait build/.setup.lock $(MAKE) --no-print-directory _setup
 
 _setup: $(ENV_STAMP) $(NATIVE_STAMP)
+	@:
 
 # The sdist carries both the bindings and the llama.cpp tree that native/ patches, so that they
 # are one version by construction. CMake checks its hash.
@@ -136,8 +139,20 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@$(PY) -m lablog.bench
 
+publish: ## copy this profile's records and the README's figure into book/records/
+	@mkdir -p book/records/$(PROFILE)
+	@cp build/$(PROFILE)/records/*.json book/records/$(PROFILE)/
+	@cp build/$(PROFILE)/figures/02_lambda_calibration/heat.svg book/records/$(PROFILE)/
+	@test ! -e build/bench.json || cp build/bench.json book/records/
+
 clean: ## remove results and book, keep environment and native library
 	rm -rf $(filter-out build/venv build/native build/native-sanitize build/source,$(wildcard build/*))
 
-distclean: ## remove everything that was generated
+distpublish: ## copy this profile's records and the README's figure into book/records/
+	@mkdir -p book/records/$(PROFILE)
+	@cp build/$(PROFILE)/records/*.json book/records/$(PROFILE)/
+	@cp build/$(PROFILE)/figures/02_lambda_calibration/heat.svg book/records/$(PROFILE)/
+	@test ! -e build/bench.json || cp build/bench.json book/records/
+
+clean: ## remove everything that was generated
 	rm -rf build lib/*.egg-info

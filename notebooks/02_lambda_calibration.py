@@ -83,6 +83,11 @@ print(coherence.Thresholds())
 # cannot reach it. Ranges that name the same layers of a small model are computed once. The
 # control that redraws its direction every turn runs along in all layers and for the log's fourth
 # row. Finished rows are kept as the sweep goes; after a kill it continues behind them.
+#
+# The strengths are spaced by factors rather than steps, because nobody knows beforehand in which
+# decade something happens. Each row is measured on the same items, texts and random numbers, so
+# that two rows differ by the injection alone, and a difference between them is paired item by
+# item. What remains is the luck of the direction, which is why every cell has several seeds.
 
 # %%
 tasks = sweep.grid(strengths, sweep.RANGES, seeds)
@@ -97,7 +102,12 @@ table = sweep.summarise(rows)
 # ### Language
 #
 # The horizontal axis is the dose, the added length relative to the residual stream. If the dose
-# were all that mattered, the curves of the four ranges would fall on one another.
+# were all that mattered, the curves of the four ranges would fall on one another. Where they do
+# not, the place of the injection matters as well: a vector that enters early is normalised and
+# transformed by every later layer, one that enters late acts on the logits almost as a bias.
+#
+# Read the left end of each curve first. It must meet the grey line of the unmodified model,
+# since a vanishing $\lambda$ changes nothing; then look for the dose at which it leaves.
 
 # %%
 run.figure(
@@ -114,6 +124,9 @@ run.figure(
 # copies well without help. What a commitment could add shows after eviction and in the forks.
 # A sum of yes-probabilities that leaves its unmodified value without approaching one means that
 # the answers were disturbed rather than decided.
+#
+# The curves and the heat map show the same numbers: the curves with their intervals, for one
+# question at a time; the map without them, for an overview of strengths against ranges.
 
 # %%
 run.figure(
@@ -147,13 +160,16 @@ improvements[improvements[["recall", "eviction", "same_choice"]].any(axis=1)]
 # off a grid. For each range and seed, the smallest $\lambda$ is bracketed at which the 95th
 # percentile of the divergence on held-out text reaches the budget, and then found by Brent's
 # method on logarithmic axes. The interval covers the seeds, that is, the luck of the direction.
+#
+# The budget is stated for the 95th percentile rather than the mean: a reader stumbles over the
+# rare token that was ruined, not over the average one. The smallest crossing is taken because
+# the divergence need not grow for ever; behind the first crossing the model may settle on
+# another, equally foreign distribution. A range in which too few directions reach the budget
+# between $\lambda = 10^{-4}$ and $10^3$ is reported as undefined, with the number that did.
 
 # %%
 with run.stage("calibration"):
-    solved = {
-        layers: [calibration.calibrate(laboratory, layers, seed, kl_budget) for seed in seeds]
-        for layers in sweep.RANGES
-    }
+    solved = calibration.calibrate(laboratory, sweep.RANGES, seeds, kl_budget)
 budgets = [results.record_budget(run, name, found, seeds) for name, found in solved.items()]
 laboratory.close()
 

@@ -25,35 +25,21 @@ text_source: str = "arianna"  # arianna, self_consistency (offline) or ultrachat
 tokenizer: str = "project"  # project, or the path of a .model or of GPT-2's vocabulary .gguf
 vocabulary: int = 1024  # pieces of the project's tokenizer
 embedding: str = "ppmi"  # ppmi, gaussian, a .safetensors with GPT-2's matrix, or a Hub name
-ppmi_span: int = 5  # tokens apart at which two tokens still co-occur
-corpus_documents: int = 2000  # training dialogues read at most
-dialogues: int = 10  # training dialogues; a fifth of them is validation
-dialogue_tokens: int = 64  # tokens of each
+ppmi: list[int] = [5, 2000]  # tokens apart that co-occur, training dialogues read at most
 val_data_source: str = "text_file"  # anything else is refused
-context_dim: int = 128  # dimensions of the context
-embed_dim: int = 128  # dimensions of the embedding
-hidden_dim: int = 256  # must be the sum of the two
-num_layers: int = 3  # layers of the block
-layernorm_mix: float = 1.0  # 0 no LayerNorm, 1 full
-weight_std: float = 0.1  # initial standard deviation of the weights
-bias_std: float = 0.01  # and of the biases
+dialogues: list[int] = [10, 64]  # training dialogues, tokens of each
+network: list[int] = [128, 128, 256, 3]  # dimensions of context, embedding, hidden; layers
+initial: list[float] = [1.0, 0.1, 0.01]  # LayerNorm mix, initial deviation of weights, of biases
 diversity_weight: float = 0.9  # w of the parallel variant
 other_weights: list[float] = [0.5, 0.01]  # further values of w, first seed only
 seeds: list[int] = [42, 43]  # seeds of the network
 iterations: int = 5  # passes at most, iteration 0 included
-learning_rate: float = 0.002  # Adam's
-clip_norm: float = 1.0  # largest norm of the gradient
-convergence_threshold: float = 0.1  # MSE below which a token has converged
-early_stop_fraction: float = 0.95  # share of converged tokens that ends training
+adam: list[float] = [0.002, 1.0, 0.99]  # learning rate, gradient norm, decay of the moving mean
+converged: list[float] = [0.1, 0.95]  # MSE of a converged token, share that ends training
 early_stop_from: int = 2  # first iteration that may end it
-ema_decay: float = 0.99  # of the sequential variant's moving mean
 sequential_weight: float = 0.5  # w of the sequential variant
-sequential_tokens: int = 64  # its slice of the training text (all of it: the full size)
-sequential_iterations: int = 3  # and its iterations
-passes: int = 5  # repeated passes with frozen weights, pass 0 included
-memory_distance: int = 40  # tokens after a changed one
-memory_threshold: float = 0.01  # relative difference that counts as remembered
-lyapunov_tokens: int = 100  # tokens over which growth is measured
+sequential_size: list[int] = [64, 3]  # its slice of the text in tokens, and its iterations
+probes: list[int] = [5, 40, 100]  # passes of check 3, tokens after a change, for the exponent
 device: str = "cpu"  # cpu or cuda
 
 # %% [markdown]
@@ -70,42 +56,25 @@ device: str = "cpu"  # cpu or cuda
 # the last fifth of the *training* text, through a file. The disjoint test text is ours.
 
 # %%
-import time
 from IPython.display import Markdown
-import pandas as pd
-import torch
 from lablog import figures, record
-from lablog.cvfp import checks, phase1, plots, results, rollout
-from lablog.cvfp.convergence import Trials
-from lablog.cvfp.data import prepare
-from lablog.cvfp.model import CVFPBlock, ModelConfig, shifted
-from lablog.determinism import seed_everything
+from lablog.cvfp import results
+from lablog.cvfp.model import ModelConfig
+from lablog.cvfp.phase1 import Phase1Config
+from lablog.cvfp.study import Study
 
 # %%
 figures.use_style()
 run = record.begin("04_cvfp_phase1", globals())
-seed_everything(seeds[0])
-shape = ModelConfig(
-    context_dim, embed_dim, hidden_dim, num_layers, layernorm_mix, weight_std, bias_std
-)
-with run.stage("data"):
-    data = prepare(
-        run.artifacts / "cvfp", shape, text_source=text_source, tokenizer=tokenizer,
-        vocabulary=vocabulary, embedding=embedding, window=ppmi_span, seed=seeds[0],
-        corpus_documents=corpus_documents, dialogues=dialogues, dialogue_tokens=dialogue_tokens,
-        val_data_source=val_data_source, device=device,
-    )  # fmt: skip
-T, V = data.tokens["training"], data.tokens["validation"]
-
-# %%
-distinct = len(data.ids["training"].unique())
-run.metric("data.training_tokens", len(T), "count")
-run.metric("data.validation_tokens", len(V), "count")
-run.metric("data.distinct_tokens", distinct, "count")
-Markdown(
-    f"{len(T):,} training tokens of {distinct:,} kinds; {len(V):,} validation tokens, all of which "
-    "occur in training by construction."
-)
+settings = Phase1Config("parallel", diversity_weight, iterations, *adam[:2], *converged,
+                        early_stop_from, adam[2], seeds[0])  # fmt: skip
+study = Study(
+    run, ModelConfig(*network, *initial), settings, seeds, device, text_source=text_source,
+    tokenizer=tokenizer, vocabulary=vocabulary, embedding=embedding, window=ppmi[0],
+    corpus_documents=ppmi[1], dialogues=dialogues[0], dialogue_tokens=dialogues[1],
+    val_data_source=val_data_source,
+)  # fmt: skip
+Markdown(study.sizes())
 
 # %% [markdown]
 # ## Iteration 0, and two facts about it
@@ -122,24 +91,7 @@ Markdown(
 # **Fact (b).** A wide random network already spreads its contexts over most dimensions.
 
 # %%
-untrained, start = {}, {}
-with run.stage("iteration 0"):
-    for seed in seeds:
-        untrained[seed] = CVFPBlock(shape, seed).to(device)
-        start[seed] = rollout.rollout(untrained[seed], T).contexts
-
-# %%
-ranks = [checks.effective_rank(c).fraction for c in start.values()]
-results.record_mean(run, "untrained.training.effective_rank", ranks, "fraction", seeds)
-first = seeds[0]
-once = phase1.iterate_passes(
-    untrained[first], T, 2, "parallel", convergence_threshold, start[first]
-)
-results.record_passes(run, "untrained.training.parallel", once)
-Markdown(
-    f"Untrained: effective rank {100 * sum(ranks) / len(ranks):.1f} % of the dimensions, and "
-    f"{once.converged[0]} of {len(T)} tokens within the threshold after one more parallel pass."
-)
+Markdown(study.iteration_0())
 
 # %% [markdown]
 # ## Training
@@ -152,26 +104,7 @@ Markdown(
 # same bits.
 
 # %%
-def trained(seed: int, w: float) -> tuple[CVFPBlock, phase1.Phase1Result]:
-    config = phase1.Phase1Config(
-        "parallel", w, iterations, learning_rate, clip_norm, convergence_threshold,
-        early_stop_fraction, early_stop_from, ema_decay, seed,
-    )  # fmt: skip
-    block = CVFPBlock(shape, seed).to(device)
-    path = phase1.checkpoint_path(run.artifacts / "cvfp", block, T, config)
-    return block, phase1.train(block, T, config, path, start[seed], progress=True)
-
-
-# %%
-cases = {f"w{diversity_weight:g}.seed{s}": (s, diversity_weight) for s in seeds}
-cases |= {f"w{w:g}.seed{first}": (first, w) for w in other_weights}
-main, low = next(iter(cases)), f"w{min([diversity_weight, *other_weights]):g}.seed{first}"
-blocks, contexts, history = {}, {}, []
-for name, (seed, w) in cases.items():
-    with run.stage(f"train {name}"):
-        blocks[name], result = trained(seed, w)
-    contexts[name] = {"training": result.contexts}
-    history.append(results.record_history(run, name, result))
+study.train(other_weights)
 
 # %% [markdown]
 # What the log counts on validation text is the same loop with frozen weights. In the parallel
@@ -179,32 +112,19 @@ for name, (seed, w) in cases.items():
 # (a) again), so its convergence says nothing about training; the untrained control shows it.
 
 # %%
-bare = f"untrained.seed{first}"
-blocks |= {f"untrained.seed{seed}": block for seed, block in untrained.items()}
-frozen = {}
-with run.stage("validation"):
-    for name, block in blocks.items():
-        c = contexts.setdefault(name, {})["validation"] = rollout.rollout(block, V).contexts
-        frozen[name] = phase1.iterate_passes(
-            block, V, iterations - 1, "parallel", convergence_threshold, c
-        )
-        results.record_passes(run, f"{name}.validation.parallel", frozen[name])
-
-# %%
-control = pd.DataFrame({"network": "untrained, validation (control)",
-                        "iteration": range(1, iterations),
-                        "cvfp_loss": frozen[bare].differences,
-                        "share": [c / len(V) for c in frozen[bare].converged]})  # fmt: skip
+study.read_validation()
 run.figure(
-    "convergence", *plots.convergence(pd.concat([*history, control])),
+    "convergence",
+    *study.convergence(),
     "Tokens within the convergence threshold, and MSE to the pass before, per iteration of "
-    "training; the control is an untrained network that reads validation text again and again.",
-)  # fmt: skip
+    "training and per pass with frozen weights over validation text.",
+)
 
 # %% [markdown]
-# In every training run the share starts near 100 % because of fact (a), falls when the optimiser
-# moves the weights, and rises again where the moving target and the network agree. The loss that
-# training minimises is therefore largest in the middle, not at the start.
+# Every training starts near 100 % because of fact (a): at iteration 1 there is nothing to learn
+# from. What follows is how far one step moves the contexts, measured against a target that moves
+# too. A share that returns towards 100 % says that steps have become small in effect; that a text
+# read twice gives the same contexts is another property, which check 3 measures.
 
 # %% [markdown]
 # ## Checks 1 and 2, with the controls that they lack
@@ -217,52 +137,26 @@ run.figure(
 # untrained networks, a constant output, the embeddings passed through, and shuffled tokens.
 
 # %%
-order = torch.randperm(len(V), generator=torch.Generator().manual_seed(first)).to(device)
-mixed = rollout.rollout(blocks[main], V[order]).contexts
-for seed in seeds:
-    contexts[f"untrained.seed{seed}"]["training"] = start[seed]
-one = start[first][:1]
-contexts["control.constant"] = {
-    "training": one.expand(len(T), -1), "validation": one.expand(len(V), -1)
-}  # fmt: skip
-contexts["control.embeddings"] = {"training": T, "validation": V}
-rows = [
-    row for name, c in contexts.items()
-    for row in results.record_contexts(run, name, c, data.tokens)
-]  # fmt: skip
-rows += results.record_contexts(
-    run, "control.shuffled", {"validation": mixed}, {"validation": V[order]}
-)
-table = pd.DataFrame(rows)
-table.set_index(["network", "split"]).round(3)
+study.check_table()
 
 # %%
-for split in ("training", "validation"):
-    part = table[(table.split == split) & table.network.str.startswith(f"w{diversity_weight:g}.")]
-    results.record_mean(run, f"parallel.{split}.effective_rank", part.share.tolist(), "fraction", seeds)  # noqa: E501
-percent = (100 * table.set_index(["network", "split"])["share"]).round(1)
-Markdown(
-    f"Effective rank on training text: {percent[main, 'training']} % of the dimensions after "
-    f"training, {percent[bare, 'training']} % before. On validation text: "
-    f"{percent[main, 'validation']} % and {percent[bare, 'validation']} %; embeddings passed "
-    f"through: {percent['control.embeddings', 'validation']} %; tokens shuffled: "
-    f"{percent['control.shuffled', 'validation']} %."
-)
+Markdown(study.ranks())
 
 # %% [markdown]
 # **What the checks detect.** Check 1 catches the planted constant: its effective rank is 1, and the
 # mean cosine names the attractor. Check 2 catches the planted pass-through: the cosine to the
-# embedding is 1. **What they miss.** Check 1 passes the network that was never trained and ranks it
-# above the trained one; it cannot tell spread from use. Check 2 lets the constant through, since a
-# constant is neither zero nor the embedding. Neither looks at more than one context at a time, so
-# shuffled tokens look like tokens. And the log's adopted baseline, 55.9 % on validation, does not
-# pass the log's own check 1.
+# embedding is 1.
+#
+# **What they miss.** Compare the rows of the untrained networks with those of the trained ones:
+# check 1 sees spread and cannot tell whether it was learnt or drawn. Check 2 lets the constant
+# through, since a constant is neither zero nor the embedding. Neither looks at the order of the
+# contexts, so shuffled tokens look like tokens. And the log's adopted baseline, 55.9 % on
+# validation, does not pass the log's own check 1, whose threshold is 81–82 %.
 
 # %%
-shown = [main, low, bare, "control.embeddings"]
 run.figure(
     "spectra",
-    *plots.spectra({name: contexts[name]["training"] for name in shown}),
+    *study.spectra(),
     "Singular values of the context matrix on training text, relative to the largest.",
 )
 
@@ -272,12 +166,9 @@ run.figure(
 # between training and validation in the log is this dependence.
 
 # %%
-of_w = {name: w for name, (seed, w) in cases.items() if seed == first}
-weights = table[table.network.isin(of_w)].assign(w=table.network.map(of_w)).sort_values("w")
-counts = sorted({2**k for k in range(6, 20)} | {3 * 2**k for k in range(5, 18)} | {len(T)})
 run.figure(
     "rank",
-    *plots.rank_growth({name: contexts[name]["training"] for name in shown}, counts, weights),
+    *study.rank_growth(),
     "Effective rank against the number of tokens read, and against the diversity weight.",
 )
 
@@ -291,22 +182,12 @@ run.figure(
 # the parallel reading of fact (a) it goes through as if converged.
 
 # %%
-again = {}
-with run.stage("passes"):
-    for name in (main, low, bare):
-        again[name] = phase1.iterate_passes(
-            blocks[name], V, passes - 1, "sequential", convergence_threshold,
-            contexts[name]["validation"],
-        )  # fmt: skip
-pd.DataFrame(
-    [results.record_passes(run, f"{name}.validation.sequential", p) for name, p in again.items()]
-).round(6)
+study.check3(probes[0])
 
 # %%
-maps = {"trained": again[main], "untrained": again[bare], "untrained, parallel": frozen[bare]}
 run.figure(
     "changes",
-    *plots.change_map({name: p.changes for name, p in maps.items()}, 200),
+    *study.change_map(200),
     "Change of each context from pass to pass over the first tokens of the validation text.",
 )
 
@@ -315,12 +196,7 @@ run.figure(
 # command, `python -m lablog.cvfp.convergence --num_trials 10`.
 
 # %%
-for name, found in again.items():
-    trials = Trials(tuple(found.differences))
-    run.metric(f"{name}.trials.slope", trials.slope, "per trial", n=len(trials.losses))
-    run.metric(f"{name}.trials.spread", trials.spread, "", n=len(trials.losses))
-    run.metric(f"{name}.trials.class", trials.verdict, "class", n=len(trials.losses))
-    print(name, trials, sep="\n")
+print(study.trials())
 
 # %% [markdown]
 # ## Where parallel evaluation is exact, and where it wins
@@ -335,38 +211,15 @@ for name, found in again.items():
 # shrink, the loop takes over from the beginning; the tolerance is $10^{-4}$ relative to the loop.
 
 # %%
-growth = {}
-for name in (main, low, bare):
-    values = rollout.lyapunov_exponent(
-        blocks[name], T[:lyapunov_tokens], T.new_zeros(context_dim), first, lyapunov_tokens // 5
-    )
-    growth[name] = float(values.mean())
-    run.metric(f"{name}.lyapunov", growth[name], "per token", n=len(values),
-               interval=results.batch_means(values))  # fmt: skip
-growth
+study.lyapunov(probes[2])
 
 # %%
-def timed(name: str, method: str, segment: int) -> pd.DataFrame:
-    label = f"{name} {method}" + (f" x{segment}" if segment > 1 else "")
-    clock = time.perf_counter()
-    with run.stage(f"rollout {label}"):
-        found = rollout.rollout(blocks[name], V, None, method, segment=segment)
-    clock = time.perf_counter() - clock
-    error = results.relative_errors(found.contexts, contexts[name]["validation"]).max()
-    results.record_rollout(run, f"{name}.rollout.{method}{segment}", found, float(error))
-    last = found.residuals[-1] if found.residuals else [float("nan")]
-    return pd.DataFrame({"run": label, "pass": range(1, len(last) + 1), "residual": last,
-                         "seconds": clock})  # fmt: skip
-
-
-# %%
-methods = (("sequential", 1), ("jacobi", 1), ("jacobi", 64), ("quasi-newton", 1))
-timings = pd.concat([timed(name, *how) for name in (main, bare) for how in methods])
 run.figure(
-    "rollouts", *plots.residuals(timings),
+    "rollouts",
+    *study.rollouts(64),
     "Residuals of the last window that each method tried, and its time for the validation text "
     "(fallback to the loop included; x64: segments of 64 tokens). Dotted: the tolerance.",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # Exactness spreads one token a pass. The curve below is the error of Jacobi iteration against the
@@ -374,25 +227,11 @@ run.figure(
 # Where it follows the diagonal, parallel evaluation is the loop in disguise.
 
 # %%
-def exact_share(block: CVFPBlock, exact: torch.Tensor, count: int) -> list[float]:
-    guess, zero, share = torch.zeros_like(exact), exact.new_zeros(context_dim), []
-    for _ in range(count):
-        with torch.no_grad():
-            guess = block.chunked(shifted(guess, zero), V[: len(exact)])
-        share.append(float((results.relative_errors(guess, exact) < 1e-4).float().mean()))
-    return share
-
-
-# %%
-part = min(len(V), 200)
-jacobi = {
-    name: exact_share(blocks[name], contexts[name]["validation"][:part], 60)
-    for name in (main, low, bare)
-}
-for name, share in jacobi.items():
-    run.metric(f"{name}.jacobi.exact_after_60", share[-1], "fraction", n=part)
-run.figure("jacobi", *plots.exactness(jacobi, part),
-           "Tokens within 1e-4 of the loop after so many Jacobi passes.")  # fmt: skip
+run.figure(
+    "jacobi",
+    *study.exactness(200, 60),
+    "Tokens within 1e-4 of the loop after so many Jacobi passes; dotted: one token a pass.",
+)
 
 # %% [markdown]
 # Fast parallel convergence and long memory exclude each other: what Jacobi forgets in a pass, the
@@ -402,21 +241,9 @@ run.figure("jacobi", *plots.exactness(jacobi, part),
 # is not the same as remembering something of use.
 
 # %%
-spots = torch.linspace(1, len(V) - memory_distance - 1, 40).long().to(device).unique()
-curves = {}
-for name in (main, low, bare):
-    curves[name] = rollout.memory_curve(
-        blocks[name], V, contexts[name]["validation"], spots, memory_distance, first
-    )
-    length = rollout.memory_length(curves[name], memory_threshold)
-    missing = None if length is not None else f"above {memory_threshold} to the end"
-    run.metric(f"{name}.memory_length", length, "tokens", n=len(spots), undefined=missing)
-    run.metric(f"{name}.memory_at_end", float(curves[name][-1].median()), "", n=len(spots))
-
-# %%
 run.figure(
     "memory",
-    *plots.memory(curves),
+    *study.memory(probes[1], 0.01),
     "Relative difference of the contexts after one changed token: median and quartiles.",
 )
 
@@ -430,20 +257,7 @@ run.figure(
 # not the algorithm, is the log's factor of 23 (measured by `make bench`).
 
 # %%
-config = phase1.Phase1Config(
-    "sequential", sequential_weight, sequential_iterations, learning_rate, clip_norm,
-    convergence_threshold, early_stop_fraction, early_stop_from, ema_decay, first,
-)  # fmt: skip
-block, part = CVFPBlock(shape, first).to(device), T[:sequential_tokens]
-path = phase1.checkpoint_path(run.artifacts / "cvfp", block, part, config)
-with run.stage("train sequential"):
-    result = phase1.train(block, part, config, path, start[first][:sequential_tokens], True)
-key = f"sequential.w{sequential_weight:g}.tokens{len(part)}"
-steps = results.record_history(run, key, result)
-results.record_contexts(run, key, {"training": result.contexts}, {"training": part})
-tracker = phase1.DiversityTracker(T.new_zeros(context_dim), T.new_zeros(context_dim), ema_decay)
-run.metric("diversity_tracker.memory", tracker.nbytes, "bytes")
-steps[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
+study.sequential(sequential_weight, *sequential_size)
 
 # %% [markdown]
 # ## Report
@@ -452,7 +266,7 @@ steps[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
 # that all iterations ran.
 
 # %%
-run.finish(results.phase1_report(main))
+run.finish(results.phase1_report(study.main))
 
 # %% [markdown]
 # ## What this does not show

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from lablog.files import data_file
 from lablog.text.dialogues import (
     PHRASES,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lablog.files import repository
 from lablog.models.convert import to_gguf
 from lablog.models.training import ModelShape

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
 from lablog.models import convert
 from lablog.models.training import (
     ModelShape,
@@ -27,8 +30,6 @@ from lablog.models.training import (
 from lablog.text.datasets import DialogueDataset, Item
 from lablog.text.dialogues import generate, load_settings, render
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
-from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 SETTINGS = load_settings()
 SHAPE = ModelShape(layers=1, width=16, heads=2, kv_heads=1, feed_forward=32, context=512,

@@ -12,9 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lablog.files import repository
+import nbformat
+
+from lablog.files import atomic_write, repository, sha256_of
 from lablog.record import Record
 from lablog.report import IN_PROSE, reject_judgements
+
+INPUTS = ".inputs"
+"""File in the built book with a hash of what it was made from."""
 
 
 class BookError(RuntimeError):
@@ -41,15 +46,29 @@ def results_page(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
+def _inputs(folder: Path) -> str:
+    """One hash of all that the book is made from."""
+    root = repository()
+    pages = [path for path in (root / "book").rglob("*") if path.is_file()]
+    results = [path for kind in ("records", "notebooks", "figures")
+               for path in (folder / kind).rglob("*") if path.is_file()]
+    ours = sha256_of([*pages, root / "pyproject.toml", Path(__file__)], root)
+    return f"{ours} {sha256_of(results, folder)}\n"
+
+
 def build(folder: Path, target: Path) -> Path:
     """Build the book of the results in `folder` (build/<profile>) into `target`; returns it.
 
+    Does nothing when `target` was made from the same inputs.
     Raises BookError when there is no result, and with Sphinx's output when it warns or fails; the
     book that was there before then stays.
     """
     records = [Record.read(path) for path in sorted((folder / "records").glob("*.json"))]
     if not records:
         raise BookError(f"{folder} holds no results: run `make reproduce` first")
+    inputs = _inputs(folder)
+    if (target / INPUTS).is_file() and (target / INPUTS).read_text() == inputs:
+        return target
     source = target.parent / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(repository() / "book", source)
@@ -60,6 +79,10 @@ def build(folder: Path, target: Path) -> Path:
     (source / "results.md").write_text(results_page(records))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)
+    for chapter in (source / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(chapter, as_version=4).cells:
+            if cell.cell_type == "markdown":
+                reject_judgements(cell.source, IN_PROSE)
     work = target.parent / "work"
     shutil.rmtree(work, ignore_errors=True)
     program = Path(sys.executable).with_name("jupyter-book")
@@ -73,7 +96,10 @@ def build(folder: Path, target: Path) -> Path:
         raise BookError(f"the book was not built:\n{run.stdout[-4000:]}")
     # Sphinx copies only what its pages name; figures link their data in HTML of their own.
     for record in records:
-        shutil.copytree(folder / "figures" / record.notebook, made / "figures" / record.notebook)
+        figures = folder / "figures" / record.notebook
+        if figures.is_dir():
+            shutil.copytree(figures, made / "figures" / record.notebook)
+    atomic_write(made / INPUTS, inputs)
     shutil.rmtree(target, ignore_errors=True)
     made.replace(target)
     shutil.rmtree(work)

@@ -108,6 +108,17 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
     return found
 
 
+def check(notebook: str, values: Mapping[str, Any]) -> None:
+    """Raise ProfileError for a value that the notebook does not declare, or of another type."""
+    declared = declared_parameters(notebook_path(notebook))
+    for name, value in values.items():
+        if name not in declared:
+            raise ProfileError(
+                f"unknown parameter {name!r} of {notebook}{_nearest(name, declared)}"
+            )
+        declared[name].check(value, f"parameters of {notebook}")
+
+
 @dataclass(frozen=True)
 class Profile:
     """A resolved profile: for each notebook every parameter's value."""

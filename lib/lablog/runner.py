@@ -112,8 +112,10 @@ def _explain(error: BaseException) -> tuple[str, str]:
 def execute(spec: RunSpec) -> Outcome:
     """Execute one notebook and move its results into place.
 
-    One run of a notebook at a time in a folder: a second one is refused (OSError).
+    One run of a notebook at a time in a folder: a second one is refused (OSError), and so is a
+    parameter that the notebook does not declare (ProfileError; papermill would only log it).
     """
+    profiles.check(spec.notebook, spec.parameters)
     spec.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(spec.folder / f".{spec.notebook}.lock", timeout=0)
     try:

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lablog.commitment import calibration, sweep
+from lablog.commitment import calibration, coherence, sweep
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +112,12 @@ def test_the_solver_inverts_power_laws(scale, power, budget):
 
 
 def test_the_solver_takes_the_first_of_several_crossings():
-    def bump(strength):  # rises through 1 at 0.1, falls through 1 at 1, rises for good at 100
-        return 2.0 if 0.1 <= strength < 1 or strength >= 100 else 0.5
+    def bump(strength):  # rises through 1 at 0.05, falls through 1 at 2, rises for good at 100
+        return 2.0 if 0.05 <= strength < 2 or strength >= 100 else 0.5
 
     found = calibration.solve_budget(bump, 1.0)
     assert found is not None
-    assert found.strength == pytest.approx(0.1, rel=2e-3)
+    assert found.strength == pytest.approx(0.05, rel=2e-3)
 
 
 def test_the_solver_says_when_the_budget_is_never_spent():
@@ -134,6 +134,17 @@ def test_an_impossible_budget_is_refused(budget):
 
 
 def test_calibration_spends_its_budget(laboratory):
-    found = calibration.calibrate(laboratory, "all", 1, 0.2)
-    assert found is not None
-    assert found.divergence == pytest.approx(0.2, rel=0.02)
+    ranges, seeds = ("all", "first quarter", "layer 0"), (1, 2)
+    solutions = calibration.calibrate(laboratory, ranges, seeds, 0.2)
+    assert list(solutions) == list(ranges)
+    for name, found in solutions.items():
+        for seed, solution in zip(seeds, found, strict=True):
+            assert solution is not None
+            assert solution.divergence == pytest.approx(0.2, rel=0.02)
+            again = laboratory.injection(
+                sweep.Task("commitment", solution.strength, name, seed))
+            _, kl, _ = laboratory.with_speech(
+                lambda s, i=again: coherence.read_divergence(s, laboratory.material, i))
+            assert np.percentile(kl, 95) == pytest.approx(solution.divergence)
+    strengths = {name: [s.strength for s in found] for name, found in solutions.items()}
+    assert strengths["all"][0] < strengths["layer 0"][0]  # six layers spend it sooner than one

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,9 @@ from lablog.commitment import coherence, latent
 from lablog.commitment.sweep import Laboratory
 from lablog.commitment.window import Injection, Speech
 from lablog.models.llama_cpp import Commitment
+from lablog.progress import progress
 
-BRACKET = (1e-4, 1e3)
+BRACKET = (1e-3, 1e3)
 """λ is sought in this range."""
 
 
@@ -31,8 +33,8 @@ def solve_budget(divergence: Callable[[float], float], budget: float,
                  tolerance: float = 1e-3) -> Solution | None:
     """Smallest λ in `BRACKET` with divergence(λ) = budget, to a relative `tolerance` in λ.
 
-    The first crossing is bracketed on a grid of half decades, then found by Brent's method on
-    logarithmic axes. None when the divergence stays below the budget throughout.
+    The first crossing is bracketed on a grid of decades, then found by Brent's method on
+    logarithmic axes. None when the divergence stays below the budget on the whole grid.
 
     divergence: non-negative, 0 at λ = 0; need not be monotone beyond the first crossing.
     """
@@ -46,7 +48,7 @@ def solve_budget(divergence: Callable[[float], float], budget: float,
         return math.log(max(divergence(math.exp(log_strength)), 1e-30) / budget)
 
     low, high = (math.log(end) for end in BRACKET)
-    grid = np.linspace(low, high, 1 + round(2 * (high - low) / math.log(10)))
+    grid = np.linspace(low, high, 1 + round((high - low) / math.log(10)))
     if excess(low) >= 0:
         return Solution(BRACKET[0], divergence(BRACKET[0]), calls + 1)
     crossing = next((i for i in range(1, len(grid)) if excess(grid[i]) >= 0), None)
@@ -57,10 +59,28 @@ def solve_budget(divergence: Callable[[float], float], budget: float,
     return Solution(strength, divergence(strength), calls + 1)
 
 
-def calibrate(laboratory: Laboratory, layers: str, seed: int, budget: float) -> Solution | None:
-    """λ at which the 95th percentile of KL per held-out token is `budget` nats."""
+def calibrate(laboratory: Laboratory, ranges: Sequence[str], seeds: Sequence[int],
+              budget: float) -> dict[str, list[Solution | None]]:
+    """For each range and seed, λ at which the 95th percentile of KL per held-out token is `budget`.
+
+    Ranges that name the same layers of this model are solved once. Raises ValueError for a budget
+    that is no positive number of nats.
+    """
+    tasks = {(laboratory.layers(name), seed): name for name in ranges for seed in seeds}
+    with (ThreadPoolExecutor(laboratory.workers) as pool,
+          progress(len(tasks), "calibration", "λ") as bar):
+        def solve(key: tuple[tuple[int, int], int]) -> Solution | None:
+            solution = _solve(laboratory, *key, budget)
+            bar.update()
+            return solution
+
+        found = dict(zip(tasks, pool.map(solve, tasks), strict=True))
+    return {name: [found[laboratory.layers(name), seed] for seed in seeds] for name in ranges}
+
+
+def _solve(laboratory: Laboratory, span: tuple[int, int], seed: int,
+           budget: float) -> Solution | None:
     direction = latent.sample(seed, laboratory.settings.k, laboratory.model.width).direction
-    span = laboratory.layers(layers)
 
     def solve(speech: Speech) -> Solution | None:
         def divergence(strength: float) -> float:

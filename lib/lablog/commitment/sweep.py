@@ -136,8 +136,8 @@ class Laboratory:
 
     def _residual_norms(self) -> np.ndarray:
         """Mean ‖h‖ after each layer of the unmodified model on the held-out texts [layers]."""
-        with Context(self.model, 1, self.settings.window, usable_threads(),
-                     watch_residual=True) as context:
+        with Context(self.model, min(16, self.settings.sequences), self.settings.window,
+                     usable_threads(), watch_residual=True) as context:
             coherence.read(Speech(context, self.settings.chat), self.material.texts, Injection())
             return context.residual_norms()
 

@@ -83,7 +83,7 @@ class Speech:
         several tokens are decoded behind all sequences together and forgotten again.
         """
         probe = [Turn("U", "is it?", "is_it")]
-        first = {s: _log_softmax(row) for s, row in last.items()}
+        first = dict(zip(last, _log_softmax(np.stack(list(last.values()))), strict=True))
         result = {s: np.zeros(len(words)) for s in last}
         for index, word in enumerate(words):
             for tokens in self.continuations(probe, "", (word, word.capitalize())):
@@ -115,7 +115,7 @@ class Speech:
         `last` holds the logits [vocabulary] behind each sequence's content. Continuations of
         several tokens are decoded together, in the n sequences behind each.
         """
-        first = {s: _log_softmax(row) for s, row in last.items()}
+        first = dict(zip(last, _log_softmax(np.stack(list(last.values()))), strict=True))
         result = {s: np.array([first[s][tokens[0]] for tokens in several])
                   for s, several in continuations.items()}
         longer = {}
@@ -133,4 +133,5 @@ class Speech:
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     values = logits.astype(np.float64)
-    return values - np.logaddexp.reduce(values, axis=-1, keepdims=True)
+    values -= values.max(axis=-1, keepdims=True)
+    return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -25,7 +24,6 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
-from tqdm.auto import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,6 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lablog.determinism import seed_everything
 from lablog.files import atomic_write, sha256, sha256_of
+from lablog.progress import progress
 from lablog.text import dialogues
 from lablog.text.datasets import DialogueDataset, Item
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
@@ -134,21 +133,10 @@ class TrainingSettings(Strict):
 
 
 class Progress(TrainerCallback):
-    """A bar with rate, remaining time and loss; one line per update where no terminal is."""
+    """A bar with rate, remaining time and loss."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            mininterval=0.5 if terminal else 10,
-            # A carriage return redraws the line on a terminal and is unreadable in a log.
-            bar_format=None
-            if terminal
-            else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
-        )
+        self.bar = progress(state.max_steps, "training", "step", done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -404,7 +392,7 @@ def answers(
         out = model.generate(  # type: ignore[misc]  # its stub asks for a protocol
             ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
             eos_token_id=stop, pad_token_id=stop,
-        )  # fmt: skip
+        )
         for row, i in enumerate(rows):
             texts[i] = tokenizer.decode(out[row, width:].tolist()).split("\n")[0].strip()
     return texts

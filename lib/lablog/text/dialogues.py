@@ -219,7 +219,7 @@ class Draw:
         return choices[int(self.random() * len(choices))]
 
     def turn(self, speaker: Speaker, role: str, topic: str, value: str = "",
-             phrasing: int | None = None) -> Turn:  # fmt: skip
+             phrasing: int | None = None) -> Turn:
         """A line from the phrasings named `role`: the one numbered `phrasing`, or a random one."""
         phrases = getattr(self.settings, role)
         phrase = self.pick(phrases) if phrasing is None else phrases[phrasing]
@@ -227,7 +227,7 @@ class Draw:
         return Turn(speaker, phrase.format(topic=topic, a=article, value=value), role)
 
     def exchange(self, asked: str, answered: str, topic: str, value: str = "",
-                 phrasing: int | None = None) -> list[Turn]:  # fmt: skip
+                 phrasing: int | None = None) -> list[Turn]:
         """A user's line and the assistant's; `phrasing` fixes that of the user's line."""
         return [
             self.turn("U", asked, topic, value, phrasing),

@@ -1,0 +1,223 @@
+"""The book, from a tiny result folder: strict, whole without a network, never half replaced."""
+
+import re
+import shutil
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import pytest
+from clone import contents
+
+from lablog import book, figures
+from lablog.book import BookError
+from lablog.provenance import Machine, Source
+from lablog.record import FigureFile, Metric, Record, ReportText
+from lablog.report import ReportError
+
+REPOSITORY = Path(__file__).parents[1]
+NAME = "01_alpha"
+REPORT = ReportText(en="Result:\n- value 50.0%", ja="結果:\n- 値 50.0%")
+
+
+def write_results(folder: Path, text: str = "Some prose with $x^2$.") -> Path:
+    """One executed notebook with a figure, and one without, as the runner leaves them."""
+    figures.use_style()
+    axes = plt.figure().subplots()
+    axes.plot([0, 1])
+    svg, csv = figures.save(
+        axes.figure, pd.DataFrame({"x": [0, 1]}), folder / "figures" / NAME, "line"
+    )
+    shown = figures.ShownFigure(
+        svg.read_text(), "A line of \"two\" <points>.", f"notebook {NAME} · profile tiny",
+        f"../figures/{NAME}/{csv.name}",
+    )  # fmt: skip
+    output = nbformat.v4.new_output(
+        "execute_result", {"text/html": shown._repr_html_(), "text/plain": repr(shown)},
+        execution_count=1,
+    )  # fmt: skip
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# Alpha\n\n{text}"),
+        nbformat.v4.new_code_cell("show()", execution_count=1, outputs=[output]),
+    ]
+    entry = FigureFile(name="line", svg=f"figures/{NAME}/line.svg",
+                       csv=f"figures/{NAME}/line.csv", caption="A line.")  # fmt: skip
+    write_notebook(folder, NAME, cells, (entry,))
+    write_notebook(folder, "02_beta", [nbformat.v4.new_markdown_cell("# Beta\n\nNo figure.")], ())
+    return folder
+
+
+def write_notebook(folder: Path, name: str, cells: list, entries: tuple[FigureFile, ...]) -> None:
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = {
+        "name": "python3", "language": "python", "display_name": "Python 3",
+    }  # fmt: skip
+    for index, cell in enumerate(notebook.cells):
+        cell["id"] = f"{name[:2]}-{index:03d}"
+    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
+    Record(
+        notebook=name, profile="tiny", status="ok", parameters={}, seeds=(1, 2), report=REPORT,
+        started=datetime(2026, 1, 1, tzinfo=UTC), seconds=12.0, peak_memory_bytes=300 << 20,
+        source=Source(commit="abcdef0123456789", dirty=True, library_sha256="", patch_sha256=""),
+        machine=Machine(python="3.11.7", platform="Linux", cpu="Some CPU", threads=2, device="cpu",
+                        packages={"torch": "2.13.0"}),
+        figures=entries, metrics=(Metric(name="value", value=0.5, unit="fraction"),),
+    ).write(folder / "records" / f"{name}.json")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of results and the book that was built from it, with the project's own pages."""
+    root = tmp_path_factory.mktemp("book")
+    folder = write_results(root / "tiny")
+    target = book.build(folder, root / "book" / "html")
+    return folder, target
+
+
+class Links(HTMLParser):
+    """What a page loads by itself, and what it links."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.linked: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.ids |= {values["id"]} if "id" in values else set()
+        for name in ("src", "data", "poster"):
+            if name in values and tag in ("script", "img", "iframe", "source", "object", "video"):
+                self.loaded.append(values[name])
+        if tag == "link" and "icon stylesheet preload preconnect".find(values.get("rel", "")) >= 0:
+            self.loaded.append(values.get("href", ""))
+        if tag == "a" and "href" in values:
+            self.linked.append(values["href"])
+
+
+def pages(html: Path) -> list[Path]:
+    """All pages (the theme leaves templates in _static)."""
+    return sorted(p for p in html.rglob("*.html") if "_static" not in p.relative_to(html).parts)
+
+
+def test_the_book_has_chapters_results_and_instructions(made: tuple[Path, Path]):
+    html = made[1]
+    for name in ("index.html", "intro.html", "results.html", "reproduce.html",
+                 f"notebooks/{NAME}.html", "notebooks/02_beta.html"):  # fmt: skip
+        assert (html / name).is_file(), name
+    chapter = (html / "notebooks" / f"{NAME}.html").read_text()
+    assert "Alpha" in chapter
+    assert "notebook 01_alpha · profile tiny" in chapter  # the figure's origin
+    results = (html / "results.html").read_text()
+    for piece in ("value 50.0%", "値 50.0%", "abcdef0123", "with uncommitted changes", "12 s",
+                  "300 MiB", "Some CPU", "2 threads", "3.11.7", "seeds 1, 2"):  # fmt: skip
+        assert piece in results, piece
+
+
+def test_every_figure_links_its_data(made: tuple[Path, Path]):
+    folder, html = made
+    page = html / "notebooks" / f"{NAME}.html"
+    (link,) = (x for x in Links(page.read_text()).linked if x.endswith(".csv"))
+    target = (page.parent / unquote(link)).resolve()
+    assert target.read_bytes() == (folder / "figures" / NAME / "line.csv").read_bytes()
+    assert html.resolve() in target.parents
+
+
+def test_every_local_link_leads_somewhere(made: tuple[Path, Path]):
+    for page in pages(made[1]):
+        links = Links(page.read_text())
+        for link in links.linked + links.loaded:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc or not parts.path:
+                continue
+            target = page.parent / unquote(parts.path)
+            assert target.exists(), f"{page.name}: {link}"
+
+
+def test_no_page_loads_anything_from_another_host(made: tuple[Path, Path]):
+    html = made[1]
+    for page in pages(html):
+        for source in Links(page.read_text()).loaded:
+            assert not urlsplit(source).netloc, f"{page.name} loads {source}"
+        for found in re.findall(r"(?:@import\s+|url\()['\"]?((?:https?:)?//[^'\")]+)",
+                                page.read_text()):  # fmt: skip
+            pytest.fail(f"{page.name} loads {found}")
+    for sheet in html.rglob("*.css"):
+        foreign = re.findall(r"(?:@import\s+|url\()\s*['\"]?((?:https?:)?//[^'\")\s]+)",
+                             sheet.read_text())  # fmt: skip
+        assert not foreign, f"{sheet.name} loads {foreign}"
+
+
+def test_formulas_and_search_are_local(made: tuple[Path, Path]):
+    html = made[1]
+    chapter = html / "notebooks" / f"{NAME}.html"
+    scripts = [s for s in Links(chapter.read_text()).loaded if "mathjax" in s.lower()]
+    assert scripts
+    for script in scripts:
+        assert (chapter.parent / urlsplit(script).path).is_file()
+    index = (html / "searchindex.js").read_text()
+    for page in ("intro", "results", "reproduce", f"notebooks/{NAME}"):
+        assert f'"{page}"' in index
+
+
+def test_an_unchanged_book_is_not_built_again(
+    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    folder, html = made
+    monkeypatch.setattr(book.subprocess, "run", lambda *_, **__: pytest.fail("built again"))
+    assert book.build(folder, html) == html
+
+
+def test_results_without_any_record_are_refused(tmp_path: Path):
+    with pytest.raises(BookError, match="tiny holds no results: run `make reproduce` first"):
+        book.build(tmp_path / "tiny", tmp_path / "book" / "html")
+
+
+@pytest.fixture
+def copy(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of results and book, for tests that break something."""
+    shutil.copytree(made[0], tmp_path / "tiny")
+    shutil.copytree(made[1], tmp_path / "book" / "html")
+    return tmp_path / "tiny", tmp_path / "book" / "html"
+
+
+def test_a_warning_is_an_error_and_the_former_book_stays(copy: tuple[Path, Path]):
+    folder, html = copy
+    before = contents(html)
+    path = folder / "notebooks" / f"{NAME}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source += "\n\nA [broken link](nowhere.md)."
+    nbformat.write(notebook, path)
+    with pytest.raises(BookError, match=r"the book was not built:(?s:.*)nowhere"):
+        book.build(folder, html)
+    assert contents(html) == before
+
+
+def test_a_report_that_judges_makes_the_book_fail(copy: tuple[Path, Path]):
+    folder, html = copy
+    before = contents(html)
+    path = folder / "records" / "02_beta.json"
+    record = Record.read(path)
+    judging = ReportText(en="Result: EXCELLENT", ja="結果は良好")
+    record.model_copy(update={"report": judging}).write(path)
+    with pytest.raises(ReportError, match="EXCELLENT"):
+        book.build(folder, html)
+    assert contents(html) == before
+
+
+def test_a_chapter_that_judges_makes_the_book_fail(copy: tuple[Path, Path]):
+    folder, html = copy
+    before = contents(html)
+    path = folder / "notebooks" / f"{NAME}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source += "\n\nConvergence was EXCELLENT."
+    nbformat.write(notebook, path)
+    with pytest.raises(ReportError, match="EXCELLENT"):
+        book.build(folder, html)
+    assert contents(html) == before
