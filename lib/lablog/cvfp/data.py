@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lablog.cvfp.model import ModelConfig, Token, TokenEmbedding
-from lablog.files import atomic_write
+from lablog.files import atomic_write, repository
 from lablog.text.corpora import documents
 from lablog.text.embeddings import gaussian_embedding, ppmi_embedding
 from lablog.text.gpt2 import GPT2Tokenizer, gpt2_embedding
@@ -145,7 +145,7 @@ def prepare(
     """Everything that both notebooks feed to a network; writes only into `folder`.
 
     `tokenizer`: "project" trains one of `vocabulary` pieces on the training documents, anything
-    else is the path of a ``.model`` or ``.gguf``. `embedding`: "ppmi" (co-occurrences at most
+    else is the path of a ``.model`` or ``.gguf`` (relative to the repository). `embedding`: "ppmi" (co-occurrences at most
     `window` apart in the first `corpus_documents` training documents), "gaussian", or GPT-2's
     (a ``.safetensors`` or a Hub name). Validation and test have a fifth of the training tokens.
     """
@@ -156,7 +156,7 @@ def prepare(
         lines = sorted({line for document in documents_ for line in document.splitlines()})
         encoder: Encoder = train_tokenizer(lines, vocabulary, files["tokenizer"])
     else:
-        files["tokenizer"] = Path(tokenizer)
+        files["tokenizer"] = repository() / tokenizer
         encoder = tokenizer_from(files["tokenizer"])
     if embedding == "ppmi":
         encoded = [encoder.encode(document) for document in documents_]

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
+from lablog.files import repository
+
 
 class GPT2Tokenizer:
     """Byte-level byte-pair encoding with GPT-2's vocabulary, read from a GGUF file.
@@ -63,7 +65,7 @@ def gpt2_embedding(source: str, revision: str | None = None) -> Tensor:
     `source` is a local ``.safetensors`` file or the name of a Hub repository (then `revision`
     should be a commit). Raises ValueError when the file holds no such matrix.
     """
-    path = Path(source)
+    path = repository() / source
     if path.suffix != ".safetensors":
         path = Path(hf_hub_download(source, "model.safetensors", revision=revision))
     if not path.is_file():
