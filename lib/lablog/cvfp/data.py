@@ -145,9 +145,10 @@ def prepare(
     """Everything that both notebooks feed to a network; writes only into `folder`.
 
     `tokenizer`: "project" trains one of `vocabulary` pieces on the training documents, anything
-    else is the path of a ``.model`` or ``.gguf`` (relative to the repository). `embedding`: "ppmi" (co-occurrences at most
-    `window` apart in the first `corpus_documents` training documents), "gaussian", or GPT-2's
-    (a ``.safetensors`` or a Hub name). Validation and test have a fifth of the training tokens.
+    else is the path of a ``.model`` or ``.gguf``, relative to the repository. `embedding`: "ppmi"
+    (co-occurrences at most `window` apart in the first `corpus_documents` training documents),
+    "gaussian", or GPT-2's (a ``.safetensors`` or a Hub name). Validation and test have a fifth of
+    the training tokens each.
     """
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",
