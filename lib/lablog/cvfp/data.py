@@ -150,6 +150,7 @@ def prepare(
     "gaussian", or GPT-2's (a ``.safetensors`` or a Hub name). Validation and test have a fifth of
     the training tokens each.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",
              "embedding": folder / "embedding.safetensors"}  # fmt: skip

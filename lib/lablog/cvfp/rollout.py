@@ -149,7 +149,9 @@ def rollout(
         SequentialRollout(block)(tokens, start, out)
         result.sequential_tokens = len(tokens)
     if not bool(torch.isfinite(out).all()):
-        raise FloatingPointError("contexts are not finite: the network's weights or tokens are not")
+        raise FloatingPointError(
+            "contexts are not finite: weights or tokens are not, or without LayerNorm they grow"
+        )
     return result
 
 
