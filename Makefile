@@ -37,7 +37,7 @@ PIP          := $(PY) -m pip --disable-pip-version-check --quiet
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-21s %s\n", $$1, $$2}' Makefile
-	@printf '\n  %-26s %s\n' \
+	@echo; printf '  %-26s %s\n' \
 	  'PROFILE=smoke|laptop|full' 'which settings (default laptop); or path/to/own.yaml' \
 	  'SET="model=my.gguf"' 'override single values; results get a folder of their own' \
 	  'NOTEBOOKS="01 02"' 'only these'
@@ -90,7 +90,8 @@ $(NATIVE_STAMP): native/CMakeLists.txt $(wildcard native/cmake/* native/patches/
 # --- Results ----------------------------------------------------------------------------------
 
 reproduce: setup ## run every stale notebook, then the book and a summary (make -n shows what)
-	+@$(PY) -m lablog.runner plan $(ARGUMENTS) > build/.plan.$$PPID.mk && \
+	+@test -x $(PY) || { echo "# then every notebook of profile $(PROFILE): none has run yet"; exit 0; }; \
+	  $(PY) -m lablog.runner plan $(ARGUMENTS) > build/.plan.$$PPID.mk && \
 	  $(EXCLUSIVE) build/$$($(PY) -m lablog.runner name $(ARGUMENTS))/.lock \
 	  $(MAKE) --no-print-directory PLAN=build/.plan.$$PPID.mk _results; \
 	  status=$$?; rm -f build/.plan.$$PPID.mk; exit $$status
@@ -148,11 +149,5 @@ publish: ## copy this profile's records and the README's figure into book/record
 clean: ## remove results and book, keep environment and native library
 	rm -rf $(filter-out build/venv build/native build/native-sanitize build/source,$(wildcard build/*))
 
-distpublish: ## copy this profile's records and the README's figure into book/records/
-	@mkdir -p book/records/$(PROFILE)
-	@cp build/$(PROFILE)/records/*.json book/records/$(PROFILE)/
-	@cp build/$(PROFILE)/figures/02_lambda_calibration/heat.svg book/records/$(PROFILE)/
-	@test ! -e build/bench.json || cp build/bench.json book/records/
-
-clean: ## remove everything that was generated
+distclean: ## remove everything that was generated
 	rm -rf build lib/*.egg-info

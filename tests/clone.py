@@ -69,12 +69,12 @@ BETA = HEADER + '''
 size: int = 3  # recorded as it is
 
 # %%
+import lablog.beta.work
 from lablog import record
-from lablog.beta import work
 from lablog.report import Section
 
 run = record.begin("02_beta", globals())
-run.metric("size", work.twice(size), "count")
+run.metric("size", lablog.beta.work.twice(size), "count")
 run.finish([Section(("Result", "結果"), [("size {size}", "大きさ {size}")])])
 '''
 ALPHA_WORK = '''"""What notebook alpha does."""

@@ -12,6 +12,7 @@ import nbformat
 import pandas as pd
 import pytest
 from clone import contents
+from filelock import FileLock, Timeout
 
 from lablog import book, figures
 from lablog.book import BookError
@@ -172,6 +173,25 @@ def test_an_unchanged_book_is_not_built_again(
     folder, html = made
     monkeypatch.setattr(book.subprocess, "run", lambda *_, **__: pytest.fail("built again"))
     assert book.build(folder, html) == html
+
+
+def test_one_book_is_built_at_a_time(copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    """Runs of two profiles at once share the place of the book."""
+    folder, html = copy
+    (html / book.INPUTS).unlink()
+    before = contents(html)
+    lock = FileLock(html.parent / ".lock", timeout=0)
+
+    def program(*_: object, **__: object) -> None:
+        with pytest.raises(Timeout):
+            lock.acquire()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(book.subprocess, "run", program)
+    with pytest.raises(KeyboardInterrupt):
+        book.build(folder, html)
+    with lock:  # it was given back
+        assert contents(html) == before
 
 
 def test_results_without_any_record_are_refused(tmp_path: Path):

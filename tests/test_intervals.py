@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from lablog.intervals import bootstrap_percentile, geometric_over_seeds, over_seeds, wilson
 
@@ -93,6 +94,16 @@ def test_bootstrap_is_repeatable_and_refuses_one_value():
     assert bootstrap_percentile([2.0, 2.0, 2.0], 95).low == 2.0
     with pytest.raises(ValueError, match="a bootstrap needs at least two"):
         bootstrap_percentile([1.0], 95)
+
+
+def test_bootstrap_of_a_median_has_the_exact_order_statistics():
+    """The median of a resample is below k iff more than half the draws are: a binomial count."""
+    count = 801
+    interval = bootstrap_percentile(np.random.default_rng(3).permutation(count), 50, draws=4000)
+    below = stats.binom.sf(count // 2, count, np.arange(1, count + 1) / count)
+    exact = np.searchsorted(below, [0.025, 0.975])
+    assert np.abs(exact - 400).min() > 25
+    assert (interval.low, interval.high) == pytest.approx(tuple(exact), abs=2.5)
 
 
 def coverage(draw, truth: float, runs: int) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock
 
 from lablog.files import atomic_write, repository, sha256_of
 from lablog.record import Record
@@ -59,13 +60,19 @@ def _inputs(folder: Path) -> str:
 def build(folder: Path, target: Path) -> Path:
     """Build the book of the results in `folder` (build/<profile>) into `target`; returns it.
 
-    Does nothing when `target` was made from the same inputs.
+    Does nothing when `target` was made from the same inputs, and waits while another run builds.
     Raises BookError when there is no result, and with Sphinx's output when it warns or fails; the
     book that was there before then stays.
     """
     records = [Record.read(path) for path in sorted((folder / "records").glob("*.json"))]
     if not records:
         raise BookError(f"{folder} holds no results: run `make reproduce` first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / ".lock"):
+        return _build(folder, target, records)
+
+
+def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     inputs = _inputs(folder)
     if (target / INPUTS).is_file() and (target / INPUTS).read_text() == inputs:
         return target
