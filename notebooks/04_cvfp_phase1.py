@@ -221,6 +221,9 @@ run.figure(
     "(fallback to the loop included; x64: segments of 64 tokens). Dotted: the tolerance.",
 )
 
+# %%
+study.methods
+
 # %% [markdown]
 # Exactness spreads one token a pass. The curve below is the error of Jacobi iteration against the
 # loop without any fallback: the share of tokens that are within the tolerance after $k$ passes.

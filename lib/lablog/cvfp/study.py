@@ -53,7 +53,7 @@ class Study:
         self.weights: dict[str, float] = {}
         self.frozen: dict[str, Passes] = {}
         self.again: dict[str, Passes] = {}
-        self.table = pd.DataFrame()
+        self.table = self.methods = pd.DataFrame()
         self.main = self.name(settings.seed, settings.diversity_weight)
         self.bare = f"untrained.seed{settings.seed}"
 
@@ -236,7 +236,8 @@ class Study:
         methods: list[tuple[Method, int]] = [
             ("sequential", 1), ("jacobi", 1), ("jacobi", segment), ("quasi-newton", 1)
         ]  # fmt: skip
-        frames = []
+        frames: list[pd.DataFrame] = []
+        rows: list[dict[str, Any]] = []
         for name in (self.main, self.bare):
             for method, length in methods:
                 label = f"{name} {method}" + (f" x{length}" if length > 1 else "")
@@ -248,9 +249,13 @@ class Study:
                 exact = self.contexts[name]["validation"]
                 error = float(results.relative_errors(found.contexts, exact).max())
                 results.record_rollout(self.run, f"{name}.rollout.{method}{length}", found, error)
+                rows.append({"network": name, "method": label.removeprefix(f"{name} "),
+                             "passes": found.passes, "fell back": found.fell_back,
+                             "largest error": error})  # fmt: skip
                 last = found.residuals[-1] if found.residuals else [float("nan")]
                 frames.append(pd.DataFrame({"run": label, "pass": range(1, len(last) + 1),
                                             "residual": last, "seconds": seconds}))  # fmt: skip
+        self.methods = pd.DataFrame(rows)
         return plots.residuals(pd.concat(frames))
 
     @torch.no_grad()
