@@ -96,11 +96,13 @@ def residuals(frame: pd.DataFrame) -> Drawn:
     figure, (left, right) = _axes(2)
     for i, (name, rows) in enumerate(frame.groupby("run", sort=False)):
         curve = rows.dropna(subset=["residual"])
-        left.plot(curve["pass"], curve["residual"], label=name, marker=MARKERS[i % 6])
+        if len(curve):  # the loop has no passes
+            left.plot(curve["pass"], curve["residual"], label=name, marker=MARKERS[i % 6],
+                      color=f"C{i % 6}", linestyle="-" if i < 4 else "--")  # fmt: skip
         right.barh(str(name), rows["seconds"].iloc[0], color=f"C{i % 6}")
     left.axhline(1e-4, color=GREY, linestyle=":")
     left.set(xlabel="pass over a window", ylabel="largest relative change", yscale="log")
-    left.legend(fontsize=7)
+    left.legend(fontsize=6, loc="center right")
     right.set(xlabel="time for the whole text / s")
     right.tick_params(axis="y", labelsize=7)
     return figure, frame
