@@ -6,6 +6,7 @@ Its notebooks do what their `mode` parameter says, so that every way a run can e
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -164,6 +165,7 @@ class Clone:
 
     def __init__(self, root: Path, environment: bool = True) -> None:
         self.root = root
+        self.started: list[subprocess.Popen[str]] = []
         self.python = str(root / "build/venv/bin/python")
         shutil.copytree(REPOSITORY / "lib" / "lablog", root / "lib" / "lablog",
                         ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
@@ -237,11 +239,19 @@ class Clone:
 
     def spawn(self, *command: str, **options: object) -> subprocess.Popen[str]:
         """Start a command in a session of its own, with the clone's library."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=self.root, env=self.environment, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             **options,  # type: ignore[call-overload]
         )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def close(self) -> None:
+        """End what a failed test left running."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
     def call(self, *command: str) -> subprocess.CompletedProcess[str]:
         return finish(self.spawn(*command))
