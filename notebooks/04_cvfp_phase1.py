@@ -227,8 +227,8 @@ study.methods
 # %% [markdown]
 # Exactness spreads one token a pass. The curve below is the error of Jacobi iteration against the
 # loop without any fallback: the share of tokens that are within the tolerance after $k$ passes.
-# Where it follows the diagonal, parallel evaluation is the loop in disguise. Where it ends below the
-# diagonal, arithmetic has: a product over many tokens rounds otherwise than one over a single
+# Where it follows the diagonal, parallel evaluation is the loop in disguise. Where it stays below,
+# arithmetic does: a product over many tokens rounds otherwise than one over a single
 # token, and a recurrence with $\lambda > 0$ multiplies that difference by $e^{\lambda}$ a token, so
 # that after a few tokens there is no common answer to be exact about. That is why a fallback starts
 # over with the loop instead of keeping the tokens that were "exact".
