@@ -1,0 +1,1 @@
+"""CVFP: context vectors as fixed points, a recurrent language model without attention."""

@@ -1,0 +1,221 @@
+"""Speed of the CVFP experiment as ratios within one process, for ``make bench``."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lablog.cvfp.data import prepare
+from lablog.cvfp.model import CVFPBlock, ModelConfig
+from lablog.cvfp.phase1 import (
+    DiversityTracker,
+    Phase1Config,
+    SequentialStep,
+    make_optimizer,
+    parallel_step,
+    sequential_iteration,
+    train,
+)
+from lablog.cvfp.rollout import SequentialRollout, rollout
+from lablog.record import peak_memory_bytes
+
+Row = tuple[str, float, str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is timed; the log's size unless told otherwise."""
+
+    width: int = 768
+    layers: int = 6
+    tokens: int = 6400
+    slice: int = 60
+    repeats: int = 3
+    growth: tuple[int, ...] = (1000, 6400, 25000)
+    rollout_tokens: int = 1600
+
+
+def seconds(work: Callable[[], object], repeats: int, device: str = "cpu") -> float:
+    """Median time of `work`, after one run that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def run(size: Size | None = None, device: str = "cpu") -> list[Row]:
+    """All measurements as (name, value, unit, details), printed as they come.
+
+    About 3 minutes on two idle cores.
+    """
+    size = size or Size()
+    config = ModelConfig(size.width, size.width, 2 * size.width, size.layers, 1.0, 0.1, 0.01)
+    settings = Phase1Config("parallel", 0.9, 10, 0.002, 1.0, 0.1, 0.95, 2, 0.99, 42)
+    length = min(128, size.tokens // 5)
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(
+            Path(folder), config, text_source="arianna", tokenizer="project", vocabulary=2048,
+            embedding="ppmi", window=5, corpus_documents=2000, dialogues=size.tokens // length,
+            dialogue_tokens=length, val_data_source="text_file", seed=42, device=device,
+        )  # fmt: skip
+    bench = _Bench(size, config, settings, data.tokens["training"], device)
+    rows = []
+    for name, value, unit, details in chain(bench.training(), bench.rollouts(), bench.growth()):
+        details |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+        print(f"cvfp.{name} = {value:.4g} {unit} {details}", flush=True)
+        rows.append((f"cvfp.{name}", value, unit, details))
+    return rows
+
+
+class _Bench:
+    def __init__(
+        self, size: Size, config: ModelConfig, settings: Phase1Config, tokens: Tensor, device: str
+    ) -> None:
+        self.size, self.config, self.settings = size, config, settings
+        self.tokens, self.device = tokens, device
+
+    def block(self) -> CVFPBlock:
+        return CVFPBlock(self.config, 42).to(self.device)
+
+    def time(self, work: Callable[[], object], repeats: int | None = None) -> float:
+        return seconds(work, repeats or self.size.repeats, self.device)
+
+    def gemm_rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second of the layer's product over all tokens."""
+        hidden = self.config.hidden_dim
+        a = torch.randn(self.size.tokens, hidden, device=self.device).to(dtype)
+        b = torch.randn(hidden, hidden, device=self.device).to(dtype)
+        out = torch.empty(self.size.tokens, hidden, device=self.device, dtype=dtype)
+        once = self.time(lambda: torch.mm(a, b, out=out))
+        return 2 * self.size.tokens * hidden**2 / once
+
+    def weight_bytes(self) -> int:
+        return 4 * self.config.num_layers * self.config.hidden_dim**2
+
+    def parallel(self, autocast: bool) -> tuple[float, float, dict[str, Any], Tensor]:
+        """(fraction of the product's rate, seconds a step, details, contexts of the first step).
+
+        Product and step alternate, and the fraction is the median over pairs, so that what else
+        the machine does meets both.
+        """
+        block, settings = self.block(), replace(self.settings, autocast=autocast)
+        optimizer = make_optimizer(block, settings)
+        work = partial(parallel_step, block, self.tokens, self.tokens, optimizer, settings)
+        first, _ = work()
+        flops = 3 * self.config.forward_flops * self.size.tokens
+        pairs = [
+            (self.gemm_rate(torch.bfloat16 if autocast else torch.float32), self.time(work, 1))
+            for _ in range(self.size.repeats)
+        ]  # fmt: skip
+        fraction = statistics.median(flops / step / rate for rate, step in pairs)
+        step = statistics.median(step for _, step in pairs)
+        return fraction, step, {"pairs of FLOP/s and seconds": pairs}, first
+
+    def training(self) -> Iterator[Row]:
+        size = self.size
+        fraction, step, details, exact = self.parallel(autocast=False)
+        yield "parallel_step.fraction_of_gemm", fraction, "ratio", details | {"target": 0.70}
+        half_fraction, half, details, rough = self.parallel(autocast=True)
+        deviation = float((rough - exact).norm() / exact.norm())
+        yield ("parallel_step.fraction_of_gemm.bf16", half_fraction, "ratio",
+               details | {"f32_over_bf16": step / half,
+                          "relative_deviation": deviation})  # fmt: skip
+
+        block, slice_ = self.block(), self.tokens[: size.slice]
+        settings = replace(self.settings, variant="sequential", diversity_weight=0.5)
+        sequential = SequentialStep(block, settings, make_optimizer(block, settings))
+        mean, variance = torch.zeros(2, size.width, device=self.device)
+        tracker = DiversityTracker(mean, variance, 0.99)
+        one = self.time(
+            lambda: sequential_iteration(sequential, slice_, slice_, tracker)
+        ) / len(slice_)  # fmt: skip
+        # Ten streams of the weights: two readings, one writing, and Adam's seven.
+        a, b = torch.randn(2, self.weight_bytes() // 4, device=self.device)
+        out = torch.empty_like(a)
+        bandwidth = 3 * self.weight_bytes() / self.time(lambda: torch.add(a, b, out=out), 9)
+        bound = 10 * self.weight_bytes() / bandwidth
+        optimizer_alone = self.time(sequential.optimizer.step, 9)
+        yield ("train.parallel_over_sequential", one * size.tokens / step, "ratio",
+               {"sequential_seconds_per_token": one, "parallel_seconds": step, "target": 23,
+                "slice_tokens": size.slice, "sequential_fraction_of_memory_bound": bound / one,
+                "bandwidth_bytes_per_second": bandwidth,
+                "adam_share": optimizer_alone / one})  # fmt: skip
+
+    def rollouts(self) -> Iterator[Row]:
+        block, tokens = self.block(), self.tokens[:400]
+        weights = [layer.linear.weight.detach().t().contiguous().t() for layer in block.stack]
+        x = torch.randn(self.config.hidden_dim, device=self.device)
+        y = torch.empty_like(x)
+
+        def products() -> None:
+            for weight in weights:
+                torch.mv(weight, x, out=y)
+
+        loop, out = SequentialRollout(block), torch.empty_like(tokens)
+        pure = [self.time(products, 50)]
+        once = self.time(lambda: loop(tokens, tokens[0], out)) / len(tokens)
+        pure.append(self.time(products, 50))
+        bound = statistics.mean(pure)
+        yield ("rollout.fraction_of_gemv", bound / once, "ratio",
+               {"tokens_per_second": 1 / once, "products_per_second": 1 / bound, "target": 0.85,
+                "bytes_per_second": self.weight_bytes() / bound})  # fmt: skip
+        half = SequentialRollout(block, torch.bfloat16)
+        rough = torch.empty_like(tokens)
+        fast = self.time(lambda: half(tokens, tokens[0], rough)) / len(tokens)
+        yield ("rollout.bf16_over_f32", once / fast, "ratio",
+               {"relative_deviation": float((rough - out).norm() / out.norm())})  # fmt: skip
+        yield self.best_over_sequential("untrained", block)
+        train(block, self.tokens, self.settings, initial=rollout(block, self.tokens).contexts)
+        yield self.best_over_sequential("trained", block)
+
+    def best_over_sequential(self, name: str, block: CVFPBlock) -> Row:
+        """Time of the loop over that of the fastest method that is within 1e-4 of it."""
+        tokens = self.tokens[: self.size.rollout_tokens]
+        times: dict[str, float] = {}
+        details: dict[str, Any] = {"tokens": len(tokens)}
+        start = time.perf_counter()
+        exact = rollout(block, tokens).contexts
+        times["sequential"] = time.perf_counter() - start
+        for label, method, segment in (
+            ("jacobi", "jacobi", 1), ("jacobi segments of 64", "jacobi", 64),
+            ("quasi-newton", "quasi-newton", 1),
+        ):  # fmt: skip
+            start = time.perf_counter()
+            result = rollout(block, tokens, method=method, segment=segment)  # type: ignore[arg-type]
+            times[label] = time.perf_counter() - start
+            error = (result.contexts - exact).norm(dim=1) / exact.norm(dim=1)
+            details[label] = {"passes": result.passes, "error": float(error.max()),
+                              "loop_tokens": result.sequential_tokens}  # fmt: skip
+        best = min((label for label in times if label != "sequential"), key=times.__getitem__)
+        return (f"rollout.best_over_sequential.{name}", times["sequential"] / times[best], "ratio",
+                {"best": best, "seconds": times, **details})  # fmt: skip
+
+    def growth(self) -> Iterator[Row]:
+        """Seconds and peak memory of a parallel step per token, relative to the smallest size."""
+        block, per_token = self.block(), []
+        optimizer = make_optimizer(block, self.settings)
+        repeats = -(-max(self.size.growth) // len(self.tokens))
+        text = self.tokens.repeat(repeats, 1)
+        for n in self.size.growth:
+            part = text[:n]
+            work = partial(parallel_step, block, part, part, optimizer, self.settings)
+            once = self.time(work, 1)
+            per_token.append(once / n)
+            yield (f"growth.seconds_per_token.{n}", once / n, "s", {
+                "over_smallest": per_token[-1] / per_token[0],
+                "peak_memory_bytes": peak_memory_bytes()})  # fmt: skip

@@ -1,0 +1,395 @@
+"""Phase 1: train contexts that reproduce themselves from pass to pass and stay diverse.
+
+Loss = (1 - w) MSE(contexts, previous contexts) + w diversity, raw values (lab log, experiment B).
+The sequential variant steps after every token, the parallel one once per pass over the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lablog.cvfp.model import Context, CVFPBlock, Token, shifted
+from lablog.cvfp.rollout import Method, rollout
+from lablog.files import atomic_write, sha256
+
+
+@dataclass(frozen=True)
+class Phase1Config:
+    """Settings of Phase 1 (the log's values in brackets).
+
+    `iterations` includes iteration 0, which learns nothing (10). `convergence_threshold`: MSE
+    to the previous context below which a token counts as converged (0.1). Training stops early
+    when `early_stop_fraction` of the tokens (0.95) converged in iteration `early_stop_from` or
+    later; from 2 on, because iteration 1 repeats iteration 0 whatever the network.
+    `ema_decay` belongs to the sequential variant's moving mean. `autocast` computes the products
+    in bfloat16 (parallel variant).
+    """
+
+    variant: Literal["parallel", "sequential"]
+    diversity_weight: float
+    iterations: int
+    learning_rate: float
+    clip_norm: float
+    convergence_threshold: float
+    early_stop_fraction: float
+    early_stop_from: int
+    ema_decay: float
+    seed: int
+    autocast: bool = False
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("parallel", "sequential"):
+            raise ValueError(f"variant = {self.variant!r}, expected 'parallel' or 'sequential'")
+        shares = (self.diversity_weight, self.early_stop_fraction, self.ema_decay)
+        if not all(0 <= share <= 1 for share in shares) or self.iterations < 2:
+            raise ValueError(
+                "diversity_weight, early_stop_fraction and ema_decay lie in [0, 1] and "
+                f"iterations is at least 2, given: {asdict(self)}"
+            )
+        if self.autocast and self.variant == "sequential":
+            raise ValueError("autocast = True needs variant 'parallel'")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One pass: mean losses over its tokens, and how many tokens converged."""
+
+    iteration: int
+    loss: float
+    cvfp_loss: float
+    diversity_loss: float
+    converged: int
+    tokens: int
+
+
+@dataclass
+class Phase1Result:
+    """History of iterations 1..., and the contexts [n, context_dim] of the last one.
+
+    These are the contexts that the log evaluates: computed before the last optimiser step.
+    """
+
+    history: list[Iteration]
+    contexts: Tensor
+    planned: int
+
+    @property
+    def iterations_done(self) -> int:
+        """Iterations that ran, iteration 0 included."""
+        return len(self.history) + 1
+
+
+@dataclass
+class DiversityTracker:
+    """Exponential moving mean and variance per dimension, O(context_dim) memory."""
+
+    mean: Tensor
+    variance: Tensor
+    decay: float
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the two moving statistics."""
+        return self.mean.nbytes + self.variance.nbytes
+
+    def update(self, context: Tensor) -> None:
+        """Take in one context [context_dim]."""
+        self.mean.lerp_(context, 1 - self.decay)
+        self.variance.lerp_((context - self.mean).square_(), 1 - self.decay)
+
+
+def parallel_loss(
+    contexts: Tensor, previous: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, CVFP loss, diversity loss) of all contexts [n, d]; diversity is -||C - mean|| / n."""
+    cvfp = F.mse_loss(contexts, previous)
+    diversity = -torch.linalg.vector_norm(contexts - contexts.mean(0)) / len(contexts)
+    return (1 - weight) * cvfp + weight * diversity, cvfp, diversity
+
+
+def token_loss(
+    context: Tensor, previous: Tensor, mean: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for one context [d] against the moving mean [d]: diversity is -||c - mean||."""
+    cvfp = F.mse_loss(context, previous)
+    diversity = -torch.linalg.vector_norm(context - mean)
+    return (1 - weight) * cvfp + weight * diversity, cvfp, diversity
+
+
+def make_optimizer(block: CVFPBlock, config: Phase1Config) -> torch.optim.Adam:
+    """Adam in its fused form: one pass over weights, moments and gradients."""
+    return torch.optim.Adam(block.parameters(), lr=config.learning_rate, fused=True)
+
+
+def parallel_step(
+    block: CVFPBlock,
+    tokens: Tensor,
+    previous: Tensor,
+    optimizer: torch.optim.Optimizer,
+    config: Phase1Config,
+) -> tuple[Tensor, Tensor]:
+    """One iteration over all tokens and one optimiser step.
+
+    Returns the contexts [n, context_dim], detached, and a vector of (loss, CVFP loss, diversity
+    loss, converged tokens) that is still on the device.
+    """
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.autocast):
+        contexts = block.chunked(shifted(previous, previous[-1]), tokens)
+    losses = parallel_loss(contexts.to(previous.dtype), previous, config.diversity_weight)
+    optimizer.zero_grad(set_to_none=True)
+    losses[0].backward()
+    torch.nn.utils.clip_grad_norm_(block.parameters(), config.clip_norm)
+    optimizer.step()
+    contexts = contexts.detach().to(previous.dtype)
+    error = (contexts - previous).square().mean(1)
+    converged = (error < config.convergence_threshold).sum()
+    return contexts, torch.stack([*(x.detach() for x in losses), converged.to(losses[0].dtype)])
+
+
+class SequentialStep:
+    """One token: forward, backward and optimiser step.
+
+    A token's weight gradient is an outer product of two vectors. Autograd is asked only for the
+    vectors; norm and clipping are computed from them, and each gradient is written once, already
+    clipped, into memory that is allocated once. What remains is bound by memory: two readings of
+    the weights, one writing of the gradient and seven streams of Adam.
+    """
+
+    def __init__(self, block: CVFPBlock, config: Phase1Config, optimizer: torch.optim.Optimizer):
+        self.block, self.config, self.optimizer = block, config, optimizer
+        self.linears = [layer.linear for layer in block.stack]
+        self.norms = [p for name, p in block.named_parameters() if ".linear." not in name]
+        self.gradients = [torch.zeros_like(linear.weight) for linear in self.linears]
+        for linear, gradient in zip(self.linears, self.gradients, strict=True):
+            linear.weight.grad = gradient
+
+    def __call__(
+        self, context: Tensor, token: Tensor, previous: Tensor, mean: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """New context [context_dim] and (loss, CVFP loss, diversity loss), both on the device."""
+        c, t = Context(context.detach().unsqueeze(0)), Token(token.unsqueeze(0))
+        inputs, preactivations = [], []
+        for layer in self.block.stack:
+            x = torch.cat([c, t], dim=1)
+            h = F.linear(x, layer.linear.weight.detach(), layer.linear.bias.detach())
+            h = h if h.requires_grad else h.requires_grad_()
+            inputs.append(x.detach())
+            preactivations.append(h)
+            c, t = layer.residual(c, t, h)
+        losses = token_loss(c[0], previous, mean, self.config.diversity_weight)
+        wanted = [*preactivations, *self.norms]
+        grads = torch.autograd.grad(losses[0], wanted, allow_unused=True)
+        deltas, rest = grads[: len(inputs)], grads[len(inputs) :]
+        squares = [
+            d.square().sum() * (x.square().sum() + 1) for d, x in zip(deltas, inputs, strict=True)
+        ]
+        squares += [g.square().sum() for g in rest if g is not None]
+        norm = torch.stack(squares).sum().sqrt()
+        scale = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for linear, gradient, d, x in zip(
+            self.linears, self.gradients, deltas, inputs, strict=True
+        ):
+            d = d * scale
+            torch.mul(d.t(), x, out=gradient)
+            linear.bias.grad = d[0]
+        for parameter, g in zip(self.norms, rest, strict=True):
+            parameter.grad = None if g is None else g * scale
+        self.optimizer.step()
+        return c[0].detach(), torch.stack([x.detach() for x in losses])
+
+
+def sequential_iteration(
+    step: SequentialStep,
+    tokens: Tensor,
+    previous: Tensor,
+    tracker: DiversityTracker,
+    tick: Callable[[], object] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """One pass with a step per token; the same return values as :func:`parallel_step`."""
+    context, contexts = previous[-1], torch.empty_like(previous)
+    losses = tokens.new_empty(len(tokens), 3)
+    for i in range(len(tokens)):
+        context, losses[i] = step(context, tokens[i], previous[i], tracker.mean)
+        contexts[i] = context
+        tracker.update(context)
+        tick()
+    error = (contexts - previous).square().mean(1)
+    converged = (error < step.config.convergence_threshold).sum()
+    return contexts, torch.cat([losses.mean(0), converged.to(losses.dtype).unsqueeze(0)])
+
+
+def train(
+    block: CVFPBlock,
+    tokens: Tensor,
+    config: Phase1Config,
+    checkpoint: Path | None = None,
+    initial: Tensor | None = None,
+    progress: bool = False,
+) -> Phase1Result:
+    """Train `block` in place on normalised embeddings [n, embed_dim]; see the module.
+
+    `initial`: contexts of iteration 0 where they are known already (they do not depend on w).
+    With `checkpoint`, state is written there after every iteration and a later call continues
+    from it to bit-identical weights; a finished one is only read. Raises ValueError when the
+    checkpoint belongs to another configuration, text, source or thread count, and
+    FloatingPointError when a loss is not finite.
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"{len(tokens)} token(s): Phase 1 needs at least 2")
+    identity = _identity(block, tokens, config)
+    optimizer = make_optimizer(block, config)
+    zeros = tokens.new_zeros(block.config.context_dim)
+    tracker = DiversityTracker(zeros.clone(), zeros.clone(), config.ema_decay)
+    history: list[Iteration] = []
+    contexts = initial
+    if checkpoint is not None and checkpoint.is_file():
+        state = load_checkpoint(checkpoint, identity, tokens.device)
+        block.load_state_dict(state["block"])
+        history = [Iteration(**row) for row in state["history"]]
+        contexts = state["contexts"]
+        if state["done"]:
+            return Phase1Result(history, contexts, config.iterations)
+        optimizer.load_state_dict(state["optimizer"])
+        tracker.mean, tracker.variance = state["tracker"]
+    elif contexts is None:
+        contexts = rollout(block, tokens).contexts
+    step = SequentialStep(block, config, optimizer) if config.variant == "sequential" else None
+    bar = tqdm(
+        desc=f"{config.variant}, w = {config.diversity_weight:g}, seed {config.seed}",
+        total=(config.iterations - 1) * len(tokens), initial=len(history) * len(tokens),
+        unit="token", mininterval=2, disable=not progress,
+    )  # fmt: skip
+    for iteration in range(len(history) + 1, config.iterations):
+        if step is None:
+            contexts, stats = parallel_step(block, tokens, contexts, optimizer, config)
+            bar.update(len(tokens))
+        else:
+            contexts, stats = sequential_iteration(step, tokens, contexts, tracker, bar.update)
+        loss, cvfp, diversity, converged = stats.tolist()  # the iteration's one synchronisation
+        if not torch.isfinite(stats).all():
+            raise FloatingPointError(
+                f"loss {loss} (CVFP {cvfp}, diversity {diversity}) in iteration {iteration}: "
+                f"lower learning_rate = {config.learning_rate} or check the embeddings for NaN"
+            )
+        history.append(Iteration(iteration, loss, cvfp, diversity, int(converged), len(tokens)))
+        enough = converged >= config.early_stop_fraction * len(tokens)
+        done = iteration + 1 == config.iterations or (
+            enough and iteration >= config.early_stop_from
+        )
+        if checkpoint is not None:
+            state = {
+                "identity": identity, "block": block.state_dict(), "contexts": contexts,
+                "history": [asdict(row) for row in history], "done": done,
+                "tracker": (tracker.mean, tracker.variance),
+            }  # fmt: skip
+            if not done:
+                state["optimizer"] = optimizer.state_dict()
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            atomic_write(checkpoint, buffer.getvalue())
+        if done:
+            break
+    bar.close()
+    return Phase1Result(history, contexts, config.iterations)
+
+
+def _identity(block: CVFPBlock, tokens: Tensor, config: Phase1Config) -> dict[str, Any]:
+    """Everything that the result of :func:`train` depends on, as names and plain values."""
+    digest = hashlib.sha256()
+    for tensor in (*block.state_dict().values(), tokens):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    folder = Path(__file__).parent
+    sources = [sha256(folder / name) for name in ("model.py", "phase1.py", "rollout.py")]
+    return {
+        **asdict(block.config), **asdict(config), "start and tokens": digest.hexdigest(),
+        "source": sources, "torch": str(torch.__version__), "threads": torch.get_num_threads(),
+        "device": tokens.device.type,
+    }  # fmt: skip
+
+
+def checkpoint_path(
+    folder: Path, block: CVFPBlock, tokens: Tensor, config: Phase1Config
+) -> Path:
+    """A file name in `folder` for the training of this untrained `block`, by what it depends on."""
+    key = hashlib.sha256(repr(sorted(_identity(block, tokens, config).items())).encode())
+    return folder / f"phase1-{key.hexdigest()[:16]}.pt"
+
+
+def load_checkpoint(
+    path: Path, identity: dict[str, Any] | None, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Read a checkpoint; ValueError names what differs from `identity` (None: not compared)."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        found = state["identity"]
+    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"{path} is not a Phase 1 checkpoint: {error}") from error
+    if identity is not None and found != identity:
+        differing = [
+            f"{key}: checkpoint {found.get(key)!r}, now {identity.get(key)!r}"
+            for key in identity.keys() | found.keys()
+            if found.get(key) != identity.get(key)
+        ]
+        raise ValueError(
+            f"{path} belongs to another configuration ({'; '.join(sorted(differing))}): "
+            "delete it or name another file"
+        )
+    return state
+
+
+@dataclass
+class Passes:
+    """Repeated passes with frozen weights: mean MSE to the pass before, from pass 1 on.
+
+    `converged` counts tokens below the threshold per pass; `changes` [passes, n] is the MSE of
+    each token, for the heat map.
+    """
+
+    contexts: Tensor
+    differences: list[float]
+    converged: list[int]
+    changes: Tensor = field(repr=False)
+
+
+def iterate_passes(
+    block: CVFPBlock, tokens: Tensor, passes: int, mode: Literal["sequential", "parallel"],
+    threshold: float, initial: Tensor | None = None, method: Method = "sequential",
+) -> Passes:  # fmt: skip
+    """Pass 0 from the zero context (or `initial`), then `passes` more over the same text.
+
+    Each later pass starts from the last context of the one before. In `sequential` mode a pass
+    is a whole rollout by `method`; in `parallel` mode it is one application of the parallel map,
+    which can change no more than the first k tokens in k passes.
+    """
+    previous = rollout(block, tokens, method=method).contexts if initial is None else initial
+    rows = []
+    for contexts in _passes(block, tokens, previous, passes, mode, method):
+        rows.append((contexts - previous).square().mean(1))
+        previous = contexts
+    changes = torch.stack(rows)
+    return Passes(
+        previous, changes.mean(1).tolist(), (changes < threshold).sum(1).tolist(), changes
+    )
+
+
+@torch.no_grad()
+def _passes(
+    block: CVFPBlock, tokens: Tensor, previous: Tensor, passes: int, mode: str, method: Method
+) -> Iterator[Tensor]:
+    for _ in range(passes):
+        if mode == "parallel":
+            previous = block.chunked(shifted(previous, previous[-1]), tokens)
+        else:
+            previous = rollout(block, tokens, previous[-1], method).contexts
+        yield previous

@@ -1,0 +1,246 @@
+"""Phase 2: predict the next token from contexts that Phase 1 left behind and that stay fixed.
+
+v2.0 (complete fixing): the block reads [C*[i-1], e[i]], its context output is discarded, and
+logits = head([C*[i], token_out]); gradients reach the block through token_out only.
+v1.0 (soft): the head reads the block's own context output, which an MSE pulls towards C*[i].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lablog.cvfp.model import Context, CVFPBlock, Token, shifted
+
+
+@dataclass(frozen=True)
+class Phase2Config:
+    """Settings of Phase 2: `patience` counts epochs without a lower validation loss (3);
+    `context_weight` multiplies v1.0's MSE; `head_std` is the head's initial deviation."""
+
+    version: Literal["v2.0", "v1.0"]
+    epochs: int
+    patience: int
+    batch_tokens: int
+    learning_rate: float
+    clip_norm: float
+    context_weight: float
+    head_std: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.version not in ("v2.0", "v1.0"):
+            raise ValueError(f"version = {self.version!r}, expected 'v2.0' or 'v1.0'")
+        if min(self.epochs, self.patience, self.batch_tokens) < 1:
+            raise ValueError(f"epochs, patience and batch_tokens must be at least 1: {self}")
+
+
+@dataclass(frozen=True)
+class FixedText:
+    """A text for Phase 2: ids [n], normalised embeddings [n, e] and C* [n, c], all constant."""
+
+    ids: Tensor
+    tokens: Tensor
+    contexts: Tensor
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.tokens) == len(self.contexts) or len(self.ids) < 2:
+            raise ValueError(
+                f"{len(self.ids)} ids, {len(self.tokens)} embeddings, {len(self.contexts)} "
+                "contexts: expected the same number, at least 2"
+            )
+
+    def inputs(self) -> tuple[Context, Token, Tensor, Tensor]:
+        """(C*[i-1] with zeros first, e[i], C*[i], next id) for the n - 1 predictions."""
+        fixed = self.contexts.detach()
+        before = shifted(fixed, fixed.new_zeros(fixed.shape[1]))
+        return Context(before[:-1]), Token(self.tokens[:-1]), fixed[:-1], self.ids[1:]
+
+
+class Phase2Model(nn.Module):
+    """A block and a linear head [context_dim + embed_dim -> vocabulary]."""
+
+    def __init__(self, block: CVFPBlock, vocabulary: int, config: Phase2Config) -> None:
+        super().__init__()
+        self.block, self.version = block, config.version
+        self.head = nn.Linear(block.config.hidden_dim, vocabulary)
+        generator = torch.Generator().manual_seed(config.seed)
+        nn.init.normal_(self.head.weight, std=config.head_std, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, before: Context, token: Token, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [n, vocabulary] and the block's context output [n, context_dim]."""
+        context_out, token_out = self.block(before, token)
+        context = fixed if self.version == "v2.0" else context_out
+        return self.head(torch.cat([context, token_out], dim=1)), context_out
+
+
+def phase2_loss(
+    model: Phase2Model, batch: tuple[Context, Token, Tensor, Tensor], context_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, cross-entropy, accuracy); in v1.0 the loss adds `context_weight` MSE(context, C*)."""
+    before, token, fixed, target = batch
+    logits, context_out = model(before, token, fixed)
+    loss = entropy = F.cross_entropy(logits, target)
+    if model.version == "v1.0":
+        loss = entropy + context_weight * F.mse_loss(context_out, fixed)
+    accuracy = (logits.argmax(1) == target).to(loss.dtype).mean()
+    return loss, entropy.detach(), accuracy
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Negative log-likelihood in nats and correctness of each of the n - 1 predictions."""
+
+    nll: Tensor
+    correct: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean nll)."""
+        return math.exp(float(self.nll.double().mean()))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of predictions whose most probable token is the next one."""
+        return float(self.correct.double().mean())
+
+
+@torch.no_grad()
+def predict(model: Phase2Model, text: FixedText, rows: int = 1024) -> Predictions:
+    """Predictions on a text whose contexts are given (in v1.0 as inputs only)."""
+    nll, correct = [], []
+    for before, token, fixed, target in zip(*(x.split(rows) for x in text.inputs()), strict=True):
+        logits, _ = model(Context(before), Token(token), fixed)
+        nll.append(F.cross_entropy(logits.float(), target, reduction="none"))
+        correct.append(logits.argmax(1) == target)
+    return Predictions(torch.cat(nll), torch.cat(correct))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Perplexity and accuracy: training as met during the epoch, validation after it."""
+
+    epoch: int
+    train_perplexity: float
+    train_accuracy: float
+    validation_perplexity: float
+    validation_accuracy: float
+
+
+@dataclass
+class Phase2Result:
+    """The model of the best epoch, by validation loss, and the history of all."""
+
+    model: Phase2Model
+    history: list[Epoch]
+    best: Epoch
+
+
+def train_phase2(
+    block: CVFPBlock,
+    vocabulary: int,
+    training: FixedText,
+    validation: FixedText,
+    config: Phase2Config,
+    label: str = "",
+    progress: bool = False,
+) -> Phase2Result:
+    """Train a copy of `block` and a new head; early stopping on validation.
+
+    Positions are drawn in a new order each epoch (the contexts are constants, so every position
+    is an independent sample). Raises FloatingPointError when a loss is not finite.
+    """
+    model = Phase2Model(copy.deepcopy(block), vocabulary, config).to(training.tokens.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    before, token, fixed, target = training.inputs()
+    generator = torch.Generator().manual_seed(config.seed)
+    history: list[Epoch] = []
+    best, weights = None, copy.deepcopy(model.state_dict())
+    with tqdm(total=config.epochs, desc=label, unit="epoch", disable=not progress) as bar:
+        for epoch in range(1, config.epochs + 1):
+            order = torch.randperm(len(target), generator=generator).to(target.device)
+            totals = fixed.new_zeros(3)
+            for rows in order.split(config.batch_tokens):
+                batch = (Context(before[rows]), Token(token[rows]), fixed[rows], target[rows])
+                losses = phase2_loss(model, batch, config.context_weight)
+                optimizer.zero_grad(set_to_none=True)
+                losses[0].backward()
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                optimizer.step()
+                totals += len(rows) * torch.stack([x.detach() for x in losses])
+            loss, entropy, accuracy = (totals / len(target)).tolist()
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"{label or config.version}: loss {loss} in epoch {epoch}: lower "
+                    f"learning_rate = {config.learning_rate} or check the contexts for NaN"
+                )
+            seen = predict(model, validation)
+            now = Epoch(epoch, math.exp(entropy), accuracy, seen.perplexity, seen.accuracy)
+            history.append(now)
+            if best is None or now.validation_perplexity < best.validation_perplexity:
+                best, weights = now, copy.deepcopy(model.state_dict())
+            bar.set_postfix_str(f"validation perplexity {history[-1].validation_perplexity:.1f}")
+            bar.update()
+            if epoch - best.epoch >= config.patience:
+                break
+    assert best is not None  # epochs >= 1
+    model.load_state_dict(weights)
+    return Phase2Result(model, history, best)
+
+
+def window_contexts(table: Tensor, ids: Tensor, width: int, size: int) -> Tensor:
+    """A context without learning: the last `size` tokens in `width` numbers, [n, width].
+
+    Each token is given by the leading width / size principal components of the embedding `table`
+    [vocabulary, e]; row i holds tokens i, i-1, ... and zeros before the text. Raises ValueError
+    when `size` does not divide `width`.
+    """
+    if width % size:
+        raise ValueError(f"a window of {size} tokens does not divide {width} dimensions")
+    used = table[ids.unique()]
+    _, vectors = torch.linalg.eigh((used.t() @ used).double())
+    components = vectors.flip(1)[:, : width // size].to(table)
+    parts = F.layer_norm(table[ids] @ components, (width // size,))
+    rows = [F.pad(parts, (0, 0, k, 0))[: len(ids)] for k in range(size)]
+    return torch.cat(rows, dim=1)
+
+
+def unigram(training: Sequence[int], text: Sequence[int], vocabulary: int) -> Predictions:
+    """Token frequencies of the training text with one added to each count."""
+    return _ngram(_unigram(training, vocabulary)[None].repeat(len(text) - 1, 0), text)
+
+
+def bigram(training: Sequence[int], text: Sequence[int], vocabulary: int) -> Predictions:
+    """Bigram frequencies, Witten-Bell smoothed with the unigram (no parameter to tune).
+
+    p(b|a) = (count(a, b) + T(a) p(b)) / (count(a) + T(a)), T(a) the number of distinct
+    successors of a; for an unseen a the unigram (Witten and Bell 1991).
+    """
+    counts = np.zeros((vocabulary, vocabulary), dtype=np.float32)
+    np.add.at(counts, (np.asarray(training[:-1]), np.asarray(training[1:])), 1)
+    before = np.asarray(text[:-1])
+    seen, kinds = counts.sum(1)[before, None], (counts > 0).sum(1)[before, None]
+    kinds = np.maximum(kinds, 1)
+    p = (counts[before] + kinds * _unigram(training, vocabulary)) / (seen + kinds)
+    return _ngram(p, text)
+
+
+def _unigram(training: Sequence[int], vocabulary: int) -> np.ndarray:
+    counts = np.bincount(np.asarray(training), minlength=vocabulary) + 1.0
+    return np.asarray(counts / counts.sum())
+
+
+def _ngram(p: np.ndarray, text: Sequence[int]) -> Predictions:
+    target = np.asarray(text[1:])
+    nll = -np.log(p[np.arange(len(target)), target])
+    return Predictions(torch.from_numpy(nll), torch.from_numpy(p.argmax(1) == target))

@@ -1,0 +1,165 @@
+"""Figures of notebooks 04 and 05: each returns the figure and the data behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from torch import Tensor
+
+from lablog.cvfp.checks import effective_rank, effective_rank_of, singular_values
+from lablog.figures import GREY, MARKERS
+
+Drawn = tuple[Figure, pd.DataFrame]
+
+
+def _axes(columns: int, height: float = 3.0) -> tuple[Figure, list[plt.Axes]]:
+    figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, height), squeeze=False)
+    return figure, list(axes[0])
+
+
+def convergence(frame: pd.DataFrame) -> Drawn:
+    """Share of converged tokens and CVFP loss against iteration, a line for each network."""
+    figure, (left, right) = _axes(2)
+    for i, (name, rows) in enumerate(frame.groupby("network", sort=False)):
+        style: dict[str, Any] = {"label": name, "marker": MARKERS[i % 6],
+                                 "linestyle": "-" if i < 6 else "--"}
+        left.plot(rows["iteration"], 100 * rows["share"], **style)
+        right.plot(rows["iteration"], rows["cvfp_loss"], **style)
+    left.set(xlabel="iteration or pass", ylabel="tokens converged / %")
+    right.set(xlabel="iteration or pass", ylabel="MSE to the pass before", yscale="log")
+    right.legend(fontsize=7)
+    return figure, frame
+
+
+def spectra(matrices: Mapping[str, Tensor]) -> Drawn:
+    """Singular values relative to the largest, with the effective rank of each matrix."""
+    figure, (axis,) = _axes(1)
+    frames = []
+    for name, matrix in matrices.items():
+        values = singular_values(matrix)
+        share = (values / values[0]).clamp_min(1e-7).numpy()
+        axis.plot(np.arange(1, len(share) + 1), share,
+                  label=f"{name}: {effective_rank_of(values):.0f}")  # fmt: skip
+        frames.append(pd.DataFrame({"matrix": name, "index": range(1, len(share) + 1),
+                                    "relative singular value": share}))  # fmt: skip
+    axis.set(xlabel="index", ylabel="singular value / largest", yscale="log")
+    axis.legend(title="effective rank / dimensions", fontsize=8)
+    return figure, pd.concat(frames)
+
+
+def rank_growth(matrices: Mapping[str, Tensor], counts: Sequence[int],
+                weights: pd.DataFrame) -> Drawn:  # fmt: skip
+    """Effective rank against the number of tokens, and against the diversity weight w."""
+    figure, (left, right) = _axes(2)
+    rows = [
+        {"matrix": name, "tokens": n, "effective rank": effective_rank(matrix[:n]).value}
+        for name, matrix in matrices.items() for n in counts if n <= len(matrix)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    for i, (name, part) in enumerate(frame.groupby("matrix", sort=False)):
+        left.plot(part["tokens"], part["effective rank"], label=name, marker=MARKERS[i % 6])
+    left.set(xlabel="tokens", ylabel="effective rank / dimensions")
+    left.set_xscale("log", base=2)
+    left.legend(fontsize=7)
+    for i, (split, part) in enumerate(weights.groupby("split", sort=False)):
+        right.plot(part["w"], 100 * part["share"], "-", marker=MARKERS[i], label=split)
+    right.set(xlabel="diversity weight w", ylabel="effective rank / % of dimensions")
+    right.legend()
+    return figure, pd.concat([frame, weights.rename(columns={"network": "matrix"})])
+
+
+def change_map(changes: Mapping[str, Tensor], tokens: int) -> Drawn:
+    """log10 of the context's mean squared change over the first `tokens` tokens and all passes."""
+    figure, axes = _axes(len(changes), 2.6)
+    frames = []
+    for axis, (name, values) in zip(axes, changes.items(), strict=True):
+        shown = values[:, :tokens].clamp_min(1e-14).log10().cpu().numpy()
+        image = axis.imshow(shown, aspect="auto", vmin=-10, vmax=0.5, cmap="cividis",
+                            extent=(0, shown.shape[1], len(shown) + 0.5, 0.5))  # fmt: skip
+        axis.set(title=name, xlabel="token", ylabel="pass")
+        axis.grid(False)
+        frame = pd.DataFrame(shown).assign(network=name)
+        frame["pass"] = frame.index + 1
+        frames.append(frame.melt(["network", "pass"], var_name="token"))
+    figure.colorbar(image, ax=axes, label="log10 of the mean squared change")
+    return figure, pd.concat(frames)
+
+
+def residuals(frame: pd.DataFrame) -> Drawn:
+    """Largest relative residual of each method against passes, and the time of each method."""
+    figure, (left, right) = _axes(2)
+    for i, (name, rows) in enumerate(frame.groupby("run", sort=False)):
+        curve = rows.dropna(subset=["residual"])
+        if len(curve):  # the loop has no passes
+            left.plot(curve["pass"], curve["residual"], label=name, marker=MARKERS[i % 6],
+                      color=f"C{i % 6}", linestyle="-" if i < 4 else "--")  # fmt: skip
+        right.barh(str(name), rows["seconds"].iloc[0], color=f"C{i % 6}")
+    left.axhline(1e-4, color=GREY, linestyle=":")
+    left.set(xlabel="pass over a window", ylabel="largest relative change", yscale="log")
+    left.legend(fontsize=6, loc="center right")
+    right.set(xlabel="time for the whole text / s")
+    right.tick_params(axis="y", labelsize=7)
+    return figure, frame
+
+
+def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Drawn:
+    """Share of tokens that are exact after each pass; dotted: one token a pass."""
+    figure, (axis,) = _axes(1)
+    frame = pd.DataFrame(dict(shares))
+    frame["pass"] = frame.index + 1
+    for i, name in enumerate(shares):
+        axis.plot(frame["pass"], 100 * frame[name], label=name, marker=MARKERS[i], ms=2)
+    axis.plot(frame["pass"], 100 * frame["pass"] / tokens, ":", color=GREY, label="one a pass")
+    axis.set(xlabel="passes", ylabel="tokens within the tolerance / %")
+    axis.legend()
+    return figure, frame
+
+
+def memory(curves: Mapping[str, Tensor]) -> Drawn:
+    """Median relative difference that a changed token leaves after so many tokens."""
+    figure, (axis,) = _axes(1)
+    frames = []
+    for i, (name, curve) in enumerate(curves.items()):
+        quartiles = np.quantile(curve.cpu().numpy(), [0.25, 0.5, 0.75], axis=1)
+        x = np.arange(len(curve))
+        axis.plot(x, quartiles[1], label=name, color=f"C{i}")
+        axis.fill_between(x, quartiles[0], quartiles[2], color=f"C{i}", alpha=0.2, linewidth=0)
+        frames.append(pd.DataFrame({"network": name, "distance": x, "lower": quartiles[0],
+                                    "median": quartiles[1], "upper": quartiles[2]}))  # fmt: skip
+    axis.set(xlabel="tokens after the changed one", ylabel="relative difference", yscale="log")
+    axis.legend()
+    return figure, pd.concat(frames)
+
+
+def perplexity(curves: pd.DataFrame, levels: Mapping[str, float]) -> Drawn:
+    """Training and validation perplexity per epoch for each arm; n-grams as dotted lines."""
+    figure, axes = _axes(2, 3.4)
+    for axis, split in zip(axes, ("training", "validation"), strict=True):
+        for i, (name, rows) in enumerate(curves.groupby("arm", sort=False)):
+            axis.plot(rows["epoch"], rows[split], label=name, marker=MARKERS[i % 6],
+                      linestyle="-" if i < 6 else "--")  # fmt: skip
+        axis.set(xlabel="epoch", ylabel=f"{split} perplexity", yscale="log")
+    for name, level in levels.items():
+        axes[1].axhline(level, color=GREY, linestyle=":")
+        axes[1].annotate(name, (1, level), fontsize=8, color=GREY, va="bottom")
+    axes[0].legend(fontsize=7)
+    return figure, curves
+
+
+def intervals(table: pd.DataFrame) -> Drawn:
+    """Test perplexity of each arm with its interval (columns arm, value, low, high)."""
+    figure, (axis,) = _axes(1, 0.35 * len(table) + 1)
+    error = [table["value"] - table["low"], table["high"] - table["value"]]
+    axis.errorbar(table["value"], table["arm"], xerr=error, fmt="o", capsize=3)
+    axis.set(xlabel="perplexity on disjoint test text", xscale="log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.invert_yaxis()
+    return figure, table

@@ -1,0 +1,185 @@
+"""From contexts and histories to metrics and table rows, and the mandated CVFP reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lablog.cvfp import checks
+from lablog.cvfp.phase1 import Passes, Phase1Result
+from lablog.cvfp.phase2 import Phase2Result, Predictions
+from lablog.cvfp.rollout import Rollout
+from lablog.intervals import Interval, geometric_over_seeds, over_seeds
+from lablog.record import Run
+from lablog.report import Section
+
+
+def record_contexts(
+    run: Run, key: str, contexts: Mapping[str, Tensor], tokens: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Checks 1 and 2 of one network or control on each split; returns the table's rows."""
+    rows = []
+    for split, c in contexts.items():
+        rank, same = checks.effective_rank(c), checks.identity_mapping(c, tokens[split])
+        row: dict[str, Any] = {"network": key, "split": split, "tokens": len(c)}
+        for name in ("value", "centred", "energy", "centred_energy"):
+            value = getattr(rank, name)
+            row[name if name != "value" else "effective rank"] = value
+            suffix = "" if name == "value" else f"_{name}"
+            run.metric(f"{key}.{split}.effective_rank{suffix}", value / rank.dimensions, "fraction",
+                       numerator=value, denominator=rank.dimensions, n=len(c))  # fmt: skip
+        row |= {"share": rank.fraction, "mean cosine": checks.mean_cosine(c),
+                "from zero": same.from_zero, "to embedding": same.to_embedding,
+                "check 1": rank.verdict(split), "check 2": same.verdict}  # fmt: skip
+        run.metric(f"{key}.{split}.mean_cosine", row["mean cosine"], "", n=len(c))
+        run.metric(f"{key}.{split}.from_zero", same.from_zero, "", n=len(c))
+        run.metric(f"{key}.{split}.to_embedding", same.to_embedding, "", n=len(c))
+        run.metric(f"{key}.{split}.check1", rank.verdict(split), "class", n=len(c))
+        run.metric(f"{key}.{split}.check2", same.verdict, "class", n=len(c))
+        rows.append(row)
+    return rows
+
+
+def record_history(run: Run, key: str, result: Phase1Result) -> pd.DataFrame:
+    """Convergence, CVFP loss and iterations of a training; returns one row per iteration."""
+    history, last = result.history, result.history[-1]
+    run.metric(f"{key}.training.convergence", last.converged / last.tokens, "fraction",
+               numerator=last.converged, denominator=last.tokens)  # fmt: skip
+    run.metric(f"{key}.cvfp_loss", last.cvfp_loss, "", n=last.tokens)
+    run.metric(f"{key}.cvfp_loss.first", history[0].cvfp_loss, "", n=last.tokens)
+    run.metric(f"{key}.cvfp_loss.largest", max(h.cvfp_loss for h in history), "", n=last.tokens)
+    run.metric(f"{key}.iterations", len(history) + 1, "count", numerator=len(history) + 1,
+               denominator=result.planned)  # fmt: skip
+    frame = pd.DataFrame([vars(h) for h in history])
+    return frame.assign(network=key, share=frame["converged"] / frame["tokens"])
+
+
+def record_passes(run: Run, key: str, passes: Passes) -> dict[str, Any]:
+    """Check 3 on repeated passes with frozen weights; returns the table's row."""
+    differences, tokens = passes.differences, len(passes.contexts)
+    found, converged = checks.convergence(differences), passes.converged[-1]
+    run.metric(f"{key}.convergence", converged / tokens, "fraction", numerator=converged,
+               denominator=tokens)  # fmt: skip
+    run.metric(f"{key}.final_diff", found.final_diff, "", n=tokens)
+    run.metric(f"{key}.check3", found.verdict, "class", n=tokens)
+    return {"passes": key, "first": differences[0], "final_diff": found.final_diff,
+            "shrinking": found.shrinking, "converged": converged / tokens,
+            "check 3": found.verdict}  # fmt: skip
+
+
+def record_mean(run: Run, name: str, values: Sequence[float], unit: str, seeds: Sequence[int],
+                log: bool = False) -> None:  # fmt: skip
+    """A mean over seeds (of logarithms if `log`) with its t interval (none for one seed)."""
+    mean = math.exp(float(np.mean(np.log(values)))) if log else float(np.mean(values))
+    method = geometric_over_seeds if log else over_seeds
+    run.metric(name, mean, unit, seeds=tuple(seeds), n=len(values),
+               interval=method(values) if len(values) > 1 else None)  # fmt: skip
+
+
+def batch_means(values: Tensor, batches: int = 10) -> Interval | None:
+    """Interval of the mean of a correlated series from the means of consecutive batches."""
+    size = len(values) // batches
+    if size < 2:
+        return None
+    found = over_seeds(values[: size * batches].view(batches, size).mean(1).tolist())
+    return Interval(found.low, found.high, f"t over {batches} batch means")
+
+
+def bootstrap_perplexity(predictions: Predictions, block: int, draws: int, seed: int) -> Interval:
+    """Percentile bootstrap of the perplexity over consecutive blocks (dialogues) of tokens."""
+    blocks = [float(part.double().sum()) for part in predictions.nll.split(block)]
+    sizes = np.array([len(part) for part in predictions.nll.split(block)])
+    picks = np.random.default_rng(seed).integers(0, len(blocks), (draws, len(blocks)))
+    replicas = np.exp(np.array(blocks)[picks].sum(1) / sizes[picks].sum(1))
+    low, high = np.percentile(replicas, [2.5, 97.5])
+    return Interval(float(low), float(high), f"bootstrap over {len(blocks)} dialogues")
+
+
+def record_predictions(run: Run, key: str, predictions: Mapping[str, Predictions], block: int,
+                       best: Phase2Result | None = None) -> dict[str, Any]:  # fmt: skip
+    """Perplexity (with a bootstrap interval) and accuracy on each text; the table's row."""
+    row: dict[str, Any] = {"arm": key}
+    for split, found in predictions.items():
+        n = len(found.nll)
+        row[f"{split} perplexity"], row[f"{split} accuracy"] = found.perplexity, found.accuracy
+        run.metric(f"{key}.{split}.perplexity", found.perplexity, "", n=n,
+                   interval=bootstrap_perplexity(found, block, 2000, 0))  # fmt: skip
+        run.metric(f"{key}.{split}.accuracy", found.accuracy, "fraction", n=n,
+                   numerator=float(found.correct.sum()), denominator=n)  # fmt: skip
+    if best is not None:
+        epoch = best.best
+        run.metric(f"{key}.best_epoch", epoch.epoch, "count", numerator=epoch.epoch,
+                   denominator=len(best.history))  # fmt: skip
+        run.metric(f"{key}.training.perplexity", epoch.train_perplexity, "")
+        run.metric(f"{key}.training.accuracy", epoch.train_accuracy, "fraction")
+        row |= {"best epoch": epoch.epoch, "training perplexity": epoch.train_perplexity}
+    return row
+
+
+def record_ratio(run: Run, name: str, other: Predictions, ours: Predictions,
+                 block: int) -> dict[str, float]:  # fmt: skip
+    """Perplexity of `other` over that of `ours` on the same tokens, resampled over dialogues."""
+    nll = other.nll.double() - ours.nll.double()
+    difference = Predictions(nll, nll > 0)
+    spread = bootstrap_perplexity(difference, block, 2000, 0)
+    run.metric(name, difference.perplexity, "ratio", n=len(nll), interval=spread)
+    return {"ratio": difference.perplexity, "low": spread.low, "high": spread.high}
+
+
+def record_rollout(run: Run, key: str, found: Rollout, error: float) -> None:
+    """Largest error against the loop, passes per token, and tokens that the loop did."""
+    n = len(found.contexts)
+    run.metric(f"{key}.error", error, "", n=n)
+    run.metric(f"{key}.passes", found.passes, "per token", n=n)
+    run.metric(f"{key}.loop_tokens", found.sequential_tokens, "count",
+               numerator=found.sequential_tokens, denominator=n)  # fmt: skip
+
+
+def relative_errors(guess: Tensor, exact: Tensor) -> Tensor:
+    """Norm of the difference of each context to the exact one, relative to its norm: [n]."""
+    return torch.linalg.vector_norm(guess - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
+
+
+def phase1_report(key: str) -> list[Section]:
+    """The report that the guidelines demand, for the network recorded as `key`."""
+    rank = "Effective Rank: {%s.%s.effective_rank:dimensions} ({%s.%s.effective_rank:value})"
+
+    def section(title: tuple[str, str], split: str, more: list[tuple[str, str]]) -> Section:
+        where = f"{key}.{split}" if split == "training" else f"{key}.validation.parallel"
+        counts = f"{{{where}.convergence:value}} ({{{where}.convergence:counts}}"
+        done = f"{{{key}.iterations:counts}}"
+        ranks = rank % (key, split, key, split)
+        return Section(title, [
+            (f"Convergence: {counts} tokens) - {done} iterations run",
+             f"収束率: {counts}トークン) - {done}イテレーション完走"),
+            (ranks, ranks), *more,
+        ])  # fmt: skip
+
+    loss = f"{{{key}.cvfp_loss:fixed6}}"
+    final = f"{{{key}.validation.sequential.final_diff:fixed6}}"
+    return [
+        section(("Training", "訓練結果"), "training",
+                [(f"CVFP loss: {loss}", f"CVFPロス: {loss}")]),
+        section(("Validation", "検証結果"), "validation", []),
+        Section(("CVFP convergence check", "CVFP収束チェック"), [
+            (f"final_diff = {final} (threshold 0.001)", f"final_diff = {final} (閾値 0.001)"),
+        ]),
+    ]  # fmt: skip
+
+
+def phase2_report(arms: Sequence[str]) -> list[Section]:
+    """Perplexity of each arm on the validation set as specified and on disjoint text."""
+    lines = [
+        (f"{arm}: validation (inside training text) {{{arm}.validation.perplexity}}, "
+         f"test (disjoint) {{{arm}.test.perplexity}}, test accuracy {{{arm}.test.accuracy}}",
+         f"{arm}: 検証 (訓練テキスト内) {{{arm}.validation.perplexity}}, "
+         f"テスト (非重複) {{{arm}.test.perplexity}}, テスト正解率 {{{arm}.test.accuracy}}")
+        for arm in arms
+    ]  # fmt: skip
+    return [Section(("Next-token perplexity", "次トークンのパープレキシティ"), lines)]

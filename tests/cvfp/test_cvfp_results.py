@@ -1,0 +1,63 @@
+"""Intervals and ratios of the CVFP results."""
+
+import math
+
+import pytest
+import torch
+
+from lablog.cvfp import results
+from lablog.cvfp.phase2 import Predictions
+
+
+class Recorder:
+    """Keeps what would go into the record."""
+
+    def __init__(self):
+        self.metrics = {}
+
+    def metric(self, name, value, unit, **details):
+        self.metrics[name] = (value, details)
+
+
+def predictions(*nll):
+    values = torch.tensor(nll)
+    return Predictions(values, values < 1)
+
+
+def test_bootstrap_covers_the_perplexity_and_vanishes_for_equal_dialogues():
+    equal = predictions(*[2.0, 1.0] * 50)
+    spread = results.bootstrap_perplexity(equal, 10, 500, 0)
+    assert spread.low == pytest.approx(spread.high) == pytest.approx(math.exp(1.5))
+    mixed = Predictions(torch.arange(100.0) / 50, torch.ones(100, dtype=torch.bool))
+    spread = results.bootstrap_perplexity(mixed, 10, 500, 0)
+    assert spread.low < mixed.perplexity < spread.high
+    assert spread.method == "bootstrap over 10 dialogues"
+
+
+def test_ratio_is_paired_over_tokens():
+    run, noise = Recorder(), torch.randn(100, generator=torch.Generator().manual_seed(0))
+    ours = Predictions(5 + noise, noise > 0)
+    other = Predictions(5 + noise + math.log(2), noise > 0)
+    row = results.record_ratio(run, "other.over_ours.test", other, ours, 10)
+    assert row["ratio"] == pytest.approx(2)
+    assert row["high"] - row["low"] < 1e-6, "the noise is the same on both sides"
+
+
+def test_means_over_seeds_and_batches():
+    run = Recorder()
+    results.record_mean(run, "a", [1.0, 4.0], "", [1, 2], log=True)
+    results.record_mean(run, "b", [1.0, 3.0], "", [1, 2])
+    results.record_mean(run, "c", [1.0], "", [1])
+    assert run.metrics["a"][0] == pytest.approx(2)
+    assert run.metrics["b"][0] == 2
+    assert run.metrics["c"][1]["interval"] is None
+    assert results.batch_means(torch.ones(15)) is None
+    spread = results.batch_means(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+    assert spread.low < 0.05
+    assert spread.high > -0.05
+
+
+def test_relative_errors_are_per_context():
+    exact = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    errors = results.relative_errors(exact + torch.tensor([[0.0, 0.5], [0.0, 0.0]]), exact)
+    assert errors.tolist() == pytest.approx([0.1, 0.0])

@@ -1,0 +1,81 @@
+"""Dialogue sources, GPT-2's tokenizer against its published files, and the benchmark's names."""
+
+import tarfile
+from itertools import islice
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+
+from lablog.cvfp import bench
+from lablog.files import repository
+from lablog.text.corpora import conversation, documents
+from lablog.text.gpt2 import GPT2Tokenizer
+
+NAME = "models/ggml-vocab-gpt-2.gguf"
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """The file as llama.cpp's tree has it, from the tree or from the sdist that carries it."""
+    tree = repository() / "build" / "native" / "llama.cpp" / NAME
+    if tree.is_file():
+        return tree
+    for archive in (repository() / "build" / "source").glob("llama_cpp_python-*.tar.gz"):
+        with tarfile.open(archive) as tar:
+            member = tar.extractfile(f"{archive.name[:-7]}/vendor/llama.cpp/{NAME}")
+            path = tmp_path_factory.mktemp("vocabulary") / "gpt2.gguf"
+            path.write_bytes(member.read())
+            return path
+    pytest.skip(f"llama.cpp's {NAME} is neither in build/native nor in build/source")
+
+
+def test_gpt2_tokenizer_against_the_published_files(vocabulary):
+    shared = repository().parent / "shared" / "data"
+    if not (shared / "gpt2-encoder.json").is_file():
+        pytest.skip(f"{shared} has no gpt2-encoder.json")
+    published = ByteLevelBPETokenizer(
+        str(shared / "gpt2-encoder.json"), str(shared / "gpt2-vocab.bpe")
+    )
+    ours = GPT2Tokenizer(vocabulary)
+    assert len(ours) == 50257
+    texts = ["Hello, world!", "  two  spaces\n\nand\t", "naïve café 日本語 🙂", "it is 3.14", ""]
+    texts += list(islice(documents("arianna", "train", 0), 20))
+    for text in texts:
+        ids = ours.encode(text)
+        assert ids == published.encode(text).ids
+        assert ours.decode(ids) == text
+
+
+def test_gpt2_tokenizer_refuses_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="GPT-2's vocabulary"):
+        GPT2Tokenizer(tmp_path / "none.gguf")
+    path = tmp_path / "text.gguf"
+    path.write_bytes(b"not a GGUF file at all")
+    with pytest.raises(ValueError, match="is not a GGUF file"):
+        GPT2Tokenizer(path)
+
+
+@pytest.mark.parametrize("source", ["arianna", "self_consistency"])
+def test_splits_share_no_dialogue(source):
+    train = set(islice(documents(source, "train", 1), 300))
+    test = set(islice(documents(source, "test", 1), 300))
+    assert len(train) > 100
+    assert len(test) > 20
+    assert not train & test
+    assert all(text.startswith(("U: ", "A: ")) and text.endswith("\n") for text in train)
+
+
+def test_conversation_puts_a_turn_on_a_line():
+    messages = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": " c "}]
+    assert conversation(messages) == "U: a b\nA: c\n"
+
+
+def test_benchmark_returns_the_names_of_the_issue():
+    size = bench.Size(width=24, layers=2, tokens=200, slice=5, repeats=1, growth=(50, 100))
+    rows = {name: (value, unit) for name, value, unit, _ in bench.run(size)}
+    assert {
+        "cvfp.parallel_step.fraction_of_gemm", "cvfp.train.parallel_over_sequential",
+        "cvfp.rollout.fraction_of_gemv", "cvfp.rollout.best_over_sequential.trained",
+        "cvfp.rollout.best_over_sequential.untrained", "cvfp.growth.seconds_per_token.50",
+    } <= set(rows)  # fmt: skip
+    assert all(value > 0 for value, _ in rows.values())
