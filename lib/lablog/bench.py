@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lablog.commitment import latent
+from lablog.cvfp import bench as cvfp
 from lablog.files import repository
 from lablog.intervals import Interval, bootstrap_percentile
 from lablog.models import convert, source
@@ -161,12 +162,21 @@ def native_build(run: Run) -> None:
                    undefined="this clone's build was not made in one go; see `make distclean`")
 
 
+def cvfp_speed(run: Run) -> None:
+    """CVFP's ratios against the matrix product, the memory bound and its sequential variants."""
+    for name, value, unit, details in cvfp.run():
+        run.metric(name, value, unit)
+        for detail in ("sequential_fraction_of_memory_bound", "relative_deviation"):
+            if detail in details:
+                run.metric(f"{name}.{detail}", details[detail], "ratio")
+
+
 def main() -> int:
     """Measure everything, write the record and print it."""
     folder = repository() / "build"
     parameters: dict[str, Any] = {}
     run = Run("bench", "bench", folder, folder / "bench", parameters)
-    for stage in (native_build, native_decode):
+    for stage in (native_build, native_decode, cvfp_speed):
         with run.stage(stage.__name__):
             stage(run)
     record = run.record()
