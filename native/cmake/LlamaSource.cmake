@@ -16,7 +16,8 @@ and pass the file: cmake -S native -B build/native -DLLAMA_SDIST=llama_cpp_pytho
 # Parts of the tree that the libraries and the converters need (the whole is 176 MB, mostly vocabularies).
 set(LLAMA_TREE_MEMBERS
     CMakeLists.txt LICENSE AUTHORS cmake include src ggml vendor          # build
-    convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py)     # convert
+    convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py      # convert
+    models/ggml-vocab-gpt-2.gguf)                                         # GPT-2's tokenizer
 
 # llama_sdist_verify(<file>): stop unless the file is exactly the expected one.
 function(llama_sdist_verify SDIST)
