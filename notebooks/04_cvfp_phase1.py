@@ -67,13 +67,13 @@ from lablog.cvfp.study import Study
 figures.use_style()
 run = record.begin("04_cvfp_phase1", globals())
 settings = Phase1Config("parallel", diversity_weight, iterations, *adam[:2], *converged,
-                        early_stop_from, adam[2], seeds[0])  # fmt: skip
+                        early_stop_from, adam[2], seeds[0])
 study = Study(
     run, ModelConfig(*network, *initial), settings, seeds, device, text_source=text_source,
     tokenizer=tokenizer, vocabulary=vocabulary, embedding=embedding, window=ppmi[0],
     corpus_documents=ppmi[1], dialogues=dialogues[0], dialogue_tokens=dialogues[1],
     val_data_source=val_data_source,
-)  # fmt: skip
+)
 Markdown(study.sizes())
 
 # %% [markdown]

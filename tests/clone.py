@@ -168,7 +168,7 @@ class Clone:
         self.started: list[subprocess.Popen[str]] = []
         self.python = str(root / "build/venv/bin/python")
         shutil.copytree(REPOSITORY / "lib" / "lablog", root / "lib" / "lablog",
-                        ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+                        ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("Makefile", "pyproject.toml", "environment.yml", "jupytext.toml"):
             shutil.copyfile(REPOSITORY / name, root / name)
         files = {
@@ -182,14 +182,14 @@ class Clone:
             "data/alpha.csv": "a\nb\nc\n", "data/unused.csv": "x\n",
             "native/CMakeLists.txt": "", "stubs/torch.py": TORCH,
             "stubs/rfc3987_syntax.py": SLOW, "book/intro.md": "# A small book\n",
-        }  # fmt: skip
+        }
         for name, text in files.items():
             self.write(name, text)
         self.age(3600)
         self.environment = {
             name: value for name, value in os.environ.items()
             if not name.startswith(("CONDA", "MAKE", "MFLAGS", "LABLOG", "PYTEST", "COV"))
-        }  # fmt: skip
+        }
         self.environment |= {
             "PYTHONPATH": f"{root}/stubs:{root}/lib", "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -219,7 +219,7 @@ class Clone:
         )
         venv = str(self.root / "build" / "venv")
         for name in (f"build/source/{archive}", "build/.environment" + venv.replace("/", "-"),
-                     "build/native/.built"):  # fmt: skip
+                     "build/native/.built"):
             self.write(name, "")
             moment = time.time() - 1800
             os.utime(self.root / name, (moment, moment))
@@ -243,7 +243,7 @@ class Clone:
             command, cwd=self.root, env=self.environment, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             **options,  # type: ignore[call-overload]
-        )  # fmt: skip
+        )
         self.started.append(process)
         return process
 
@@ -303,4 +303,4 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
+    }

@@ -36,17 +36,17 @@ def write_results(folder: Path, text: str = "Some prose with $x^2$.") -> Path:
     shown = figures.ShownFigure(
         svg.read_text(), "A line of \"two\" <points>.", f"notebook {NAME} · profile tiny",
         f"../figures/{NAME}/{csv.name}",
-    )  # fmt: skip
+    )
     output = nbformat.v4.new_output(
         "execute_result", {"text/html": shown._repr_html_(), "text/plain": repr(shown)},
         execution_count=1,
-    )  # fmt: skip
+    )
     cells = [
         nbformat.v4.new_markdown_cell(f"# Alpha\n\n{text}"),
         nbformat.v4.new_code_cell("show()", execution_count=1, outputs=[output]),
     ]
     entry = FigureFile(name="line", svg=f"figures/{NAME}/line.svg",
-                       csv=f"figures/{NAME}/line.csv", caption="A line.")  # fmt: skip
+                       csv=f"figures/{NAME}/line.csv", caption="A line.")
     write_notebook(folder, NAME, cells, (entry,))
     write_notebook(folder, "02_beta", [nbformat.v4.new_markdown_cell("# Beta\n\nNo figure.")], ())
     return folder
@@ -56,7 +56,7 @@ def write_notebook(folder: Path, name: str, cells: list, entries: tuple[FigureFi
     notebook = nbformat.v4.new_notebook(cells=cells)
     notebook.metadata["kernelspec"] = {
         "name": "python3", "language": "python", "display_name": "Python 3",
-    }  # fmt: skip
+    }
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"{name[:2]}-{index:03d}"
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def write_notebook(folder: Path, name: str, cells: list, entries: tuple[FigureFi
         machine=Machine(python="3.11.7", platform="Linux", cpu="Some CPU", threads=2, device="cpu",
                         packages={"torch": "2.13.0"}),
         figures=entries, metrics=(Metric(name="value", value=0.5, unit="fraction"),),
-    ).write(folder / "records" / f"{name}.json")  # fmt: skip
+    ).write(folder / "records" / f"{name}.json")
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +110,14 @@ def pages(html: Path) -> list[Path]:
 def test_the_book_has_chapters_results_and_instructions(made: tuple[Path, Path]):
     html = made[1]
     for name in ("index.html", "intro.html", "results.html", "reproduce.html",
-                 f"notebooks/{NAME}.html", "notebooks/02_beta.html"):  # fmt: skip
+                 f"notebooks/{NAME}.html", "notebooks/02_beta.html"):
         assert (html / name).is_file(), name
     chapter = (html / "notebooks" / f"{NAME}.html").read_text()
     assert "Alpha" in chapter
     assert "notebook 01_alpha · profile tiny" in chapter  # the figure's origin
     results = (html / "results.html").read_text()
     for piece in ("value 50.0%", "値 50.0%", "abcdef0123", "with uncommitted changes", "12 s",
-                  "300 MiB", "Some CPU", "2 threads", "3.11.7", "seeds 1, 2"):  # fmt: skip
+                  "300 MiB", "Some CPU", "2 threads", "3.11.7", "seeds 1, 2"):
         assert piece in results, piece
 
 
@@ -147,11 +147,11 @@ def test_no_page_loads_anything_from_another_host(made: tuple[Path, Path]):
         for source in Links(page.read_text()).loaded:
             assert not urlsplit(source).netloc, f"{page.name} loads {source}"
         for found in re.findall(r"(?:@import\s+|url\()['\"]?((?:https?:)?//[^'\")]+)",
-                                page.read_text()):  # fmt: skip
+                                page.read_text()):
             pytest.fail(f"{page.name} loads {found}")
     for sheet in html.rglob("*.css"):
         foreign = re.findall(r"(?:@import\s+|url\()\s*['\"]?((?:https?:)?//[^'\")\s]+)",
-                             sheet.read_text())  # fmt: skip
+                             sheet.read_text())
         assert not foreign, f"{sheet.name} loads {foreign}"
 
 

@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(
             r"/(?:api/models/(?P<listed>[^/]+/[^/]+)/tree/(?P<branch>[^/]+)"
             r"|(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+))", path
-        )  # fmt: skip
+        )
         assert match, f"a request that this server does not know: {path}"
         repository = state.repositories.get(match["listed"] or match["name"])
         if repository is None:
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         if match["listed"]:
             tree = [{"type": "file", "path": name, "size": len(data), "oid": "1" * 40}
-                    for name, data in repository.files.items()]  # fmt: skip
+                    for name, data in repository.files.items()]
             return self.answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
         if repository.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.refuse(401 if "Authorization" not in self.headers else 403, "GatedRepo")
@@ -160,7 +160,7 @@ def served(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
         endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-    )  # fmt: skip
+    )
     monkeypatch.setattr(hub, "HfApi", lambda: huggingface_hub.HfApi(endpoint=endpoint))
     server.hub = Hub({"lab/gguf": Repository({"tiny.Q5_K_M.gguf": GGUF, "README.md": b"hello\n"})})
     return server.hub
@@ -176,7 +176,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-    ))  # fmt: skip
+    ))
     folder = tmp_path_factory.mktemp("sharded")
     model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
@@ -216,14 +216,14 @@ def test_a_gguf_file_arrives_once_and_whole(served: Hub, cache: Path):
 def test_a_sharded_model_arrives_and_computes_the_same(served: Hub, sharded: Path, cache: Path):
     files = {path.name: path.read_bytes() for path in sharded.iterdir()}
     unwanted = {"pytorch_model.bin": b"pickle", "evil.py": b"import os", "onnx/model.onnx": b"x",
-                "sub/model.safetensors": b"x", "model.gguf": b"x", "README.md": b"x"}  # fmt: skip
+                "sub/model.safetensors": b"x", "model.gguf": b"x", "README.md": b"x"}
     served.repositories["lab/llama"] = Repository(files | unwanted)
     folder = source.hugging_face_folder("hub:lab/llama", cache / "unused")
     assert {path.name for path in folder.iterdir()} == set(files)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         here, there = (LlamaForCausalLM.from_pretrained(p)(tokens).logits
-                       for p in (folder, sharded))  # fmt: skip
+                       for p in (folder, sharded))
     assert torch.equal(here, there)
     assert source.hugging_face_folder(f"hub:lab/llama@{COMMIT}", cache / "unused") == folder
 
@@ -263,14 +263,14 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
         endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-    )  # fmt: skip
+    )
     monkeypatch.setattr(hub, "HfApi", lambda: huggingface_hub.HfApi(endpoint=endpoint))
 
 
 def test_no_network(served: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch):
     unreachable(monkeypatch)
     for message in (refused(hub.download, "lab/gguf", "tiny.Q5_K_M.gguf"),
-                    refused(hub.download_model, "lab/llama")):  # fmt: skip
+                    refused(hub.download_model, "lab/llama")):
         assert "cannot be reached" in message
         assert "check the network, or give the path of a local copy as `model`" in message
     assert not files_in(cache)
@@ -279,7 +279,7 @@ def test_no_network(served: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch):
 def test_offline_mode(served: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for message in (refused(hub.download, "lab/gguf", "tiny.Q5_K_M.gguf"),
-                    refused(hub.download_model, "lab/llama")):  # fmt: skip
+                    refused(hub.download_model, "lab/llama")):
         assert "give the path of a local copy as `model`" in message
     assert not [r for r in served.requests if "/lab/" in r]
 
@@ -287,7 +287,7 @@ def test_offline_mode(served: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch)
 def test_wrong_revision(served: Hub, cache: Path):
     served.repositories["lab/llama"] = Repository({"config.json": b"{}"})
     for message in (refused(hub.download, "lab/gguf", "tiny.Q5_K_M.gguf", "v9"),
-                    refused(hub.download_model, "lab/llama", "v9")):  # fmt: skip
+                    refused(hub.download_model, "lab/llama", "v9")):
         assert "at revision v9: there is no such revision; leave it out for `main`" in message
     assert not files_in(cache)
 
@@ -297,14 +297,14 @@ def test_a_gated_model_without_a_token(served: Hub, sharded: Path, cache: Path):
     served.repositories["lab/llama"] = Repository(files, gated=True)
     served.repositories["lab/gguf"].gated = True
     for message in (refused(hub.download, "lab/gguf", "tiny.Q5_K_M.gguf"),
-                    refused(hub.download_model, "lab/llama")):  # fmt: skip
+                    refused(hub.download_model, "lab/llama")):
         assert "is gated: accept its licence on its page, then run `hf auth login`" in message
     assert not files_in(cache)
 
 
 def test_a_missing_repository(served: Hub, cache: Path):
     for message in (refused(hub.download, "lab/none", "tiny.gguf"),
-                    refused(hub.download_model, "lab/none")):  # fmt: skip
+                    refused(hub.download_model, "lab/none")):
         assert "lab/none" in message
         assert "no such repository, or it is private: check the name" in message
 
@@ -355,7 +355,7 @@ def test_a_repository_with_only_pickled_weights(served: Hub, cache: Path):
 def test_a_hub_that_is_down(served: Hub, cache: Path):
     served.status = 503
     for message in (refused(hub.download, "lab/gguf", "tiny.Q5_K_M.gguf"),
-                    refused(hub.download_model, "lab/llama")):  # fmt: skip
+                    refused(hub.download_model, "lab/llama")):
         assert "give the path of a local copy as `model`" in message
     assert not files_in(cache)
 
@@ -379,7 +379,7 @@ def test_a_full_disk_is_not_called_a_fault_of_the_network(
     "hub:", "hub:name", "hub:owner/", "hub:/name", "hub:a/b/c", "hub:owner/name@",
     "hub:owner/name:", "hub:owner/name:file.bin", "hub:owner/name@v1:", "hub:owner/na me@v1:x.gguf",
     "hub:owner/name@v1:../x.gguf", "hub:../name:x.gguf",
-])  # fmt: skip
+])
 def test_a_malformed_hub_name_is_refused(model: str, served: Hub, cache: Path):
     with pytest.raises((ValueError, HubError)) as caught:
         source.gguf_file(model, cache / "artifacts")
@@ -395,7 +395,7 @@ def test_a_malformed_hub_name_is_refused(model: str, served: Hub, cache: Path):
     ("", ValueError, "hub:OWNER/NAME"),
     ("Hub:lab/gguf", ValueError, "hub:OWNER/NAME"),
     ("lib", ValueError, "with config.json"),
-])  # fmt: skip
+])
 def test_other_names_that_lead_nowhere_are_refused(
     model: str, error: type[Exception], expected: str, tmp_path: Path
 ):

@@ -34,7 +34,7 @@ def test_wilson_agrees_with_published_values():
     for successes, trials, low, high in (
         (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
-    ):  # fmt: skip
+    ):
         interval = wilson(successes, trials)
         assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
 
@@ -129,7 +129,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
     def median(rng: np.random.Generator):
         return bootstrap_percentile(rng.normal(size=80), 50, seed=int(rng.integers(1 << 30)),
-                                    draws=400)  # fmt: skip
+                                    draws=400)
 
     assert abs(coverage(binomial, 0.3, 1000) - 0.95) < 0.035
     assert abs(coverage(gaussian, 2.0, 1500) - 0.95) < 0.025

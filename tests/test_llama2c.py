@@ -39,7 +39,7 @@ class Reference:
             ("gate", (layers, hidden, width)), ("down", (layers, width, hidden)),
             ("up", (layers, hidden, width)), ("norm3", (width,)),
             ("cos", (window, width // heads // 2)), ("sin", (window, width // heads // 2)),
-        ]  # fmt: skip
+        ]
         order += [] if shared else [("classifier", (vocabulary, width))]
         weights, start = {}, 0
         for name, shape in order:
@@ -108,7 +108,7 @@ def write_model(path: Path, tied: bool, kv_heads: int, seed: int) -> Path:
     numbers += [np.full((window, width // heads // 2), 7.0)] * 2
     numbers += [] if tied else [rng.normal(size=(vocabulary, width))]
     header = struct.pack("<7i", width, hidden, layers, heads, kv_heads,
-                         vocabulary if tied else -vocabulary, window)  # fmt: skip
+                         vocabulary if tied else -vocabulary, window)
     path.write_bytes(header + b"".join(n.astype("<f4").tobytes() for n in numbers))
     return path
 
@@ -130,7 +130,7 @@ def write_pieces(path: Path, pieces: Pieces) -> Path:
     longest = max(len(piece) for piece, _ in pieces)
     path.write_bytes(struct.pack("<i", longest) + b"".join(
         struct.pack("<fi", score, len(piece)) + piece for piece, score in pieces
-    ))  # fmt: skip
+    ))
     return path
 
 
@@ -163,7 +163,7 @@ def encode(pieces: Pieces, text: str) -> list[int]:
 
 
 @pytest.fixture(scope="module", params=[(True, 6), (False, 2), (True, 1)],
-                ids=["tied", "untied-grouped", "tied-one-kv-head"])  # fmt: skip
+                ids=["tied", "untied-grouped", "tied-one-kv-head"])
 def random_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with its tokenizer beside it."""
     tied, kv_heads = request.param
@@ -273,7 +273,7 @@ def test_a_longer_file_is_refused(tiny: Path):
 @pytest.mark.parametrize(("place", "value"), [
     (0, 0), (0, -48), (0, 47), (1, 0), (2, 1 << 30), (3, 5), (4, 4), (5, 0), (6, -1),
     (0, 0x616B3432),  # the magic number of version 1
-])  # fmt: skip
+])
 def test_a_wrong_header_is_refused(tiny: Path, place: int, value: int):
     data = bytearray(tiny.read_bytes())
     struct.pack_into("<i", data, 4 * place, value)

@@ -22,7 +22,7 @@ def clone(tmp_path: Path) -> Clone:
 def make(*arguments: str, **variables: str) -> str:
     """Output of Make in this clone; for targets that change nothing."""
     return subprocess.run(["make", *arguments, *(f"{k}={v}" for k, v in variables.items())],
-                          cwd=ROOT, capture_output=True, text=True, check=True).stdout  # fmt: skip
+                          cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def test_help_is_the_default_and_lists_every_target_for_users():
@@ -30,7 +30,7 @@ def test_help_is_the_default_and_lists_every_target_for_users():
     phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)", text, re.MULTILINE)[1].replace("\\\n", " ")
     wanted = {name for name in phony.split() if not name.startswith("_")}
     assert {"help", "setup", "lab", "reproduce", "test", "book", "bench", "verify", "clean",
-            "test-native-sanitize"} <= wanted  # fmt: skip
+            "test-native-sanitize"} <= wanted
     shown = make("help")
     assert make() == shown
     listed = dict(re.findall(r"^  make (\S+) +(\S.*)$", shown, re.MULTILINE))
@@ -49,7 +49,7 @@ def outdated(clone: Clone) -> None:
 
 @pytest.mark.parametrize(("variable", "tool"), [
     ("CXX", "nonexistent-cxx"), ("CMAKE", "nonexistent-cmake"),
-])  # fmt: skip
+])
 def test_a_missing_tool_is_named_with_what_to_install(clone: Clone, variable: str, tool: str):
     outdated(clone)
     done = clone.make("_setup", f"{variable}={tool}")
@@ -102,7 +102,7 @@ def test_another_python_in_the_environment_is_refused(clone: Clone):
     ({"CONDA_PREFIX": "/somewhere/env", "CONDA_DEFAULT_ENV": "/somewhere/env"}, "/somewhere/env"),
     ({"CONDA_PREFIX": "/somewhere/env"}, "/somewhere/env"),
     ({"CONDA_PREFIX": "/opt/conda", "CONDA_DEFAULT_ENV": "base"}, "build/venv"),
-])  # fmt: skip
+])
 def test_an_activated_conda_environment_is_used_but_not_its_base(
     clone: Clone, variables: dict[str, str], expected: str
 ):

@@ -18,7 +18,7 @@ STORIES = ROOT / ".." / "shared" / "data" / "stories260K.bin"
 
 def make(*arguments: str) -> str:
     done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+                          check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 

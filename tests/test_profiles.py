@@ -64,7 +64,7 @@ def test_an_empty_profile_has_the_values_of_the_parameters_cells():
         "01_alpha": {"model": "offline:smoke", "k": 64, "rate": 0.5, "grid": [0.0, 1.0],
                      "seeds": [1, 2], "quick": True},
         "02_beta": {"k": 3, "budget": 1.0},
-    }  # fmt: skip
+    }
 
 
 def test_a_section_of_a_notebook_wins_over_all():
@@ -109,7 +109,7 @@ def test_a_cycle_of_extends_is_refused(root: Path, chain: tuple[str, ...]):
     ("own", "all:\n  budgett: 1.0\n", "unknown parameter 'budgett'; did you mean 'budget'?"),
     ("own", "02_beta:\n  rate: 1.0\n", "'rate' of 02_beta; valid are: k, budget"),
     ("own", "all:\n  7: 1.0\n", "unknown parameter 7; valid are: "),
-])  # fmt: skip
+])
 def test_unknown_names_are_refused_with_the_nearest_valid_one(
     root: Path, source: str, text: str | None, expected: str
 ):
@@ -134,7 +134,7 @@ def test_an_unknown_notebook_is_refused_with_the_nearest_one():
     ("02_beta: 3\n", "02_beta holds 3; expected `parameter: value`"),
     ("extends: [smoke]\n", "extends holds ['smoke']; expected the name of a profile"),
     ("extends: 3\n", "extends holds 3; expected the name of a profile"),
-])  # fmt: skip
+])
 def test_what_is_no_profile_is_refused(root: Path, text: str, expected: str):
     path = profile(root, "own", text)
     message = refused("own")
@@ -157,7 +157,7 @@ def test_bytes_that_are_no_text_are_refused(root: Path):
     ("model", "3"), ("model", "[a]"), ("quick", "1"), ("quick", "maybe"),
     ("grid", "0.5"), ("grid", "[0.5, .nan]"), ("grid", "[a]"), ("grid", "[true]"),
     ("seeds", "[1, 2.5]"), ("seeds", "[1, [2]]"), ("seeds", "{1: 2}"),
-])  # fmt: skip
+])
 def test_a_value_of_another_type_is_refused_with_an_example(root: Path, parameter: str, value: str):
     path = profile(root, "own", f"01_alpha:\n  {parameter}: {value}\n")
     declared = declared_parameters(root / "notebooks" / "01_alpha.py")[parameter]
@@ -215,7 +215,7 @@ def test_an_override_wins_over_the_profile_and_a_later_one_over_an_earlier():
     ("01_alfa.k=1", "no single notebook '01_alfa'; did you mean '01_alpha'?"),
     ("grid=[1", "override 'grid=[1' is not valid YAML"),
     ("k=", "k = None does not fit int"),
-])  # fmt: skip
+])
 def test_overrides_that_fit_nothing_are_refused(override: str, expected: str):
     assert expected in refused("smoke", override)
 
@@ -239,7 +239,7 @@ def test_the_name_tells_overrides_apart_by_what_they_change():
 @pytest.mark.parametrize("line", [
     "k = 3", "k: int", "import os", "print(k)", "k: int = 1 + 1", "k: int = other",
     "a.b: int = 3", "k, m = 1, 2", "k: int = int('3')",
-])  # fmt: skip
+])
 def test_a_parameters_cell_holds_nothing_but_typed_literals(root: Path, line: str):
     path = root / "notebooks" / "01_alpha.py"
     path.write_text(NOTEBOOK.format(line))

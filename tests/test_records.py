@@ -26,7 +26,7 @@ MACHINE = Machine(python="3.11", platform="Linux", cpu="any", threads=2, device=
 def record(**fields: object) -> Record:
     base = {"notebook": "01_alpha", "profile": "smoke", "status": "ok", "parameters": {},
             "seeds": (), "started": datetime(2026, 1, 2, tzinfo=UTC), "seconds": 1.5,
-            "source": SOURCE, "machine": MACHINE}  # fmt: skip
+            "source": SOURCE, "machine": MACHINE}
     return Record(**(base | fields))
 
 
@@ -45,7 +45,7 @@ def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(place: str, b
     fields |= {place: bad} if place in fields else {}
     with pytest.raises(ValidationError, match=r"metric m is not finite .*undefined=<reason>"):
         Metric(name="m", unit="", interval=(ends["low"], ends["high"]), interval_method="t",
-               **fields)  # fmt: skip
+               **fields)
 
 
 def test_an_undefined_metric_has_a_reason_instead_of_a_value():
@@ -58,7 +58,7 @@ def test_an_undefined_metric_has_a_reason_instead_of_a_value():
 
 @pytest.mark.parametrize("fields", [
     {"interval": (0.0, 1.0)}, {"interval_method": "t"},
-])  # fmt: skip
+])
 def test_an_interval_and_its_method_come_together(fields: dict):
     with pytest.raises(ValidationError, match="an interval needs its method"):
         Metric(name="m", value=0.5, unit="", **fields)
@@ -67,7 +67,7 @@ def test_an_interval_and_its_method_come_together(fields: dict):
 @pytest.mark.parametrize(("field", "value"), [
     ("name", "two words"), ("name", ""), ("name", "Upper"), ("name", "{braces}"), ("n", -1),
     ("unit", None), ("value", [1.0]), ("interval", (0.0,)), ("seeds", ("a",)), ("surprise", 1),
-])  # fmt: skip
+])
 def test_fields_that_do_not_fit_are_refused(field: str, value: object):
     fields = {"name": "m", "value": 0.5, "unit": "", "interval_method": None}
     with pytest.raises(ValidationError, match=field):
@@ -79,7 +79,7 @@ def test_a_truth_value_and_a_class_stay_what_they_are():
         Metric(name="flag", value=True, unit=""), Metric(name="count", value=1, unit="count"),
         Metric(name="word", value="repetitive", unit="class"),
         Metric(name="real", value=1.0, unit=""),
-    ))  # fmt: skip
+    ))
     read = Record.model_validate_json(written.model_dump_json())
     assert [type(m.value) for m in read.metrics] == [bool, int, str, float]
 
@@ -123,7 +123,7 @@ METRICS = st.builds(
     st.none() | st.tuples(FINITE, FINITE), st.none() | st.integers(0),
     st.none() | st.lists(st.integers(), max_size=3).map(tuple),
     st.none() | st.tuples(FINITE, FINITE),
-)  # fmt: skip
+)
 PARAMETERS = st.dictionaries(
     TEXT, st.none() | st.integers() | FINITE | TEXT | st.booleans() | st.lists(FINITE, max_size=3)
 )
@@ -137,7 +137,7 @@ RECORDS = st.builds(
     status=st.sampled_from(["ok", "failed", "interrupted", "timeout"]),
     report=st.none() | st.builds(ReportText, en=TEXT, ja=TEXT),
     failure=st.none() | st.builds(Failure, kind=TEXT, message=TEXT),
-)  # fmt: skip
+)
 
 
 @given(written=RECORDS)
@@ -176,12 +176,12 @@ def test_a_file_that_is_no_record_is_refused_by_name(content: bytes, tmp_path: P
 def test_results_leave_out_times_and_nothing_that_was_computed():
     one = record(metrics=(Metric(name="m", value=1, unit=""),))
     times = record(metrics=one.metrics, seconds=9.0, started=datetime(2027, 1, 1, tzinfo=UTC),
-                   stages=(Stage(name="s", seconds=1.0),), peak_memory_bytes=7)  # fmt: skip
+                   stages=(Stage(name="s", seconds=1.0),), peak_memory_bytes=7)
     assert times.results() == one.results()
     for change in ({"seeds": (1,)}, {"parameters": {"k": 1}}, {"metrics": ()},
                    {"files": (FileHash(path="a", sha256="b", bytes=1),)},
                    {"figures": (FigureFile(name="f", svg="s", csv="c", caption="t"),)},
-                   {"report": ReportText(en="a", ja="b")}):  # fmt: skip
+                   {"report": ReportText(en="a", ja="b")}):
         assert one.model_copy(update=change).results() != one.results()
 
 

@@ -33,12 +33,12 @@ CVFP = (
         ("final_diff = {final_diff:fixed6} (threshold: below {threshold:value})",
          "final_diff = {final_diff:fixed6} (閾値 {threshold:value} 未満)"),
     )),
-)  # fmt: skip
+)
 
 
 def fraction(name: str, numerator: float, denominator: float) -> Metric:
     return Metric(name=name, value=numerator / denominator, unit="fraction", numerator=numerator,
-                  denominator=denominator)  # fmt: skip
+                  denominator=denominator)
 
 
 METRICS = (
@@ -47,7 +47,7 @@ METRICS = (
     fraction("validation.convergence", 1280, 1280), fraction("validation.iterations", 10, 10),
     fraction("validation.rank", 511.56, 768), Metric(name="final_diff", value=0.00074512, unit=""),
     Metric(name="threshold", value=0.001, unit=""),
-)  # fmt: skip
+)
 
 
 def record(*metrics: Metric) -> Record:
@@ -120,7 +120,7 @@ def test_an_undefined_metric_shows_its_reason():
     (Metric(name="m", value="repetitive", unit="class"), "repetitive"),
     (Metric(name="m", value=2.5, unit="", interval=(2.0, 3.0), interval_method="t"),
      "2.5 [2, 3]"),
-])  # fmt: skip
+])
 def test_a_metric_is_told_with_counts_unit_and_interval(metric: Metric, expected: str):
     text = render(record(metric), [Section(("A", "あ"), [("x {m}", "x {m}")])], "en")
     assert text == f"A:\n- x {expected}"
@@ -131,7 +131,7 @@ def test_a_metric_is_told_with_counts_unit_and_interval(metric: Metric, expected
     ("{train.loss:fancy}", "unknown style 'fancy'"),
     ("{train.loss:counts}", "has no numerator and denominator"),
     ("{train.loss:dimensions}", "has no numerator and denominator"),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("language", ["en", "ja"])
 def test_a_line_without_its_number_is_refused(line: str, expected: str, language):
     with pytest.raises(ReportError, match=expected):
@@ -161,7 +161,7 @@ def test_prose_may_speak_of_a_good_result_but_not_give_a_verdict():
 
 
 PAGES = [*sorted((REPOSITORY / "notebooks").glob("*.py")),
-         *sorted((REPOSITORY / "book").glob("*.md")), REPOSITORY / "README.md"]  # fmt: skip
+         *sorted((REPOSITORY / "book").glob("*.md")), REPOSITORY / "README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -46,7 +46,7 @@ def last(clone: Clone, good: Path, request: pytest.FixtureRequest) -> Path:
 def results(folder: Path) -> dict[str, bytes]:
     """The bytes of all results: what a later step or the book would read."""
     return {f"{kind}/{name}": data for kind in RESULTS if (folder / kind).is_dir()
-            for name, data in contents(folder / kind).items()}  # fmt: skip
+            for name, data in contents(folder / kind).items()}
 
 
 def read(path: Path) -> dict:
@@ -87,7 +87,7 @@ def test_a_failing_cell_keeps_its_remains_aside_and_the_last_result(clone: Clone
     assert record["status"] == "failed"
     assert record["failure"] == {
         "kind": "PapermillExecutionError", "message": "ValueError: planted fault",
-    }  # fmt: skip
+    }
     partial = nbformat.read(last / "failed" / "01_alpha.ipynb", as_version=4)
     assert any(o.get("ename") == "ValueError" for c in partial.cells for o in c.get("outputs", ()))
     assert not scratch(last)
@@ -210,7 +210,7 @@ def test_runs_can_be_handed_to_an_executor(clone: Clone):
 
 @pytest.mark.parametrize(("status", "code"), [
     ("ok", 0), ("failed", 1), ("timeout", 124), ("interrupted", 130),
-])  # fmt: skip
+])
 def test_the_exit_code_tells_how_a_run_ended(
     status: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -249,7 +249,7 @@ def test_verify_finds_a_metric_that_differs_and_passes_clean_notebooks(clone: Cl
         [cell.id for cell in nbformat.read(path, as_version=4).cells
          if "injected-parameters" not in cell.metadata.get("tags", ())]
         for path in sorted((clone.root / "build" / "verify").glob("smoke+*/notebooks/01*.ipynb"))
-    )  # fmt: skip
+    )
     assert one == two
     assert len(set(one)) == len(one)
 
@@ -271,12 +271,12 @@ def made(clone: Clone) -> Path:
 def test_a_second_make_reproduce_does_nothing(clone: Clone, made: Path):
     html = clone.root / "build" / "book" / "html"
     before = {path: path.stat().st_mtime_ns for folder in (made, html)
-              for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+              for path in folder.rglob("*") if path.is_file()}
     again = clone.make("reproduce")
     assert again.returncode == 0, again.stderr
     assert "running" not in again.stdout
     after = {path: path.stat().st_mtime_ns for folder in (made, html)
-             for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+             for path in folder.rglob("*") if path.is_file()}
     changed = {path for path in after if after[path] != before.get(path)}
     assert {path.name for path in changed} <= {".lock", ".01_alpha.lock", ".02_beta.lock"}
 
@@ -341,7 +341,7 @@ def test_a_change_in_one_section_of_a_profile_concerns_its_notebook(clone: Clone
     after = results(made)
     assert {name for name in after if after[name] != before.get(name)} == {
         "records/02_beta.json", "notebooks/02_beta.ipynb",
-    }  # fmt: skip
+    }
     assert "- size 12" in done.stdout
 
 

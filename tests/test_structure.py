@@ -81,7 +81,7 @@ def test_the_library_touches_no_environment_variable_but_the_listed_ones():
             for node in ast.walk(tree)
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
             for target in node.targets if isinstance(target, ast.Name)
-        }  # fmt: skip
+        }
         uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)
                 and n.attr in ("environ", "environb", "getenv", "putenv", "unsetenv")]
         assert not any(n.endswith(("os.environ", "os.getenv")) for n in imported(path))
@@ -105,7 +105,7 @@ def test_the_library_names_no_folder_of_readers():
         if relative(path) in ("profiles.py", "book.py"):
             continue
         strings = {n.value for n in ast.walk(ast.parse(path.read_text()))
-                   if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # fmt: skip
+                   if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         parts = {part for s in strings if re.fullmatch(r"[\w./-]+", s) for part in s.split("/")[:1]}
         assert "book" not in parts or relative(path) == "runner.py", relative(path)
 
@@ -134,9 +134,9 @@ def test_there_are_notebooks():
 def test_every_parameter_has_a_type_a_value_and_a_comment(path: Path):
     declared = declared_parameters(path)
     (cell,) = (c.source for c in jupytext.read(path).cells
-               if "parameters" in c.metadata.get("tags", ()))  # fmt: skip
+               if "parameters" in c.metadata.get("tags", ()))
     comments = {t.start[0]: t.string for t in tokenize.generate_tokens(io.StringIO(cell).readline)
-                if t.type == tokenize.COMMENT}  # fmt: skip
+                if t.type == tokenize.COMMENT}
     for statement in ast.parse(cell).body:
         assert isinstance(statement, ast.AnnAssign)
         comment = comments.get(statement.end_lineno, "")
@@ -170,7 +170,7 @@ def test_a_notebook_says_what_it_does_not_show(path: Path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_every_parameter_of_a_notebook_is_used(path: Path):
     used = {node.id for cell in cells(path, "code") for node in ast.walk(ast.parse(cell))
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}  # fmt: skip
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     assert set(declared_parameters(path)) <= used
 
 
@@ -210,7 +210,7 @@ def test_an_edit_in_jupyterlab_changes_nothing_but_the_edited_cell(path: Path, p
     notebook = nbformat.read(pair, as_version=4)
     notebook.metadata["kernelspec"] = {
         "display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3",
-    }  # fmt: skip
+    }
     notebook.metadata["language_info"] = {"name": "python", "version": "3.11.9"}
     ids = [cell.id for cell in notebook.cells]
     notebook.cells[-1].source += "\nOne line more."

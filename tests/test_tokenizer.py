@@ -83,7 +83,7 @@ def test_llama_cpp_and_transformers_tokenise_identically_and_the_logits_agree(
     import llama_cpp
 
     shape = ModelShape(layers=2, width=64, heads=2, kv_heads=2, feed_forward=128, context=512,
-                       tied_embeddings=True, initializer_range=0.1)  # fmt: skip
+                       tied_embeddings=True, initializer_range=0.1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(shape.config(len(tokenizer))).eval()
     model.save_pretrained(tmp_path)
@@ -93,7 +93,7 @@ def test_llama_cpp_and_transformers_tokenise_identically_and_the_logits_agree(
     engine = llama_cpp.Llama(
         str(to_gguf(tmp_path, tmp_path / "model.gguf")), n_ctx=512, n_threads=1, logits_all=True,
         verbose=False, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+    )
     try:
         for text in [*TEXTS[:50], *AWKWARD]:
             ids = tokenizer.encode(text, bos=True)

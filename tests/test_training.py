@@ -33,12 +33,12 @@ from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 SETTINGS = load_settings()
 SHAPE = ModelShape(layers=1, width=16, heads=2, kv_heads=1, feed_forward=32, context=512,
-                   tied_embeddings=True, initializer_range=0.02)  # fmt: skip
+                   tied_embeddings=True, initializer_range=0.02)
 PLAN = TrainingSettings(
     steps=40, batch_size=4, gradient_accumulation=2, learning_rate=3e-3, warmup_steps=4,
     schedule="cosine", betas=(0.9, 0.98), weight_decay=0.01, precision="f32", threads=1,
     checkpoint_every=5, log_every=5,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_killed_training_resumes_to_identical_weights(
         [sys.executable, "-c", CHILD.format(tests=str(Path(__file__).parent)), str(tokenizer.path),
          str(tmp_path / "model")],
         stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     assert child.stdout is not None
     for line in child.stdout:
         if line.strip() == "17":
@@ -168,7 +168,7 @@ def test_training_can_start_from_a_trained_model_in_bf16(
     tuned = train_causal_lm(
         trained, dataset(tokenizer, plan), plan, tmp_path / "tuned", tokenizer=tokenizer.path,
         data_key="d",
-    )  # fmt: skip
+    )
     before, after = (load_file(p / "model.safetensors") for p in (trained, tuned))
     assert all(after[name].dtype == torch.float32 for name in before)
     change = max((after[name] - before[name]).abs().max().item() for name in before)

@@ -19,7 +19,7 @@ def parameters_of(block):
             )
         ]
         for layer in block.stack
-    ]  # fmt: skip
+    ]
 
 
 def norm(x, gain, bias, mix):
@@ -152,7 +152,7 @@ def phase2_gradients(parameters, mix, head, bias, fixed, tokens, ids, version, c
     n, split = len(ids) - 1, fixed.shape[1]
     grads, d_head, d_bias, total = (
         zeros_like(parameters), np.zeros_like(head), np.zeros_like(bias), 0.0
-    )  # fmt: skip
+    )
     for i in range(n):
         before = fixed[i - 1] if i else np.zeros(split)
         context, token, caches = forward(parameters, mix, before, tokens[i])

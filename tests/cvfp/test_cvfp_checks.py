@@ -86,7 +86,7 @@ def test_check_3_detects_chaos_sequentially_and_misses_it_in_parallel(network, e
     ("differences", "verdict"),
     [([0.5, 0.1, 0.0005], "pass"), ([0.5, 0.1, 0.02], "fail"), ([0.5, 0.1, 0.005], "between"),
      ([0.0001, 0.0002, 0.0005], "between"), ([0.1, 0.0, 0.0], "pass")],
-)  # fmt: skip
+)
 def test_thresholds_of_check_3(differences, verdict):
     assert checks.convergence(differences).verdict == verdict
 
@@ -103,7 +103,7 @@ def test_checks_refuse_what_they_cannot_measure():
     ("losses", "verdict"),
     [([0.5, 0.3, 0.1], "CONVERGING"), ([0.1, 0.1, 0.1], "CONVERGED"),
      ([0.1, 0.3, 0.5], "DIVERGING"), ([0.1, 0.5, 0.1], "UNSTABLE")],
-)  # fmt: skip
+)
 def test_convergence_classes(losses, verdict):
     trials = Trials(tuple(losses))
     assert trials.verdict == verdict

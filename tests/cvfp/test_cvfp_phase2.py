@@ -75,7 +75,7 @@ def test_ngram_baselines_are_distributions_and_known_values():
         total = sum(
             math.exp(-float(model(training, [first, second], 4).nll[0]))
             for second in range(4) for first in [0]
-        )  # fmt: skip
+        )
         assert total == pytest.approx(1, abs=1e-6)
     uni = [4 / 10, 3 / 10, 2 / 10, 1 / 10]
     assert float(p2.unigram(training, [0, 3], 4).nll[0]) == pytest.approx(-math.log(uni[3]))

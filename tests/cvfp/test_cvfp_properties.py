@@ -61,7 +61,7 @@ def test_training_reports_convergence_before_anything_is_learnt(network, embeddi
 def test_early_stop_waits_for_its_first_iteration(network, embeddings, phase1, fraction):
     for first, expected in ((1, 2), (3, 4)):
         config = replace(phase1, early_stop_fraction=fraction, early_stop_from=first,
-                         convergence_threshold=1e9)  # fmt: skip
+                         convergence_threshold=1e9)
         assert train(network(), embeddings(50), config).iterations_done == expected
 
 
@@ -122,7 +122,7 @@ def forgetful(network, context_dim=12):
     tokens=st.integers(1, 300), segment=st.integers(1, 40),
     method=st.sampled_from(["jacobi", "quasi-newton"]), mix=st.sampled_from([0.9, 1.0]),
     tolerance=st.sampled_from([1e-2, 1e-4, 1e-8]),
-)  # fmt: skip
+)
 def test_a_rollout_is_never_silently_wrong(
     network, embeddings, seed, std, forgets, tokens, segment, method, mix, tolerance
 ):

@@ -43,7 +43,7 @@ def compare_weights(block, parameters, limit):
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.sampled_from([0.0, 0.3, 1.0]),
     st.integers(0, 10**6),
-)  # fmt: skip
+)
 def test_forward_for_any_width_depth_and_mix(context, embed, layers, mix, seed):
     context, embed = context + 1, embed + 1  # the LayerNorm of a single number has no gradient
     config = ModelConfig(context, embed, context + embed, layers, mix, 0.3, 0.05)
@@ -121,7 +121,7 @@ def test_sequential_training_iteration(network, embeddings, phase1, dtype, limit
     want, losses, mean = reference.sequential_iteration(
         parameters, 1.0, tokens.double().numpy(), previous.double().numpy(),
         config.diversity_weight, adam, np.zeros(12), 0.9,
-    )  # fmt: skip
+    )
     close(contexts, want, limit)
     close(stats[:3], losses, limit)
     close(tracker.mean, mean, limit)
@@ -155,13 +155,13 @@ def test_phase2_gradients(network, embeddings, phase2, dtype, limit, version):
         reference.parameters_of(block), 1.0, model.head.weight.detach().double().numpy(),
         model.head.bias.detach().double().numpy(), fixed.double().numpy(),
         tokens.double().numpy(), ids.tolist(), version, 0.7,
-    )  # fmt: skip
+    )
     close(loss, total, limit)
     close(model.head.weight.grad, d_head, limit)
     close(model.head.bias.grad, d_bias, limit)
     for layer, expected in zip(block.stack, grads, strict=True):
         found = [layer.linear.weight, layer.linear.bias, *layer.context_norm.parameters(),
-                 *layer.token_norm.parameters()]  # fmt: skip
+                 *layer.token_norm.parameters()]
         for parameter, gradient in zip(found, expected, strict=True):
             got = torch.zeros(gradient.shape) if parameter.grad is None else parameter.grad
             close(got, gradient, limit)

@@ -56,7 +56,7 @@ def test_swapped_arguments(network, embeddings):
     hints = list(get_type_hints(CVFPBlock.forward).items())
     assert [(name, kind.__name__) for name, kind in hints[:2]] == [
         ("context", "Context"), ("token", "Token"),
-    ]  # fmt: skip
+    ]
     equal = network(context_dim=11, embed_dim=11)
     a, b = embeddings(3, 11, seed=1), embeddings(3, 11, seed=2)
     assert not torch.allclose(equal(a, b)[0], equal(b, a)[0])
@@ -139,7 +139,7 @@ def test_unknown_names(tmp_path, phase1, phase2, network, embeddings):
     with pytest.raises(ValueError, match=r"expected a SentencePiece \.model"):
         data.tokenizer_from(tmp_path / "x.json")
     for changes in ({"variant": "both"}, {"diversity_weight": 1.5}, {"iterations": 1},
-                    {"variant": "sequential", "autocast": True}):  # fmt: skip
+                    {"variant": "sequential", "autocast": True}):
         with pytest.raises(ValueError, match=r"variant|diversity_weight"):
             replace(phase1, **changes)
     with pytest.raises(ValueError, match=r"expected 'v2\.0'"):
@@ -174,7 +174,7 @@ def test_nan_in_phase2(network, embeddings, phase2):
     with pytest.raises(FloatingPointError, match=r"epoch 1: lower"):
         train_phase2(network(dtype=torch.float32), 6,
                      *[FixedText(text.ids, text.tokens.float(), text.contexts.float())] * 2,
-                     phase2)  # fmt: skip
+                     phase2)
 
 
 def test_checkpoint_of_another_configuration(network, embeddings, phase1, tmp_path):
@@ -184,7 +184,7 @@ def test_checkpoint_of_another_configuration(network, embeddings, phase1, tmp_pa
     assert again.history == first.history
     assert torch.equal(again.contexts, first.contexts)
     for changed, word in ((replace(phase1, diversity_weight=0.5), "diversity_weight"),
-                          (replace(phase1, seed=7), "seed")):  # fmt: skip
+                          (replace(phase1, seed=7), "seed")):
         with pytest.raises(ValueError, match=f"another configuration.*{word}"):
             train(network(), tokens, changed, checkpoint=path)
     with pytest.raises(ValueError, match="start and tokens"):
@@ -241,14 +241,14 @@ def test_no_synchronisation_with_the_host_inside_token_loops():
 
     loops = (phase1.SequentialStep.__call__, phase1.sequential_iteration,
              module.SequentialRollout.__call__, module.lyapunov_exponent,
-             module.memory_curve)  # fmt: skip
+             module.memory_curve)
     for function in loops:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         for loop in (n for n in ast.walk(tree) if isinstance(n, ast.For)):
             called = {
                 c.func.attr if isinstance(c.func, ast.Attribute) else getattr(c.func, "id", "")
                 for c in ast.walk(loop) if isinstance(c, ast.Call)
-            }  # fmt: skip
+            }
             assert not called & {"item", "tolist", "float", "int", "bool", "numpy", "cpu"}
 
 
@@ -284,14 +284,14 @@ def prepared(tmp_path_factory):
         folder, config, text_source="self_consistency", tokenizer="project", vocabulary=600,
         embedding="ppmi", window=3, corpus_documents=60, dialogues=10, dialogue_tokens=40,
         val_data_source="text_file", seed=1, device="cpu",
-    )  # fmt: skip
+    )
 
 
 def test_prepared_texts(prepared):
     config, _, texts = prepared
     assert {name: len(ids) for name, ids in texts.ids.items()} == {
         "training": 400, "validation": 80, "test": 80,
-    }  # fmt: skip
+    }
     assert texts.ids["validation"].tolist() == texts.ids["training"][-80:].tolist()
     assert texts.tokens["training"].shape == (400, 32)
     assert texts.vocabulary == len(texts.embedding.table)
@@ -300,7 +300,7 @@ def test_prepared_texts(prepared):
             prepared[1], config, text_source="self_consistency", tokenizer="project",
             vocabulary=600, embedding="gaussian", window=3, corpus_documents=60, dialogues=10,
             dialogue_tokens=40, val_data_source="auto_split", seed=1, device="cpu",
-        )  # fmt: skip
+        )
 
 
 def test_convergence_command(prepared, phase1, capsys):
@@ -310,7 +310,7 @@ def test_convergence_command(prepared, phase1, capsys):
         "--num_trials", "5", "--network", str(folder / "p.pt"),
         "--embedding", str(texts.files["embedding"]), "--tokenizer", str(texts.files["tokenizer"]),
         "--validation", str(texts.files["validation"]),
-    ])  # fmt: skip
+    ])
     out = capsys.readouterr().out
     assert code == 0
     assert "80 validation tokens, 5 trials" in out

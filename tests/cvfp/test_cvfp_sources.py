@@ -77,5 +77,5 @@ def test_benchmark_returns_the_names_of_the_issue():
         "cvfp.parallel_step.fraction_of_gemm", "cvfp.train.parallel_over_sequential",
         "cvfp.rollout.fraction_of_gemv", "cvfp.rollout.best_over_sequential.trained",
         "cvfp.rollout.best_over_sequential.untrained", "cvfp.growth.seconds_per_token.50",
-    } <= set(rows)  # fmt: skip
+    } <= set(rows)
     assert all(value > 0 for value, _ in rows.values())

@@ -72,7 +72,7 @@ def run(size: Size | None = None, device: str = "cpu") -> list[Row]:
             Path(folder), config, text_source="arianna", tokenizer="project", vocabulary=2048,
             embedding="ppmi", window=5, corpus_documents=2000, dialogues=size.tokens // length,
             dialogue_tokens=length, val_data_source="text_file", seed=42, device=device,
-        )  # fmt: skip
+        )
     bench = _Bench(size, config, settings, data.tokens["training"], device)
     rows = []
     for name, value, unit, details in chain(bench.training(), bench.rollouts(), bench.growth()):
@@ -121,7 +121,7 @@ class _Bench:
         pairs = [
             (self.gemm_rate(torch.bfloat16 if autocast else torch.float32), self.time(work, 1))
             for _ in range(self.size.repeats)
-        ]  # fmt: skip
+        ]
         fraction = statistics.median(flops / step / rate for rate, step in pairs)
         step = statistics.median(step for _, step in pairs)
         return fraction, step, {"pairs of FLOP/s and seconds": pairs}, first
@@ -134,7 +134,7 @@ class _Bench:
         deviation = float((rough - exact).norm() / exact.norm())
         yield ("parallel_step.fraction_of_gemm.bf16", half_fraction, "ratio",
                details | {"f32_over_bf16": step / half,
-                          "relative_deviation": deviation})  # fmt: skip
+                          "relative_deviation": deviation})
 
         block, slice_ = self.block(), self.tokens[: size.slice]
         settings = replace(self.settings, variant="sequential", diversity_weight=0.5)
@@ -143,7 +143,7 @@ class _Bench:
         tracker = DiversityTracker(mean, variance, 0.99)
         one = self.time(
             lambda: sequential_iteration(sequential, slice_, slice_, tracker)
-        ) / len(slice_)  # fmt: skip
+        ) / len(slice_)
         # Ten streams of the weights: two readings, one writing, and Adam's seven.
         a, b = torch.randn(2, self.weight_bytes() // 4, device=self.device)
         out = torch.empty_like(a)
@@ -154,7 +154,7 @@ class _Bench:
                {"sequential_seconds_per_token": one, "parallel_seconds": step, "target": 23,
                 "slice_tokens": size.slice, "sequential_fraction_of_memory_bound": bound / one,
                 "bandwidth_bytes_per_second": bandwidth,
-                "adam_share": optimizer_alone / one})  # fmt: skip
+                "adam_share": optimizer_alone / one})
 
     def rollouts(self) -> Iterator[Row]:
         block, tokens = self.block(), self.tokens[:400]
@@ -173,12 +173,12 @@ class _Bench:
         bound = statistics.mean(pure)
         yield ("rollout.fraction_of_gemv", bound / once, "ratio",
                {"tokens_per_second": 1 / once, "products_per_second": 1 / bound, "target": 0.85,
-                "bytes_per_second": self.weight_bytes() / bound})  # fmt: skip
+                "bytes_per_second": self.weight_bytes() / bound})
         half = SequentialRollout(block, torch.bfloat16)
         rough = torch.empty_like(tokens)
         fast = self.time(lambda: half(tokens, tokens[0], rough)) / len(tokens)
         yield ("rollout.bf16_over_f32", once / fast, "ratio",
-               {"relative_deviation": float((rough - out).norm() / out.norm())})  # fmt: skip
+               {"relative_deviation": float((rough - out).norm() / out.norm())})
         yield self.best_over_sequential("untrained", block)
         train(block, self.tokens, self.settings, initial=rollout(block, self.tokens).contexts)
         yield self.best_over_sequential("trained", block)
@@ -194,16 +194,16 @@ class _Bench:
         for label, method, segment in (
             ("jacobi", "jacobi", 1), ("jacobi segments of 64", "jacobi", 64),
             ("quasi-newton", "quasi-newton", 1),
-        ):  # fmt: skip
+        ):
             start = time.perf_counter()
             result = rollout(block, tokens, method=method, segment=segment)  # type: ignore[arg-type]
             times[label] = time.perf_counter() - start
             error = (result.contexts - exact).norm(dim=1) / exact.norm(dim=1)
             details[label] = {"passes": result.passes, "error": float(error.max()),
-                              "loop_tokens": result.sequential_tokens}  # fmt: skip
+                              "loop_tokens": result.sequential_tokens}
         best = min((label for label in times if label != "sequential"), key=times.__getitem__)
         return (f"rollout.best_over_sequential.{name}", times["sequential"] / times[best], "ratio",
-                {"best": best, "seconds": times, **details})  # fmt: skip
+                {"best": best, "seconds": times, **details})
 
     def growth(self) -> Iterator[Row]:
         """Seconds and peak memory of a parallel step per token, relative to the smallest size."""
@@ -218,4 +218,4 @@ class _Bench:
             per_token.append(once / n)
             yield (f"growth.seconds_per_token.{n}", once / n, "s", {
                 "over_smallest": per_token[-1] / per_token[0],
-                "peak_memory_bytes": peak_memory_bytes()})  # fmt: skip
+                "peak_memory_bytes": peak_memory_bytes()})

@@ -76,7 +76,7 @@ def effective_rank(contexts: Tensor) -> EffectiveRank:
     return EffectiveRank(
         effective_rank_of(plain), effective_rank_of(centred), effective_rank_of(plain.square()),
         effective_rank_of(centred.square()), contexts.shape[1], len(contexts),
-    )  # fmt: skip
+    )
 
 
 def mean_cosine(contexts: Tensor) -> float:

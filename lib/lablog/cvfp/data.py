@@ -141,7 +141,7 @@ def prepare(
     folder: Path, config: ModelConfig, *, text_source: str, tokenizer: str, vocabulary: int,
     embedding: str, window: int, corpus_documents: int, dialogues: int, dialogue_tokens: int,
     val_data_source: str, seed: int, device: str,
-) -> Prepared:  # fmt: skip
+) -> Prepared:
     """Everything that both notebooks feed to a network; writes only into `folder`.
 
     `tokenizer`: "project" trains one of `vocabulary` pieces on the training documents, anything
@@ -153,7 +153,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",
-             "embedding": folder / "embedding.safetensors"}  # fmt: skip
+             "embedding": folder / "embedding.safetensors"}
     if tokenizer == "project":
         lines = sorted({line for document in documents_ for line in document.splitlines()})
         encoder: Encoder = train_tokenizer(lines, vocabulary, files["tokenizer"])

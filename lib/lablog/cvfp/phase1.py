@@ -269,7 +269,7 @@ def train(
         desc=f"{config.variant}, w = {config.diversity_weight:g}, seed {config.seed}",
         total=(config.iterations - 1) * len(tokens), initial=len(history) * len(tokens),
         unit="token", mininterval=2, disable=not progress,
-    )  # fmt: skip
+    )
     for iteration in range(len(history) + 1, config.iterations):
         if step is None:
             contexts, stats = parallel_step(block, tokens, contexts, optimizer, config)
@@ -292,7 +292,7 @@ def train(
                 "identity": identity, "block": block.state_dict(), "contexts": contexts,
                 "history": [asdict(row) for row in history], "done": done,
                 "tracker": (tracker.mean, tracker.variance),
-            }  # fmt: skip
+            }
             if not done:
                 state["optimizer"] = optimizer.state_dict()
             buffer = io.BytesIO()
@@ -315,7 +315,7 @@ def _identity(block: CVFPBlock, tokens: Tensor, config: Phase1Config) -> dict[st
         **asdict(block.config), **asdict(config), "start and tokens": digest.hexdigest(),
         "source": sources, "torch": str(torch.__version__), "threads": torch.get_num_threads(),
         "device": tokens.device.type,
-    }  # fmt: skip
+    }
 
 
 def checkpoint_path(
@@ -365,7 +365,7 @@ class Passes:
 def iterate_passes(
     block: CVFPBlock, tokens: Tensor, passes: int, mode: Literal["sequential", "parallel"],
     threshold: float, initial: Tensor | None = None, method: Method = "sequential",
-) -> Passes:  # fmt: skip
+) -> Passes:
     """Pass 0 from the zero context (or `initial`), then `passes` more over the same text.
 
     Each later pass starts from the last context of the one before. In `sequential` mode a pass

@@ -45,22 +45,22 @@ def spectra(matrices: Mapping[str, Tensor]) -> Drawn:
         values = singular_values(matrix)
         share = (values / values[0]).clamp_min(1e-7).numpy()
         axis.plot(np.arange(1, len(share) + 1), share,
-                  label=f"{name}: {effective_rank_of(values):.0f}")  # fmt: skip
+                  label=f"{name}: {effective_rank_of(values):.0f}")
         frames.append(pd.DataFrame({"matrix": name, "index": range(1, len(share) + 1),
-                                    "relative singular value": share}))  # fmt: skip
+                                    "relative singular value": share}))
     axis.set(xlabel="index", ylabel="singular value / largest", yscale="log")
     axis.legend(title="effective rank / dimensions", fontsize=8)
     return figure, pd.concat(frames)
 
 
 def rank_growth(matrices: Mapping[str, Tensor], counts: Sequence[int],
-                weights: pd.DataFrame) -> Drawn:  # fmt: skip
+                weights: pd.DataFrame) -> Drawn:
     """Effective rank against the number of tokens, and against the diversity weight w."""
     figure, (left, right) = _axes(2)
     rows = [
         {"matrix": name, "tokens": n, "effective rank": effective_rank(matrix[:n]).value}
         for name, matrix in matrices.items() for n in counts if n <= len(matrix)
-    ]  # fmt: skip
+    ]
     frame = pd.DataFrame(rows)
     for i, (name, part) in enumerate(frame.groupby("matrix", sort=False)):
         left.plot(part["tokens"], part["effective rank"], label=name, marker=MARKERS[i % 6])
@@ -81,7 +81,7 @@ def change_map(changes: Mapping[str, Tensor], tokens: int) -> Drawn:
     for axis, (name, values) in zip(axes, changes.items(), strict=True):
         shown = values[:, :tokens].clamp_min(1e-14).log10().cpu().numpy()
         image = axis.imshow(shown, aspect="auto", vmin=-10, vmax=0.5, cmap="cividis",
-                            extent=(0, shown.shape[1], len(shown) + 0.5, 0.5))  # fmt: skip
+                            extent=(0, shown.shape[1], len(shown) + 0.5, 0.5))
         axis.set(title=name, xlabel="token", ylabel="pass")
         axis.grid(False)
         frame = pd.DataFrame(shown).assign(network=name)
@@ -98,7 +98,7 @@ def residuals(frame: pd.DataFrame) -> Drawn:
         curve = rows.dropna(subset=["residual"])
         if len(curve):  # the loop has no passes
             left.plot(curve["pass"], curve["residual"], label=name, marker=MARKERS[i % 6],
-                      color=f"C{i % 6}", linestyle="-" if i < 4 else "--")  # fmt: skip
+                      color=f"C{i % 6}", linestyle="-" if i < 4 else "--")
         right.barh(str(name), rows["seconds"].iloc[0], color=f"C{i % 6}")
     left.axhline(1e-4, color=GREY, linestyle=":")
     left.set(xlabel="pass over a window", ylabel="largest relative change", yscale="log")
@@ -131,7 +131,7 @@ def memory(curves: Mapping[str, Tensor]) -> Drawn:
         axis.plot(x, quartiles[1], label=name, color=f"C{i}")
         axis.fill_between(x, quartiles[0], quartiles[2], color=f"C{i}", alpha=0.2, linewidth=0)
         frames.append(pd.DataFrame({"network": name, "distance": x, "lower": quartiles[0],
-                                    "median": quartiles[1], "upper": quartiles[2]}))  # fmt: skip
+                                    "median": quartiles[1], "upper": quartiles[2]}))
     axis.set(xlabel="tokens after the changed one", ylabel="relative difference", yscale="log")
     axis.legend()
     return figure, pd.concat(frames)
@@ -143,7 +143,7 @@ def perplexity(curves: pd.DataFrame, levels: Mapping[str, float]) -> Drawn:
     for axis, split in zip(axes, ("training", "validation"), strict=True):
         for i, (name, rows) in enumerate(curves.groupby("arm", sort=False)):
             axis.plot(rows["epoch"], rows[split], label=name, marker=MARKERS[i % 6],
-                      linestyle="-" if i < 6 else "--")  # fmt: skip
+                      linestyle="-" if i < 6 else "--")
         axis.set(xlabel="epoch", ylabel=f"{split} perplexity", yscale="log")
     for name, level in levels.items():
         axes[1].axhline(level, color=GREY, linestyle=":")

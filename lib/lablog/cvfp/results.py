@@ -33,10 +33,10 @@ def record_contexts(
             row[name if name != "value" else "effective rank"] = value
             suffix = "" if name == "value" else f"_{name}"
             run.metric(f"{key}.{split}.effective_rank{suffix}", value / rank.dimensions, "fraction",
-                       numerator=value, denominator=rank.dimensions, n=len(c))  # fmt: skip
+                       numerator=value, denominator=rank.dimensions, n=len(c))
         row |= {"share": rank.fraction, "mean cosine": checks.mean_cosine(c),
                 "from zero": same.from_zero, "to embedding": same.to_embedding,
-                "check 1": rank.verdict(split), "check 2": same.verdict}  # fmt: skip
+                "check 1": rank.verdict(split), "check 2": same.verdict}
         run.metric(f"{key}.{split}.mean_cosine", row["mean cosine"], "", n=len(c))
         run.metric(f"{key}.{split}.from_zero", same.from_zero, "", n=len(c))
         run.metric(f"{key}.{split}.to_embedding", same.to_embedding, "", n=len(c))
@@ -50,12 +50,12 @@ def record_history(run: Run, key: str, result: Phase1Result) -> pd.DataFrame:
     """Convergence, CVFP loss and iterations of a training; returns one row per iteration."""
     history, last = result.history, result.history[-1]
     run.metric(f"{key}.training.convergence", last.converged / last.tokens, "fraction",
-               numerator=last.converged, denominator=last.tokens)  # fmt: skip
+               numerator=last.converged, denominator=last.tokens)
     run.metric(f"{key}.cvfp_loss", last.cvfp_loss, "", n=last.tokens)
     run.metric(f"{key}.cvfp_loss.first", history[0].cvfp_loss, "", n=last.tokens)
     run.metric(f"{key}.cvfp_loss.largest", max(h.cvfp_loss for h in history), "", n=last.tokens)
     run.metric(f"{key}.iterations", len(history) + 1, "count", numerator=len(history) + 1,
-               denominator=result.planned)  # fmt: skip
+               denominator=result.planned)
     frame = pd.DataFrame([vars(h) for h in history])
     return frame.assign(network=key, share=frame["converged"] / frame["tokens"])
 
@@ -65,21 +65,21 @@ def record_passes(run: Run, key: str, passes: Passes) -> dict[str, Any]:
     differences, tokens = passes.differences, len(passes.contexts)
     found, converged = checks.convergence(differences), passes.converged[-1]
     run.metric(f"{key}.convergence", converged / tokens, "fraction", numerator=converged,
-               denominator=tokens)  # fmt: skip
+               denominator=tokens)
     run.metric(f"{key}.final_diff", found.final_diff, "", n=tokens)
     run.metric(f"{key}.check3", found.verdict, "class", n=tokens)
     return {"passes": key, "first": differences[0], "final_diff": found.final_diff,
             "shrinking": found.shrinking, "converged": converged / tokens,
-            "check 3": found.verdict}  # fmt: skip
+            "check 3": found.verdict}
 
 
 def record_mean(run: Run, name: str, values: Sequence[float], unit: str, seeds: Sequence[int],
-                log: bool = False) -> None:  # fmt: skip
+                log: bool = False) -> None:
     """A mean over seeds (of logarithms if `log`) with its t interval (none for one seed)."""
     mean = math.exp(float(np.mean(np.log(values)))) if log else float(np.mean(values))
     method = geometric_over_seeds if log else over_seeds
     run.metric(name, mean, unit, seeds=tuple(seeds), n=len(values),
-               interval=method(values) if len(values) > 1 else None)  # fmt: skip
+               interval=method(values) if len(values) > 1 else None)
 
 
 def batch_means(values: Tensor, batches: int = 10) -> Interval | None:
@@ -102,20 +102,20 @@ def bootstrap_perplexity(predictions: Predictions, block: int, draws: int, seed:
 
 
 def record_predictions(run: Run, key: str, predictions: Mapping[str, Predictions], block: int,
-                       best: Phase2Result | None = None) -> dict[str, Any]:  # fmt: skip
+                       best: Phase2Result | None = None) -> dict[str, Any]:
     """Perplexity (with a bootstrap interval) and accuracy on each text; the table's row."""
     row: dict[str, Any] = {"arm": key}
     for split, found in predictions.items():
         n = len(found.nll)
         row[f"{split} perplexity"], row[f"{split} accuracy"] = found.perplexity, found.accuracy
         run.metric(f"{key}.{split}.perplexity", found.perplexity, "", n=n,
-                   interval=bootstrap_perplexity(found, block, 2000, 0))  # fmt: skip
+                   interval=bootstrap_perplexity(found, block, 2000, 0))
         run.metric(f"{key}.{split}.accuracy", found.accuracy, "fraction", n=n,
-                   numerator=float(found.correct.sum()), denominator=n)  # fmt: skip
+                   numerator=float(found.correct.sum()), denominator=n)
     if best is not None:
         epoch = best.best
         run.metric(f"{key}.best_epoch", epoch.epoch, "count", numerator=epoch.epoch,
-                   denominator=len(best.history))  # fmt: skip
+                   denominator=len(best.history))
         run.metric(f"{key}.training.perplexity", epoch.train_perplexity, "")
         run.metric(f"{key}.training.accuracy", epoch.train_accuracy, "fraction")
         row |= {"best epoch": epoch.epoch, "training perplexity": epoch.train_perplexity}
@@ -123,7 +123,7 @@ def record_predictions(run: Run, key: str, predictions: Mapping[str, Predictions
 
 
 def record_ratio(run: Run, name: str, other: Predictions, ours: Predictions,
-                 block: int) -> dict[str, float]:  # fmt: skip
+                 block: int) -> dict[str, float]:
     """Perplexity of `other` over that of `ours` on the same tokens, resampled over dialogues."""
     nll = other.nll.double() - ours.nll.double()
     difference = Predictions(nll, nll > 0)
@@ -138,7 +138,7 @@ def record_rollout(run: Run, key: str, found: Rollout, error: float) -> None:
     run.metric(f"{key}.error", error, "", n=n)
     run.metric(f"{key}.passes", found.passes, "per token", n=n)
     run.metric(f"{key}.loop_tokens", found.sequential_tokens, "count",
-               numerator=found.sequential_tokens, denominator=n)  # fmt: skip
+               numerator=found.sequential_tokens, denominator=n)
 
 
 def relative_errors(guess: Tensor, exact: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def phase1_report(key: str) -> list[Section]:
             (f"Convergence: {counts} tokens) - {done} iterations run",
              f"収束率: {counts}トークン) - {done}イテレーション完走"),
             (ranks, ranks), *more,
-        ])  # fmt: skip
+        ])
 
     loss = f"{{{key}.cvfp_loss:fixed6}}"
     final = f"{{{key}.validation.sequential.final_diff:fixed6}}"
@@ -170,7 +170,7 @@ def phase1_report(key: str) -> list[Section]:
         Section(("CVFP convergence check", "CVFP収束チェック"), [
             (f"final_diff = {final} (threshold 0.001)", f"final_diff = {final} (閾値 0.001)"),
         ]),
-    ]  # fmt: skip
+    ]
 
 
 def phase2_report(arms: Sequence[str]) -> list[Section]:
@@ -181,5 +181,5 @@ def phase2_report(arms: Sequence[str]) -> list[Section]:
          f"{arm}: 検証 (訓練テキスト内) {{{arm}.validation.perplexity}}, "
          f"テスト (非重複) {{{arm}.test.perplexity}}, テスト正解率 {{{arm}.test.accuracy}}")
         for arm in arms
-    ]  # fmt: skip
+    ]
     return [Section(("Next-token perplexity", "次トークンのパープレキシティ"), lines)]

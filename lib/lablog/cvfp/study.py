@@ -37,7 +37,7 @@ class Study:
     def __init__(
         self, run: Run, shape: ModelConfig, settings: Phase1Config, seeds: Sequence[int],
         device: str, **text: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`text` are the keyword arguments of :func:`lablog.cvfp.data.prepare`."""
         seed_everything(seeds[0])
         self.run, self.shape, self.settings, self.seeds = run, shape, settings, list(seeds)
@@ -89,10 +89,10 @@ class Study:
                 self.contexts[name] = {"training": start}
         ranks = [checks.effective_rank(c["training"]).fraction for c in self.contexts.values()]
         results.record_mean(self.run, "untrained.training.effective_rank", ranks, "fraction",
-                            self.seeds)  # fmt: skip
+                            self.seeds)
         once = iterate_passes(self.blocks[self.bare], self.training, 2, "parallel",
                               self.settings.convergence_threshold,
-                              self.contexts[self.bare]["training"])  # fmt: skip
+                              self.contexts[self.bare]["training"])
         results.record_passes(self.run, "untrained.training.parallel", once)
         mean = 100 * sum(ranks) / len(ranks)
         return (
@@ -128,7 +128,7 @@ class Study:
                 self.frozen[name] = iterate_passes(
                     block, self.validation, self.settings.iterations - 1, "parallel",
                     self.settings.convergence_threshold, first,
-                )  # fmt: skip
+                )
                 results.record_passes(self.run, f"{name}.validation.parallel", self.frozen[name])
 
     def convergence(self) -> plots.Drawn:
@@ -139,7 +139,7 @@ class Study:
                           "cvfp_loss": self.frozen[name].differences,
                           "share": [c / len(self.validation) for c in self.frozen[name].converged]})
             for name in (self.main, self.bare)
-        ]  # fmt: skip
+        ]
         return plots.convergence(pd.concat([*self.history, *extra]))
 
     def check_table(self) -> pd.DataFrame:
@@ -155,13 +155,13 @@ class Study:
             row for name, c in self.contexts.items()
             for row in results.record_contexts(self.run, name, c, splits)
         ] + results.record_contexts(self.run, "control.shuffled", {"validation": shuffled},
-                                    {"validation": self.validation[order]})  # fmt: skip
+                                    {"validation": self.validation[order]})
         self.table = pd.DataFrame(rows)
         adopted = [self.name(seed, self.settings.diversity_weight) for seed in self.seeds]
         for split in splits:
             part = self.table[(self.table.split == split) & self.table.network.isin(adopted)]
             results.record_mean(self.run, f"parallel.{split}.effective_rank", part.share.tolist(),
-                                "fraction", self.seeds)  # fmt: skip
+                                "fraction", self.seeds)
         return self.table.set_index(["network", "split"]).round(3)
 
     def ranks(self) -> str:
@@ -169,10 +169,10 @@ class Study:
         percent = (100 * self.table.set_index(["network", "split"])["share"]).round(1)
         parts = [f"{name}: {percent[name, 'validation']} %" for name in
                  (self.main, self.bare, "control.embeddings", "control.shuffled",
-                  "control.constant")]  # fmt: skip
+                  "control.constant")]
         return (f"Effective rank on training text: {percent[self.main, 'training']} % of the "
                 f"dimensions after training, {percent[self.bare, 'training']} % before. On "
-                f"validation text, {'; '.join(parts)}.")  # fmt: skip
+                f"validation text, {'; '.join(parts)}.")
 
     def spectra(self) -> plots.Drawn:
         """Spectra of the training contexts of the compared networks and of the embeddings."""
@@ -196,7 +196,7 @@ class Study:
                 self.again[name] = iterate_passes(
                     self.blocks[name], self.validation, passes - 1, "sequential",
                     self.settings.convergence_threshold, self.contexts[name]["validation"],
-                )  # fmt: skip
+                )
                 key = f"{name}.validation.sequential"
                 rows.append(results.record_passes(self.run, key, self.again[name]))
         return pd.DataFrame(rows).round(6)
@@ -204,7 +204,7 @@ class Study:
     def change_map(self, tokens: int) -> plots.Drawn:
         """Heat maps of change: trained and untrained read sequentially, untrained in parallel."""
         maps = {self.main: self.again[self.main], self.bare: self.again[self.bare],
-                f"{self.bare}, parallel": self.frozen[self.bare]}  # fmt: skip
+                f"{self.bare}, parallel": self.frozen[self.bare]}
         return plots.change_map({name: p.changes for name, p in maps.items()}, tokens)
 
     def trials(self) -> str:
@@ -223,19 +223,19 @@ class Study:
         rows, zero = [], self.training.new_zeros(self.shape.context_dim)
         for name in self.compared:
             growth = lyapunov_exponent(self.blocks[name], self.training[:tokens], zero,
-                                       self.seeds[0], tokens // 5)  # fmt: skip
+                                       self.seeds[0], tokens // 5)
             spread = results.batch_means(growth)
             mean = float(growth.mean())
             self.run.metric(f"{name}.lyapunov", mean, "per token", n=len(growth), interval=spread)
             rows.append({"network": name, "exponent": mean, "low": spread and spread.low,
-                         "high": spread and spread.high})  # fmt: skip
+                         "high": spread and spread.high})
         return pd.DataFrame(rows)
 
     def rollouts(self, segment: int) -> plots.Drawn:
         """Every method on the validation text, for the trained and the untrained network."""
         methods: list[tuple[Method, int]] = [
             ("sequential", 1), ("jacobi", 1), ("jacobi", segment), ("quasi-newton", 1)
-        ]  # fmt: skip
+        ]
         frames: list[pd.DataFrame] = []
         rows: list[dict[str, Any]] = []
         for name in (self.main, self.bare):
@@ -244,17 +244,17 @@ class Study:
                 start = time.perf_counter()
                 with self.run.stage(f"rollout {label}"):
                     found = rollout(self.blocks[name], self.validation, None, method,
-                                    TOLERANCE, length)  # fmt: skip
+                                    TOLERANCE, length)
                 seconds = time.perf_counter() - start
                 exact = self.contexts[name]["validation"]
                 error = float(results.relative_errors(found.contexts, exact).max())
                 results.record_rollout(self.run, f"{name}.rollout.{method}{length}", found, error)
                 rows.append({"network": name, "method": label.removeprefix(f"{name} "),
                              "passes": found.passes, "fell back": found.fell_back,
-                             "largest error": error})  # fmt: skip
+                             "largest error": error})
                 last = found.residuals[-1] if found.residuals else [float("nan")]
                 frames.append(pd.DataFrame({"run": label, "pass": range(1, len(last) + 1),
-                                            "residual": last, "seconds": seconds}))  # fmt: skip
+                                            "residual": last, "seconds": seconds}))
         self.methods = pd.DataFrame(rows)
         return plots.residuals(pd.concat(frames))
 
@@ -271,7 +271,7 @@ class Study:
                 within = results.relative_errors(guess, exact) < TOLERANCE
                 shares[name].append(float(within.float().mean()))
             self.run.metric(f"{name}.jacobi.exact_after_{passes}", shares[name][-1], "fraction",
-                            n=len(text))  # fmt: skip
+                            n=len(text))
         return plots.exactness(shares, len(text))
 
     def memory(self, distance: int, threshold: float) -> plots.Drawn:
@@ -282,7 +282,7 @@ class Study:
         for name in self.compared:
             exact = self.contexts[name]["validation"]
             curve = memory_curve(self.blocks[name], self.validation, exact, spots, distance,
-                                 self.seeds[0])  # fmt: skip
+                                 self.seeds[0])
             length = memory_length(curve, threshold)
             why = None if length is not None else f"above {threshold} to the end, {distance} tokens"
             self.run.metric(f"{name}.memory_length", length, "tokens", n=len(spots), undefined=why)
@@ -293,13 +293,13 @@ class Study:
     def sequential(self, weight: float, tokens: int, iterations: int) -> pd.DataFrame:
         """The sequential variant on the first `tokens`; a row per iteration."""
         config = replace(self.settings, variant="sequential", diversity_weight=weight,
-                         iterations=iterations)  # fmt: skip
+                         iterations=iterations)
         part = self.training[:tokens]
         with self.run.stage("train sequential"):
             _, result = self._train(config, part)
         frame = results.record_history(self.run, "sequential", result)
         results.record_contexts(self.run, "sequential", {"training": result.contexts},
-                                {"training": part})  # fmt: skip
+                                {"training": part})
         zeros = torch.zeros(2, self.shape.context_dim)
         tracker = DiversityTracker(zeros[0].clone(), zeros[1].clone(), config.ema_decay)
         self.run.metric("sequential.tokens", len(part), "count")
@@ -318,7 +318,7 @@ class Arms:
         self.seen: dict[str, Mapping[str, phase2.Predictions]] = {}
         with study.run.stage("contexts"):
             self.fixed = {seed: self.contexts(study.name(seed, study.settings.diversity_weight))
-                          for seed in study.seeds}  # fmt: skip
+                          for seed in study.seeds}
             study.blocks[study.bare] = CVFPBlock(study.shape, self.first).to(study.device)
 
     def contexts(self, network: str) -> dict[str, Tensor]:
@@ -338,13 +338,13 @@ class Arms:
         if kind == "window":
             table, width = study.data.embedding.table, study.shape.context_dim
             return {k: phase2.window_contexts(table, i, width, window)
-                    for k, i in study.data.ids.items()}  # fmt: skip
+                    for k, i in study.data.ids.items()}
         return self.contexts(study.bare)
 
     def train(
         self, name: str, seed: int, contexts: Mapping[str, Tensor], network: str,
         version: Literal["v2.0", "v1.0"] = "v2.0",
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Train one arm from the block of `network`; returns its row of the table."""
         data = self.study.data
         texts = {k: phase2.FixedText(data.ids[k], data.tokens[k], c) for k, c in contexts.items()}
@@ -354,7 +354,7 @@ class Arms:
             found = phase2.train_phase2(
                 self.study.blocks[network], data.vocabulary, texts["training"],
                 texts["validation"], config, key, progress=True,
-            )  # fmt: skip
+            )
         self.found[name, seed] = found
         self.seen[key] = {k: phase2.predict(found.model, texts[k]) for k in ("validation", "test")}
         return results.record_predictions(self.study.run, key, self.seen[key], self.dialogue, found)
@@ -363,7 +363,7 @@ class Arms:
         """v2.0 and zeros for every seed, the other arms for the first, and the n-grams."""
         study, rows = self.study, []
         stand_ins = {k: self.replaced(k, window) for k in
-                     ("zeros", "untrained", "shuffled", "window")}  # fmt: skip
+                     ("zeros", "untrained", "shuffled", "window")}
         trained = {s: study.name(s, study.settings.diversity_weight) for s in study.seeds}
         for seed, network in trained.items():
             rows.append(self.train("v2.0", seed, self.fixed[seed], network))
@@ -376,14 +376,14 @@ class Arms:
         ids = {k: i.tolist() for k, i in study.data.ids.items()}
         for name, model in (("unigram", phase2.unigram), ("bigram", phase2.bigram)):
             self.seen[name] = {k: model(ids["training"], ids[k], study.data.vocabulary)
-                               for k in ("validation", "test")}  # fmt: skip
+                               for k in ("validation", "test")}
             rows.append(results.record_predictions(study.run, name, self.seen[name], self.dialogue))
         for name in ("v2.0", "zeros"):
             for split in ("validation", "test"):
                 keys = [name] + [f"{name}.seed{s}" for s in study.seeds[1:]]
                 values = [self.seen[key][split].perplexity for key in keys]
                 results.record_mean(study.run, f"{name}.seeds.{split}.perplexity", values, "",
-                                    study.seeds, log=True)  # fmt: skip
+                                    study.seeds, log=True)
         return pd.DataFrame(rows).set_index("arm").round(3)
 
     @property
@@ -398,7 +398,7 @@ class Arms:
              "validation": e.validation_perplexity}
             for (name, seed), found in self.found.items() if seed == self.first
             for e in found.history
-        ])  # fmt: skip
+        ])
         levels = {n: self.seen[n]["validation"].perplexity for n in ("unigram", "bigram")}
         return plots.perplexity(frame, levels)
 
@@ -409,7 +409,7 @@ class Arms:
             found = self.seen[name]["test"]
             spread = results.bootstrap_perplexity(found, self.dialogue, 2000, 0)
             rows.append({"arm": name, "value": found.perplexity, "low": spread.low,
-                         "high": spread.high})  # fmt: skip
+                         "high": spread.high})
         return plots.intervals(pd.DataFrame(rows))
 
     def against(self, ours: str) -> tuple[pd.DataFrame, str]:
@@ -419,12 +419,12 @@ class Arms:
             for split in ("validation", "test"):
                 row = results.record_ratio(self.study.run, f"{name}.over_{ours}.{split}",
                                            self.seen[name][split], self.seen[ours][split],
-                                           self.dialogue)  # fmt: skip
+                                           self.dialogue)
                 rows.append({"arm": name, "text": split} | row)
         frame = pd.DataFrame(rows)
         test = frame[frame.text == "test"]
         above, below = (test[test.low > 1].arm.tolist(), test[test.high < 1].arm.tolist())
         text = (f"On disjoint text, the whole interval of the ratio to {ours} lies above 1 for "
                 f"{len(above)} of {len(test)} arms ({', '.join(above) or 'none'}), below 1 for "
-                f"{len(below)} ({', '.join(below) or 'none'}).")  # fmt: skip
+                f"{len(below)} ({', '.join(below) or 'none'}).")
         return frame.set_index(["arm", "text"]).round(3), text

@@ -35,7 +35,7 @@ def to_gguf(folder: Path, output: Path, dtype: Literal["f32", "f16", "q8_0"] = "
         run = subprocess.run(
             [*command, "--outtype", dtype], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False,
-        )  # fmt: skip
+        )
         if run.returncode or not made.is_file():
             raise RuntimeError(
                 f"llama.cpp's converter failed on {folder} (exit status {run.returncode}):\n"
