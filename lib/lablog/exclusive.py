@@ -16,7 +16,7 @@ def main() -> None:
     wait = arguments[0] == "--wait"
     lock, *command = arguments[wait:]
     Path(lock).parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
