@@ -112,7 +112,7 @@ def dose(table: pd.DataFrame) -> Drawn:
         if name != "repeated_4grams":
             axes.set_yscale("log")
         if name.endswith("kl_p95"):
-            axes.set_ylabel(LABELS[name] + " / nats")
+            axes.set(ylabel=LABELS[name] + " / nats", ylim=(1e-8, None))  # below: rounding
     for axes in panels[1]:
         axes.set_xlabel("dose: λ · layers · ‖W_c z*‖ / mean ‖h‖")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
