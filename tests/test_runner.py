@@ -235,6 +235,24 @@ def test_the_exit_code_tells_how_a_run_ended(
     assert ("because" in capsys.readouterr().err) == (code != 0)
 
 
+def test_figures_are_compared_apart_from_their_seconds(tmp_path):
+    """Other columns and pictures count; a figure over time is compared by its other columns."""
+    def folder(name: str, seconds: float, value: int, picture: str) -> Path:
+        path = tmp_path / name
+        path.mkdir()
+        (path / "timed.csv").write_text(f"value,seconds\n{value},{seconds}\n")
+        (path / "timed.svg").write_text(f"<svg>{seconds}</svg>")
+        (path / "plain.csv").write_text(f"value\n{value}\n")
+        (path / "plain.svg").write_text(picture)
+        return path
+
+    one = folder("one", 0.1, 1, "<svg/>")
+    assert runner.figure_differences(one, folder("slower", 0.2, 1, "<svg/>")) == []
+    assert runner.figure_differences(one, folder("other", 0.1, 2, "<svg/>")) == [
+        "plain.csv", "timed.csv"]
+    assert runner.figure_differences(one, folder("drawn", 0.1, 1, "<svg>1</svg>")) == ["plain.svg"]
+
+
 # --- verify ---------------------------------------------------------------------------------------
 
 
