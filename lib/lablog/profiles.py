@@ -41,7 +41,7 @@ class Parameter:
         """Return `value` if it has the declared type (an int is a float), else ProfileError."""
         try:
             kind = eval(self.annotation, {"__builtins__": {}}, TYPES)
-        except Exception:
+        except (NameError, SyntaxError, TypeError, AttributeError):
             raise ProfileError(f"{origin}: the type {self.annotation} of {self.name} is not made "
                                f"of {', '.join(sorted(TYPES))}") from None
         adapter: TypeAdapter[Any] = TypeAdapter(
