@@ -1,15 +1,25 @@
 """Dialogue sources, GPT-2's tokenizer against its published files, and the benchmark's names."""
 
+import io
+import json
+import os
+import subprocess
+import sys
 import tarfile
 from itertools import islice
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
+from dataset_hub import serve
+from safetensors.torch import save
 from tokenizers import ByteLevelBPETokenizer
 
 from lablog.cvfp import bench
 from lablog.files import repository
 from lablog.text.corpora import conversation, documents
-from lablog.text.gpt2 import GPT2Tokenizer
+from lablog.text.gpt2 import GPT2Tokenizer, gpt2_embedding
 
 NAME = "models/ggml-vocab-gpt-2.gguf"
 
@@ -63,6 +73,52 @@ def test_splits_share_no_dialogue(source):
     assert len(test) > 20
     assert not train & test
     assert all(text.startswith(("U: ", "A: ")) and text.endswith("\n") for text in train)
+
+
+def parquet(texts):
+    """Rows as UltraChat has them."""
+    rows = [{"prompt": text, "messages": [{"role": "user", "content": text},
+                                          {"role": "assistant", "content": "yes"}]}
+            for text in texts]
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def from_hub(endpoint, cache, program):
+    """What `program` prints as JSON in a process whose Hub is `endpoint`."""
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
+    done = subprocess.run([sys.executable, "-c", f"import json\n{program}"], env=env, check=True,
+                          cwd=cache, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+def test_ultrachat_comes_from_the_hub_by_its_own_splits(tmp_path):
+    files = {f"data/{split}_{kind}-00000-of-00001.parquet": parquet(f"{split} {kind} {i}\n!"
+                                                                     for i in range(3))
+             for split in ("train", "test") for kind in ("sft", "gen")}
+    with serve("HuggingFaceH4/ultrachat_200k", files) as endpoint:
+        found = from_hub(endpoint, tmp_path, """
+from lablog.text.corpora import documents
+print(json.dumps([list(documents("ultrachat", split, 0)) for split in ("train", "test")]))""")
+    assert found == [[f"U: {split} sft {i} !\nA: yes\n" for i in range(3)]
+                     for split in ("train", "test")]
+
+
+def test_gpt2_matrix_comes_from_the_hub_or_a_file(tmp_path):
+    table = torch.arange(12.0).reshape(4, 3)
+    content = save({"wte.weight": table.half(), "wpe.weight": torch.zeros(2, 3)})
+    program = """
+from lablog.text.gpt2 import gpt2_embedding
+print(json.dumps(gpt2_embedding({source!r}).tolist()))"""
+    with serve("openai-community/gpt2", {"model.safetensors": content}) as endpoint:
+        source = "openai-community/gpt2"
+        assert from_hub(endpoint, tmp_path, program.format(source=source)) == table.tolist()
+    (tmp_path / "gpt2.safetensors").write_bytes(content)
+    assert torch.equal(gpt2_embedding(str(tmp_path / "gpt2.safetensors")), table)
+    (tmp_path / "other.safetensors").write_bytes(save({"weight": table}))
+    with pytest.raises(ValueError, match="no tensor wte.weight"):
+        gpt2_embedding(str(tmp_path / "other.safetensors"))
 
 
 def test_conversation_puts_a_turn_on_a_line():

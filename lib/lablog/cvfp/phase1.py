@@ -361,6 +361,12 @@ class Passes:
     converged: list[int]
     changes: Tensor = field(repr=False)
 
+    @classmethod
+    def unchanged(cls, contexts: Tensor, passes: int) -> Passes:
+        """Passes of what does not depend on the context: a constant, the embeddings."""
+        nothing = contexts.new_zeros(passes, len(contexts))
+        return cls(contexts, [0.0] * passes, [len(contexts)] * passes, nothing)
+
 
 def iterate_passes(
     block: CVFPBlock, tokens: Tensor, passes: int, mode: Literal["sequential", "parallel"],

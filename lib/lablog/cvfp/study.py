@@ -144,18 +144,19 @@ class Study:
 
     def check_table(self) -> pd.DataFrame:
         """Checks 1 and 2 on all networks and controls."""
-        generator = torch.Generator().manual_seed(self.seeds[0])
-        order = torch.randperm(len(self.validation), generator=generator).to(self.device)
-        shuffled = rollout(self.blocks[self.main], self.validation[order]).contexts
-        one = self.contexts[self.bare]["training"][:1]
         splits = {"training": self.training, "validation": self.validation}
+        one = self.contexts[self.bare]["training"][:1]
         self.contexts["control.constant"] = {k: one.expand(len(t), -1) for k, t in splits.items()}
         self.contexts["control.embeddings"] = dict(splits)
+        with self.run.stage("shuffled"):
+            self.shuffled = {k: t[self._order(len(t))] for k, t in splits.items()}
+            self.contexts["control.shuffled"] = {
+                k: rollout(self.blocks[self.main], t).contexts for k, t in self.shuffled.items()}
         rows = [
             row for name, c in self.contexts.items()
-            for row in results.record_contexts(self.run, name, c, splits)
-        ] + results.record_contexts(self.run, "control.shuffled", {"validation": shuffled},
-                                    {"validation": self.validation[order]})
+            for row in results.record_contexts(
+                self.run, name, c, self.shuffled if name == "control.shuffled" else splits)
+        ]
         self.table = pd.DataFrame(rows)
         adopted = [self.name(seed, self.settings.diversity_weight) for seed in self.seeds]
         for split in splits:
@@ -163,6 +164,11 @@ class Study:
             results.record_mean(self.run, f"parallel.{split}.effective_rank", part.share.tolist(),
                                 "fraction", self.seeds)
         return self.table.set_index(["network", "split"]).round(3)
+
+    def _order(self, n: int) -> Tensor:
+        """A permutation of n positions, the same in every call."""
+        generator = torch.Generator().manual_seed(self.seeds[0])
+        return torch.randperm(n, generator=generator).to(self.device)
 
     def ranks(self) -> str:
         """Effective ranks of trained, untrained and controls, as a sentence."""
@@ -189,17 +195,24 @@ class Study:
         return plots.rank_growth({n: self.contexts[n]["training"] for n in names}, counts, chosen)
 
     def check3(self, passes: int) -> pd.DataFrame:
-        """Repeated sequential passes over the validation text by the compared networks."""
-        rows = []
+        """Repeated sequential passes over the validation text: compared networks and controls."""
+        threshold, found = self.settings.convergence_threshold, {}
         with self.run.stage("passes"):
-            for name in self.compared:
-                self.again[name] = iterate_passes(
-                    self.blocks[name], self.validation, passes - 1, "sequential",
-                    self.settings.convergence_threshold, self.contexts[name]["validation"],
+            for name in [*self.compared, "control.shuffled"]:
+                shuffled = name == "control.shuffled"
+                found[name] = iterate_passes(
+                    self.blocks[self.main if shuffled else name],
+                    self.shuffled["validation"] if shuffled else self.validation,
+                    passes - 1, "sequential", threshold, self.contexts[name]["validation"],
                 )
-                key = f"{name}.validation.sequential"
-                rows.append(results.record_passes(self.run, key, self.again[name]))
-        return pd.DataFrame(rows).round(6)
+        self.again = {name: found[name] for name in self.compared}
+        for name in ("control.constant", "control.embeddings"):
+            # What depends on no context is the same in every pass.
+            found[name] = Passes.unchanged(self.contexts[name]["validation"], passes - 1)
+        return pd.DataFrame([
+            results.record_passes(self.run, f"{name}.validation.sequential", passed)
+            for name, passed in found.items()
+        ]).round(6)
 
     def change_map(self, tokens: int) -> plots.Drawn:
         """Heat maps of change: trained and untrained read sequentially, untrained in parallel."""

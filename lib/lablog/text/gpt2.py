@@ -7,13 +7,13 @@ from pathlib import Path
 
 import gguf
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from lablog.files import repository
+from lablog.models import hub
 
 
 class GPT2Tokenizer:
@@ -67,7 +67,7 @@ def gpt2_embedding(source: str, revision: str | None = None) -> Tensor:
     """
     path = repository() / source
     if path.suffix != ".safetensors":
-        path = Path(hf_hub_download(source, "model.safetensors", revision=revision))
+        path = hub.download(source, "model.safetensors", revision)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected GPT-2's weights as safetensors")
     with safe_open(path, framework="pt") as file:
