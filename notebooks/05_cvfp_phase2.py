@@ -148,6 +148,23 @@ ratios
 Markdown(sentence)
 
 # %% [markdown]
+# ## Findings
+#
+# Intervals over seeds are geometric; those of ratios are over dialogues, on the same tokens.
+
+# %%
+run.say("""
+- **As the log specifies it**, on validation inside the training text: v2.0
+  {v2.0.seeds.validation.perplexity}, zeros {zeros.seeds.validation.perplexity}, bigram
+  {bigram.validation.perplexity}.
+- **On disjoint text**: v2.0 {v2.0.seeds.test.perplexity}, zeros {zeros.seeds.test.perplexity},
+  unigram {unigram.test.perplexity}, bigram {bigram.test.perplexity}.
+- **Do the contexts help?** Perplexity over v2.0's on disjoint text, above 1 where v2.0 is lower:
+  without context {zeros.over_v2.0.test}, untrained {untrained.over_v2.0.test}, shuffled
+  {shuffled.over_v2.0.test}, window {window.over_v2.0.test}, soft fixing {v1.0.over_v2.0.test}.
+""")
+
+# %% [markdown]
 # ## Report
 
 # %%

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from lablog.files import atomic_folder, atomic_write, write_if_changed
 from lablog.provenance import FileHash, Machine, Source
-from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Stage
+from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Run, Stage
+from lablog.report import ReportError
 
 SOURCE = Source(commit="0" * 40, dirty=False, library_sha256="1", patch_sha256="2")
 MACHINE = Machine(python="3.11", platform="Linux", cpu="any", threads=2, device="cpu", packages={})
@@ -303,3 +304,18 @@ def test_a_full_disk_keeps_the_old_record_and_says_what_to_do(small_disk: Path):
     newer = record(seconds=2.0)
     newer.write(path)
     assert Record.read(path) == newer
+
+
+# --- prose from the record ------------------------------------------------------------------------
+
+
+def test_prose_takes_its_numbers_from_the_record(tmp_path: Path):
+    run = Run("01_alpha", "smoke", tmp_path, tmp_path, {})
+    run.metric("untrained.seed1.rank", 0.5, "fraction", numerator=2, denominator=4)
+    said = run.say("Before: {bare.rank:value} ({untrained.seed1.rank:counts}).",
+                   bare="untrained.seed1")
+    assert said.data == "Before: 50.0% (2/4)."
+    with pytest.raises(ReportError, match=r"untrained\.seed1\.loss"):
+        run.say("{bare.loss}", bare="untrained.seed1")
+    with pytest.raises(ReportError, match="judgement 'EXCELLENT'"):
+        run.say("{untrained.seed1.rank}: EXCELLENT")

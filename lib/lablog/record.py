@@ -24,10 +24,11 @@ from lablog.files import atomic_write, repository
 from lablog.intervals import Interval
 from lablog.profiles import declared_parameters, notebook_path
 from lablog.provenance import FileHash, Machine, Source, Strict, machine, source_state
-from lablog.report import format_metric, mandated
+from lablog.report import fill, format_metric, mandated, reject_judgements
 
 if TYPE_CHECKING:
     import pandas as pd
+    from IPython.display import Markdown
     from matplotlib.figure import Figure
 
     from lablog.figures import ShownFigure
@@ -210,6 +211,18 @@ class Run:
             [{"metric": m.name, "value": format_metric(m)} for m in shown],
             columns=["metric", "value"],
         ).set_index("metric")
+
+    def say(self, text: str, **names: str) -> Markdown:
+        """Prose in which ``{metric:style}`` stands for a number of the record so far.
+
+        A keyword gives a short name: with ``bare="untrained.seed42"`` the field ``{bare.rank}``
+        reads ``untrained.seed42.rank``. Raises ReportError as the report does.
+        """
+        from IPython.display import Markdown
+
+        for short, full in names.items():
+            text = text.replace(f"{{{short}.", f"{{{full}.")
+        return Markdown(fill(self.record(), reject_judgements(text)))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -89,26 +89,31 @@ def format_metric(metric: Metric, style: str | None = None) -> str:
     return text
 
 
+def fill(record: Record, text: str) -> str:
+    """`text` with the record's numbers in its fields; ReportError for a metric that it lacks."""
+
+    def number(match: re.Match[str]) -> str:
+        try:
+            return format_metric(record.metric(match[1]), match[2])
+        except KeyError as error:
+            raise ReportError(f"the report lacks a mandatory number: {error.args[0]}") from None
+
+    return _FIELD.sub(number, text)
+
+
 def render(record: Record, sections: Sequence[Section], language: Language) -> str:
     """The report of one record as plain text (also valid Markdown).
 
     Raises ReportError when a metric is missing, a line has no number, or a word judges.
     """
     index = 0 if language == "en" else 1
-
-    def fill(match: re.Match[str]) -> str:
-        try:
-            return format_metric(record.metric(match[1]), match[2])
-        except KeyError as error:
-            raise ReportError(f"the report lacks a mandatory number: {error.args[0]}") from None
-
     blocks = []
     for section in sections:
         lines = [f"{section.title[index]}:"]
         for line in section.lines:
             if not _FIELD.search(line[index]):
                 raise ReportError(f"the line {line[index]!r} holds no number of the record")
-            lines.append(f"- {_FIELD.sub(fill, line[index])}")
+            lines.append(f"- {fill(record, line[index])}")
         blocks.append("\n".join(lines))
     return reject_judgements("\n\n".join(blocks))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lablog.cvfp import results
+from lablog.cvfp.phase1 import Passes
 from lablog.cvfp.phase2 import Predictions
 
 
@@ -55,6 +56,12 @@ def test_means_over_seeds_and_batches():
     spread = results.batch_means(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
     assert spread.low < 0.05
     assert spread.high > -0.05
+
+
+def test_check_3_lets_a_constant_through():
+    run, contexts = Recorder(), torch.ones(5, 3)
+    row = results.record_passes(run, "constant", Passes.unchanged(contexts, 3))
+    assert (row["final_diff"], row["converged"], row["check 3"]) == (0, 1, "pass")
 
 
 def test_relative_errors_are_per_context():

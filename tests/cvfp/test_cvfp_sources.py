@@ -117,7 +117,7 @@ print(json.dumps(gpt2_embedding({source!r}).tolist()))"""
     (tmp_path / "gpt2.safetensors").write_bytes(content)
     assert torch.equal(gpt2_embedding(str(tmp_path / "gpt2.safetensors")), table)
     (tmp_path / "other.safetensors").write_bytes(save({"weight": table}))
-    with pytest.raises(ValueError, match="no tensor wte.weight"):
+    with pytest.raises(ValueError, match=r"no tensor wte\.weight"):
         gpt2_embedding(str(tmp_path / "other.safetensors"))
 
 

@@ -304,26 +304,36 @@ def train(
     return Phase1Result(history, contexts, config.iterations)
 
 
-def _identity(block: CVFPBlock, tokens: Tensor, config: Phase1Config) -> dict[str, Any]:
-    """Everything that the result of :func:`train` depends on, as names and plain values."""
+def fingerprint(block: CVFPBlock, tokens: Tensor) -> dict[str, Any]:
+    """Everything that a pass of `block` over `tokens` depends on, as names and plain values."""
     digest = hashlib.sha256()
     for tensor in (*block.state_dict().values(), tokens):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     folder = Path(__file__).parent
     sources = [sha256(folder / name) for name in ("model.py", "phase1.py", "rollout.py")]
     return {
-        **asdict(block.config), **asdict(config), "start and tokens": digest.hexdigest(),
-        "source": sources, "torch": str(torch.__version__), "threads": torch.get_num_threads(),
+        **asdict(block.config), "start and tokens": digest.hexdigest(), "source": sources,
+        "torch": str(torch.__version__), "threads": torch.get_num_threads(),
         "device": tokens.device.type,
     }
+
+
+def _identity(block: CVFPBlock, tokens: Tensor, config: Phase1Config) -> dict[str, Any]:
+    """Everything that the result of :func:`train` depends on."""
+    return fingerprint(block, tokens) | asdict(config)
+
+
+def named(folder: Path, kind: str, identity: dict[str, Any], suffix: str) -> Path:
+    """A file in `folder` whose name holds a hash of everything that its content depends on."""
+    key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()
+    return folder / f"{kind}-{key[:16]}{suffix}"
 
 
 def checkpoint_path(
     folder: Path, block: CVFPBlock, tokens: Tensor, config: Phase1Config
 ) -> Path:
     """A file name in `folder` for the training of this untrained `block`, by what it depends on."""
-    key = hashlib.sha256(repr(sorted(_identity(block, tokens, config).items())).encode())
-    return folder / f"phase1-{key.hexdigest()[:16]}.pt"
+    return named(folder, "phase1", _identity(block, tokens, config), ".pt")
 
 
 def load_checkpoint(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lablog.cvfp import checks, phase2, plots, results
@@ -21,11 +22,14 @@ from lablog.cvfp.phase1 import (
     Phase1Config,
     Phase1Result,
     checkpoint_path,
+    fingerprint,
     iterate_passes,
+    named,
     train,
 )
 from lablog.cvfp.rollout import Method, lyapunov_exponent, memory_curve, memory_length, rollout
 from lablog.determinism import seed_everything
+from lablog.files import atomic_write
 from lablog.record import Run
 
 TOLERANCE = 1e-4
@@ -68,6 +72,14 @@ class Study:
         low = min((w, name) for name, w in self.weights.items())[1]
         return list(dict.fromkeys([self.main, low, self.bare]))
 
+    def read(self, network: str, text: str) -> Tensor:
+        """Contexts of one pass over `text` from zero, kept for the chapter that asks again."""
+        block, tokens = self.blocks[network], self.data.tokens[text]
+        path = named(self.folder, "contexts", fingerprint(block, tokens), ".safetensors")
+        if not path.is_file():
+            atomic_write(path, save({"contexts": rollout(block, tokens).contexts}))
+        return load_file(path, self.device)["contexts"]
+
     def sizes(self) -> str:
         """Numbers of tokens, as a sentence."""
         kinds = len(self.data.ids["training"].unique())
@@ -85,8 +97,7 @@ class Study:
             for seed in self.seeds:
                 name = f"untrained.seed{seed}"
                 self.blocks[name] = CVFPBlock(self.shape, seed).to(self.device)
-                start = rollout(self.blocks[name], self.training).contexts
-                self.contexts[name] = {"training": start}
+                self.contexts[name] = {"training": self.read(name, "training")}
         ranks = [checks.effective_rank(c["training"]).fraction for c in self.contexts.values()]
         results.record_mean(self.run, "untrained.training.effective_rank", ranks, "fraction",
                             self.seeds)
@@ -123,7 +134,7 @@ class Study:
         """A rollout of the validation text by every network, and parallel passes after it."""
         with self.run.stage("validation"):
             for name, block in self.blocks.items():
-                first = rollout(block, self.validation).contexts
+                first = self.read(name, "validation")
                 self.contexts[name]["validation"] = first
                 self.frozen[name] = iterate_passes(
                     block, self.validation, self.settings.iterations - 1, "parallel",
@@ -336,8 +347,7 @@ class Arms:
 
     def contexts(self, network: str) -> dict[str, Tensor]:
         """C*: one sequential pass from the zero context over each text."""
-        block = self.study.blocks[network]
-        return {name: rollout(block, t).contexts for name, t in self.study.data.tokens.items()}
+        return {name: self.study.read(network, name) for name in self.study.data.tokens}
 
     def replaced(self, kind: str, window: int) -> dict[str, Tensor]:
         """What stands in for the first seed's C*: zeros, shuffled, window or untrained."""
