@@ -299,8 +299,8 @@ run.say("""
   quasi-Newton {main.rollout.quasi-newton1.loop_tokens:counts},
   {bare.rollout.quasi-newton1.loop_tokens:counts}.
 - **How far back the context remembers.** Last distance with a median difference above the
-  threshold: {main.memory_length:value} trained, {bare.memory_length:value} untrained; difference at the end
-  of the curve {main.memory_at_end:value} and {bare.memory_at_end:value}.
+  threshold: {main.memory_length:value} trained, {bare.memory_length:value} untrained; difference
+  at the end of the curve {main.memory_at_end:value} and {bare.memory_at_end:value}.
 """, main=study.main, bare=study.bare)
 
 # %% [markdown]

@@ -147,6 +147,10 @@ def test_every_parameter_has_a_type_a_value_and_a_comment(path: Path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_cells_are_short_and_prose_is_at_least_as_long_as_code(path: Path):
     code, prose = cells(path, "code"), cells(path, "markdown")
+    # What `run.say` says is prose that takes its numbers from the record.
+    said = re.compile(r'(?<=run\.say\(""").*?(?=""")', re.DOTALL)
+    prose += said.findall("\n".join(code))
+    code = [said.sub("", cell) for cell in code]
     for cell in code:
         assert lines(cell) <= 20, cell
     assert sum(map(lines, prose)) >= sum(map(lines, code))
