@@ -23,9 +23,15 @@ def _axes(columns: int, height: float = 3.0) -> tuple[Figure, list[plt.Axes]]:
     return figure, list(axes[0])
 
 
+def _legend_below(figure: Figure, axis: plt.Axes) -> None:
+    """One legend under all panels, for lines that leave no corner free."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize=8)
+
+
 def convergence(frame: pd.DataFrame) -> Drawn:
     """Share of converged tokens and CVFP loss against iteration, a line for each network."""
-    figure, (left, right) = _axes(2)
+    figure, (left, right) = _axes(2, 3.6)
     for i, (name, rows) in enumerate(frame.groupby("network", sort=False)):
         style: dict[str, Any] = {"label": name, "marker": MARKERS[i % 6],
                                  "linestyle": "-" if i < 6 else "--"}
@@ -33,22 +39,27 @@ def convergence(frame: pd.DataFrame) -> Drawn:
         right.plot(rows["iteration"], rows["cvfp_loss"], **style)
     left.set(xlabel="iteration or pass", ylabel="tokens converged / %")
     right.set(xlabel="iteration or pass", ylabel="MSE to the pass before", yscale="log")
-    right.legend(fontsize=7)
+    _legend_below(figure, right)
     return figure, frame
 
 
 def spectra(matrices: Mapping[str, Tensor]) -> Drawn:
-    """Singular values relative to the largest, with the effective rank of each matrix."""
+    """Singular values relative to the largest, with the effective rank of each matrix.
+
+    The axis ends below the last two per cent, which LayerNorm takes away (the mean).
+    """
     figure, (axis,) = _axes(1)
-    frames = []
+    frames, floor = [], 1.0
     for name, matrix in matrices.items():
         values = singular_values(matrix)
         share = (values / values[0]).clamp_min(1e-7).numpy()
+        floor = min(floor, share[int(0.98 * len(share)) - 1] / 2)
         axis.plot(np.arange(1, len(share) + 1), share,
                   label=f"{name}: {effective_rank_of(values):.0f}")
         frames.append(pd.DataFrame({"matrix": name, "index": range(1, len(share) + 1),
                                     "relative singular value": share}))
-    axis.set(xlabel="index", ylabel="singular value / largest", yscale="log")
+    axis.set(xlabel="index", ylabel="singular value / largest", yscale="log",
+             ylim=(floor, 1.3))
     axis.legend(title="effective rank / dimensions", fontsize=8)
     return figure, pd.concat(frames)
 
@@ -93,7 +104,7 @@ def change_map(changes: Mapping[str, Tensor], tokens: int) -> Drawn:
 
 def residuals(frame: pd.DataFrame) -> Drawn:
     """Largest relative residual of each method against passes, and the time of each method."""
-    figure, (left, right) = _axes(2)
+    figure, (left, right) = _axes(2, 3.6)
     for i, (name, rows) in enumerate(frame.groupby("run", sort=False)):
         curve = rows.dropna(subset=["residual"])
         if len(curve):  # the loop has no passes
@@ -102,7 +113,7 @@ def residuals(frame: pd.DataFrame) -> Drawn:
         right.barh(str(name), rows["seconds"].iloc[0], color=f"C{i % 6}")
     left.axhline(1e-4, color=GREY, linestyle=":")
     left.set(xlabel="pass over a window", ylabel="largest relative change", yscale="log")
-    left.legend(fontsize=6, loc="center right")
+    _legend_below(figure, left)
     right.set(xlabel="time for the whole text / s")
     right.tick_params(axis="y", labelsize=7)
     return figure, frame
