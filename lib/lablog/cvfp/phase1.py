@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from lablog.cvfp.model import Context, CVFPBlock, Token, shifted
 from lablog.cvfp.rollout import Method, rollout
 from lablog.files import atomic_write, sha256
+from lablog.progress import progress as progress_bar
 
 
 @dataclass(frozen=True)
@@ -265,10 +265,10 @@ def train(
     elif contexts is None:
         contexts = rollout(block, tokens).contexts
     step = SequentialStep(block, config, optimizer) if config.variant == "sequential" else None
-    bar = tqdm(
-        desc=f"{config.variant}, w = {config.diversity_weight:g}, seed {config.seed}",
-        total=(config.iterations - 1) * len(tokens), initial=len(history) * len(tokens),
-        unit="token", mininterval=2, disable=not progress,
+    bar = progress_bar(
+        (config.iterations - 1) * len(tokens),
+        f"{config.variant}, w = {config.diversity_weight:g}, seed {config.seed}", "token",
+        len(history) * len(tokens), show=progress,
     )
     for iteration in range(len(history) + 1, config.iterations):
         if step is None:

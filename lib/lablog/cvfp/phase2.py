@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from lablog.cvfp.model import Context, CVFPBlock, Token, shifted
+from lablog.progress import progress as progress_bar
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def train_phase2(
     generator = torch.Generator().manual_seed(config.seed)
     history: list[Epoch] = []
     best, weights = None, copy.deepcopy(model.state_dict())
-    with tqdm(total=config.epochs, desc=label, unit="epoch", disable=not progress) as bar:
+    with progress_bar(config.epochs, label, "epoch", show=progress) as bar:
         for epoch in range(1, config.epochs + 1):
             order = torch.randperm(len(target), generator=generator).to(target.device)
             totals = fixed.new_zeros(3)
@@ -189,7 +189,7 @@ def train_phase2(
             history.append(now)
             if best is None or now.validation_perplexity < best.validation_perplexity:
                 best, weights = now, copy.deepcopy(model.state_dict())
-            bar.set_postfix_str(f"validation perplexity {history[-1].validation_perplexity:.1f}")
+            bar.set_postfix_str(f"validation perplexity {history[-1].validation_perplexity:.1f}", refresh=False)
             bar.update()
             if epoch - best.epoch >= config.patience:
                 break
