@@ -189,7 +189,8 @@ def train_phase2(
             history.append(now)
             if best is None or now.validation_perplexity < best.validation_perplexity:
                 best, weights = now, copy.deepcopy(model.state_dict())
-            bar.set_postfix_str(f"validation perplexity {history[-1].validation_perplexity:.1f}", refresh=False)
+            reached = f"validation perplexity {history[-1].validation_perplexity:.1f}"
+            bar.set_postfix_str(reached, refresh=False)
             bar.update()
             if epoch - best.epoch >= config.patience:
                 break
