@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     usual = Sampling()
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--model", metavar="MODEL", help="GGUF file, Hugging Face folder, llama2.c .bin or hub:OWNER/NAME; default: "
+    add("--model", help="GGUF file, Hugging Face folder, llama2.c .bin or hub:OWNER/NAME; default: "
         "what `make reproduce NOTEBOOKS=06` trains")
     for flag, kind, default, help_ in (
         ("--max-new-tokens", _count, 200, "longest text"),
