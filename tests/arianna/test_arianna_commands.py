@@ -348,6 +348,15 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(exports, last_key):
         assert "Traceback" not in terminal.seen
 
 
+def test_ctrl_c_ends_sampling_without_a_traceback(exports):
+    with closing(Terminal("sample", "--model", exports["f32"], "--samples", 9999, "--temperature",
+                          9, "--question", os.fsdecode(b"What \xff?"))) as terminal:
+        terminal.until("Q: What \ufffd\\?\r?\nA: *\\S{3}")
+        terminal.type(b"\x03")
+        assert terminal.wait() == 130
+        assert "Traceback" not in terminal.seen
+
+
 def test_a_reader_that_goes_is_no_error(exports):
     run = subprocess.run(
         f"'{sys.executable}' -m lablog.arianna sample --model '{exports['f32']}' | head -c 1",

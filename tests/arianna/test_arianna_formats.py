@@ -279,6 +279,7 @@ def test_another_kind_of_model_is_refused(tokenizer: Path, tmp_path: Path):
     ({"byte_fallback": False}, "has <unk>, <s>, </s>, 256 bytes, then plain pieces"),
     ({"user_defined_symbols": ["Q:"]}, "has <unk>, <s>, </s>, 256 bytes, then plain pieces"),
     ({"unk_id": 2, "eos_id": 0}, "has <unk>, <s>, </s>, 256 bytes, then plain pieces"),
+    ({"bos_id": 2, "eos_id": 1}, "begins a text with token 1 and ends it with 2"),
     ({"normalization_rule_name": "nfkc"}, "normalises nothing"),
     ({"remove_extra_whitespaces": True}, "keeps repeated spaces"),
     ({"treat_whitespace_as_suffix": True}, "has spaces in front of words"),

@@ -105,6 +105,7 @@ def _note_full(context: Context) -> None:
 
 def _sample(options: argparse.Namespace, sampling: Sampling) -> None:
     start = prompt(options.question) if options.start is None else options.start
+    start = os.fsencode(start).decode(errors="replace")  # arguments may be no text
     with _context(options) as context:
         for number in range(options.samples):
             texts = write(context, start, options.max_new_tokens, sampling.nth(number))

@@ -38,9 +38,9 @@ def write(context: Context, text: str, count: int, sampling: Sampling) -> Text:
     """
     warn_of_form(text)
     tokens = context.model.tokenize(text, bos=True)
-    if len(tokens) > context.window:
+    if not 0 < len(tokens) <= context.window:  # none: a model without BOS, and no text
         raise ValueError(f"the prompt has {len(tokens)} tokens and the model's window holds "
-                         f"{context.window}: shorten it")
+                         f"{context.window}: {'shorten it' if tokens else 'write something'}")
     return _written(context, tokens, count, sampling)
 
 
