@@ -1,7 +1,9 @@
-"""Hugging Face folders to GGUF, by llama.cpp's own converter."""
+"""Hugging Face folders to GGUF, by llama.cpp's own converter and quantizer."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lablog.files import repository
+from lablog.models.llama_cpp import EngineError, bindings, check_gguf
 
 
 def native_tree() -> Path:
@@ -41,5 +44,22 @@ def to_gguf(folder: Path, output: Path, dtype: Literal["f32", "f16", "q8_0"] = "
                 f"llama.cpp's converter failed on {folder} (exit status {run.returncode}):\n"
                 + run.stdout[-2000:]
             )
+        made.replace(output)
+    return output
+
+
+def quantize(source: Path, output: Path, dtype: Literal["f16", "q8_0"]) -> Path:
+    """Write the f32 GGUF file `source` in another type, atomically: what ``to_gguf`` gives, in a
+    hundredth of its time. EngineError if llama.cpp refuses."""
+    engine = bindings()
+    parameters = engine.llama_model_quantize_default_params()
+    parameters.ftype = {"f16": engine.LLAMA_FTYPE_MOSTLY_F16,
+                        "q8_0": engine.LLAMA_FTYPE_MOSTLY_Q8_0}[dtype]
+    parameters.nthread = 1
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as room:
+        made = Path(room) / "model.gguf"
+        names = os.fsencode(check_gguf(source)), os.fsencode(made)
+        if engine.llama_model_quantize(*names, ctypes.byref(parameters)):
+            raise EngineError(f"llama.cpp cannot write {source} as {dtype}")
         made.replace(output)
     return output

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -162,6 +162,12 @@ class Model:
                 self._vocab, array, len(tokens), buffer, -count, False, False
             )
         return buffer.raw[:count].decode(errors="replace")
+
+    def piece(self, token: int) -> bytes:
+        """UTF-8 bytes of one token (perhaps a part of a character); none for a control token."""
+        buffer = ctypes.create_string_buffer(1024)
+        size = self._binding.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, False)
+        return buffer.raw[: max(size, 0)]
 
     @property
     def bos(self) -> int:
@@ -441,6 +447,58 @@ def generate(context: Context, logits: Mapping[int, np.ndarray], count: int,
         current = {s: rows[-1] for s, rows in
                    context.decode({s: [t] for s, t in going.items()}).items()}
     return written
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How :func:`stream` draws tokens, as llama2.c and transformers do: logits over `temperature`
+    (0: always the most probable token), then the smallest set of tokens with probability `top_p`,
+    then a draw seeded by `seed`. ValueError for a value out of range."""
+
+    temperature: float = 0.8
+    top_p: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("seed", 0 <= self.seed < RANDOM_SEED, f"0 to {RANDOM_SEED - 1}"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected {expected}")
+
+    def nth(self, number: int) -> Sampling:
+        """The same with another seed, `number` further on."""
+        return replace(self, seed=(self.seed + number) % RANDOM_SEED)
+
+
+RANDOM_SEED = 0xFFFFFFFF  # to llama.cpp this one means: take any
+
+
+def stream(context: Context, count: int, sampling: Sampling, sequence: int = 0) -> Iterator[int]:
+    """Yield tokens that continue `sequence`, which must be what the context decoded last, as
+    llama.cpp's samplers draw them: up to `count`, an end of generation or the window's end."""
+    engine = context._binding
+    chain = engine.llama_sampler_chain_init(engine.llama_sampler_chain_default_params())
+    parts = [engine.llama_sampler_init_greedy()] if not sampling.temperature else [
+        engine.llama_sampler_init_temp(sampling.temperature),
+        engine.llama_sampler_init_top_p(sampling.top_p, 1),
+        engine.llama_sampler_init_dist(sampling.seed),
+    ]
+    for part in parts:
+        engine.llama_sampler_chain_add(chain, part)
+    try:
+        for step in range(count):
+            token = engine.llama_sampler_sample(chain, context._handle, -1)
+            if context.model.ends_generation(token):
+                return
+            yield token
+            if step == count - 1 or len(context.tokens[sequence]) == context.window:
+                return
+            context.decode({sequence: [token]})
+    finally:
+        engine.llama_sampler_free(chain)
 
 
 @cache

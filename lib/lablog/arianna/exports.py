@@ -1,0 +1,44 @@
+"""The model in the formats of lab log C4: Hugging Face, GGUF and llama2.c."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lablog.files import atomic_folder, repository
+from lablog.models import convert, llama2c
+
+FILES = {
+    "huggingface": "huggingface",  # a folder: safetensors, configuration, tokenizer
+    "f32": "arianna-f32.gguf", "f16": "arianna-f16.gguf", "q8_0": "arianna-q8_0.gguf",
+    "llama2c": "arianna.bin", "tokenizer": "tokenizer.bin",
+}
+"""Names of the exports below ``<artifacts>/arianna``; llama2.c's ``run`` reads the last two."""
+
+
+def export(folder: Path, artifacts: Path) -> dict[str, Path]:
+    """Write the model in the Hugging Face folder `folder` to ``<artifacts>/arianna`` as `FILES`.
+
+    Raises ValueError naming what a format cannot hold, for instance a tokenizer that does not
+    put a space in front of a text.
+    """
+    target = artifacts / "arianna"
+    paths = {kind: target / name for kind, name in FILES.items()}
+    llama2c.from_hugging_face(folder, paths["llama2c"], paths["tokenizer"])
+    with atomic_folder(paths["huggingface"]) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+    convert.to_gguf(folder, paths["f32"], "f32")
+    convert.quantize(paths["f32"], paths["f16"], "f16")
+    convert.quantize(paths["f32"], paths["q8_0"], "q8_0")
+    return paths
+
+
+def default_model() -> Path:
+    """The GGUF file of the laptop profile; FileNotFoundError says which command makes it."""
+    path = repository() / "build" / "laptop" / "artifacts" / "arianna" / FILES["f32"]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there yet: `make reproduce NOTEBOOKS=06` trains and exports it, "
+            "or name another model with --model"
+        )
+    return path
