@@ -175,14 +175,16 @@ class Fresh(TrainerCallback):
         self.step = step
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None,
+        **_: Any,
     ) -> None:
-        known = len(optimizer.state) if optimizer is not None else 0
-        if state.global_step != self.step or (not self.step and (known or state.best_metric)):
+        found = (state.global_step, lr_scheduler.last_epoch)
+        old = not self.step and (len(optimizer.state) or state.best_metric is not None)
+        if found != (self.step, self.step) or old:
             raise ValueError(
-                f"training begins at step {state.global_step} with optimizer state of {known} "
-                f"tensors and best metric {state.best_metric}, expected step {self.step} of this "
-                "run: start from the weights alone"
+                f"training begins at step {found[0]} with the schedule at {found[1]}, optimizer "
+                f"state of {len(optimizer.state)} tensors and best metric {state.best_metric}, "
+                f"expected step {self.step} of this run: start from the weights alone"
             )
 
     def on_step_end(
@@ -217,7 +219,7 @@ class WeightedTrainer(Trainer):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower "
                 "learning_rate, or lengthen warmup_steps; the last good checkpoint is "
-                f"{last_good(Path(self.args.output_dir)) or 'the start'}"
+                f"{last_good(Path(str(self.args.output_dir))) or 'the start'}"
             )
         return loss
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
 from importlib import metadata
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def closure(names: Iterable[str] = ()) -> list[str]:
     not installed; optional requirements that are not installed are none.
     """
     project = tomllib.loads((repository() / "pyproject.toml").read_text())["project"]
-    pins = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    pins = chain(project["dependencies"], *project["optional-dependencies"].values())
     wanted = list(names) or [Requirement(pin).name for pin in pins]
     found: set[str] = set()
     queue = [(canonicalize_name(name), True) for name in wanted]
