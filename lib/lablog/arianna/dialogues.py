@@ -124,10 +124,10 @@ def windows(item: Item, context: int) -> list[Item]:
     Every weight is kept exactly once, at the first window that sees the token.
     """
     found = [Item(item.ids[:context], item.weights[:context])]
-    half = context // 2
-    for start in range(half, len(item.ids) - half, half):
+    half, known = context // 2, context - context // 2
+    for start in range(half, len(item.ids) - known, half):
         weights = item.weights[start : start + context].copy()
-        weights[:half] = 0
+        weights[:known] = 0
         found.append(Item(item.ids[start : start + context], weights))
     return found
 
