@@ -78,7 +78,7 @@ def test_a_mismatch_names_both_values_and_passes_as_an_ablation(
 def test_what_is_no_base_checkpoint_or_no_parameter_is_refused(base: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"is no base checkpoint: it has no config\.json"):
         guards.base_parameters(tmp_path)
-    with pytest.raises(ValueError, match="'batchsize'.* are no parameters of a base run"):
+    with pytest.raises(ValueError, match=r"'batchsize'.* are no parameters of a base run"):
         guards.check_base(base, {"batchsize": 2})
 
 
@@ -104,7 +104,7 @@ def test_weights_that_were_only_copied_are_refused(base: Path, tokenizer: Tokeni
 
 
 def test_counters_of_another_run_are_refused(base: Path, tokenizer: Tokenizer, tmp_path: Path):
-    with pytest.raises(ValueError, match="with the schedule at 12, .* start from the weights"):
+    with pytest.raises(ValueError, match=r"with the schedule at 12, .* start from the weights"):
         train(tmp_path / "a", tokenizer, base, callbacks=[guards.ResumedCounters(12)])
 
     class Used(TrainerCallback):  # moments of the base run

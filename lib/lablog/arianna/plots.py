@@ -23,16 +23,17 @@ def loss_curves(folders: Mapping[str, Path]) -> Drawn:
         columns = ["step", "num_input_tokens_seen", "loss", "learning_rate"]
         frames.append(history[columns].assign(run=run))
     data = pd.concat(frames).rename(columns={"num_input_tokens_seen": "tokens"})
-    figure, axes = plt.subplots(2, 2, figsize=(8.4, 4.2), sharex="col")
+    figure, axes = plt.subplots(2, 2, figsize=(8.4, 5.4), sharex="col")
     for i, (name, rows) in enumerate(data.groupby("run", sort=False)):
         column = min(i, 1)
         style = {"color": COLOURS[i % 6], "linestyle": "-" if i < 6 else "--", "label": name}
         axes[0, column].plot(rows["tokens"], rows["loss"], **style)
-        axes[1, column].plot(rows["tokens"], rows["learning_rate"], **style)
+        warm = rows[rows["learning_rate"] > 0]
+        axes[1, column].plot(warm["tokens"], warm["learning_rate"], **style)
     for column, title in enumerate(("base", "fine-tuning")):
         axes[0, column].set(title=title, ylabel="loss / nat per token")
         axes[1, column].set(xlabel="tokens seen", ylabel="learning rate", yscale="log")
-    axes[0, 1].legend(fontsize=7)
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure, data
 
 
