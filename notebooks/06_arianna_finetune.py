@@ -30,8 +30,7 @@ all_turns: bool = False  # all exchanges of a dialogue instead of the first
 vocabulary: int = 512  # token ids, with 256 bytes and 3 control tokens
 shape: list[int] = [64, 2, 2, 172, 128]  # width, layers, heads, feed-forward width, context
 batch: list[int] = [4, 1]  # windows of a micro-batch, micro-batches of an optimiser step
-precision: str = "f32"  # f32, or bf16 for autocast
-compiled: bool = False  # torch.compile; worth its minute of compiling in long runs only
+mode: str = "f32"  # f32 or bf16 (autocast), each with _compiled for torch.compile
 base_steps: list[int] = [60, 6]  # optimiser steps of the base run, of these warm-up
 base_rate: float = 3e-3  # highest learning rate of the base run
 tune_steps: int = 12  # optimiser steps of a fine-tuning
@@ -41,7 +40,6 @@ other_rates: list[float] = [1e-4]  # further learning rates, on the first fold
 folds: int = 2  # parts of the dialogues, each held out once
 documents: int = 20  # held-out base documents to read
 answers: list[int] = [4, 60]  # sampled answers, tokens of each at most
-threads: int = 2  # of PyTorch
 seed: int = 1  # of weights, windows, folds and samples
 
 # %% [markdown]
@@ -80,7 +78,7 @@ width, layers, heads, feed_forward, context = shape
 llama = ModelShape(width=width, layers=layers, heads=heads, kv_heads=heads,
                    feed_forward=feed_forward, context=context, tied_embeddings=True,
                    initializer_range=0.02)
-study = Study(run, llama, threads)
+study = Study(run, llama)
 Markdown(study.corpus(corpus, packages, files, megabytes[0], vocabulary, megabytes[1]))
 
 # %% [markdown]
@@ -96,8 +94,8 @@ Markdown(study.corpus(corpus, packages, files, megabytes[0], vocabulary, megabyt
 settings = TrainingSettings(
     steps=base_steps[0], batch_size=batch[0], gradient_accumulation=batch[1],
     learning_rate=base_rate, warmup_steps=base_steps[1], schedule="cosine", betas=(0.9, 0.95),
-    weight_decay=0.1, precision=precision, compiled=compiled, threads=threads, seed=seed,
-    checkpoint_every=200, log_every=max(1, base_steps[0] // 100),
+    weight_decay=0.1, precision=mode.removesuffix("_compiled"), compiled="_compiled" in mode,
+    seed=seed, checkpoint_every=200, log_every=max(1, base_steps[0] // 100),
 )
 base = study.base(settings)
 study.read_documents(base, "base", documents)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,7 @@ def _product_rate(size: Size, dtype: torch.dtype) -> float:
     for columns in (width, size.shape.feed_forward, size.vocabulary):
         a, b = torch.randn(rows, width).to(dtype), torch.randn(width, columns).to(dtype)
         out = torch.empty(rows, columns, dtype=dtype)
-        best = min(_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
-                   for _ in range(5))
+        best = min(_seconds(partial(torch.mm, a, b, out=out)) for _ in range(5))
         rates.append(2 * rows * width * columns / best)
     return max(rates)
 
@@ -114,7 +114,7 @@ def generation(size: Size, tokenizer: Tokenizer, folder: Path) -> Iterator[Row]:
     model.generation_config.eos_token_id = None
     start = torch.tensor([[tokenizer.bos]])
     times = [
-        _seconds(lambda: model.generate(  # type: ignore[misc]  # its stub asks for a protocol
+        _seconds(lambda: model.generate(
             start, max_new_tokens=size.tokens, do_sample=False, use_cache=True))
         for _ in range(3)
     ]

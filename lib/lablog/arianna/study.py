@@ -44,9 +44,8 @@ class Arm:
 class Study:
     """Everything about one base model; numbers go to `run`, models to its artifacts."""
 
-    def __init__(self, run: Run, shape: ModelShape, threads: int = 2):
+    def __init__(self, run: Run, shape: ModelShape):
         self.run, self.shape, self.folder = run, shape, run.artifacts / "arianna-runs"
-        self.threads = threads
         self.models: dict[str, Path] = {}
         self.table = pd.DataFrame()
 
@@ -69,8 +68,7 @@ class Study:
             self.tokenizer = train_tokenizer(lines, vocabulary, path, True, llama2c=True)
             run.file(path)
         with run.stage("packing"):
-            self.stream = pack(training, self.tokenizer, self.folder / "corpus",
-                               threads=self.threads)
+            self.stream = pack(training, self.tokenizer, self.folder / "corpus")
         run.file(self.stream.folder / "manifest.json")
         manifest = self.stream.manifest
         for name in ("documents", "bytes", "tokens"):
@@ -151,7 +149,7 @@ class Study:
     # --- measurements -----------------------------------------------------------------------------
 
     def _bits(self, folder: Path, items: Sequence[Item]) -> Bits:
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.settings.threads)
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return bits(model, items, self.shape.context)
 
