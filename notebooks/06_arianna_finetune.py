@@ -117,12 +117,23 @@ run.metrics_table("base")
 Markdown(study.dialogues(repository() / conversations, all_turns, folds, seed))
 
 # %% [markdown]
-# ## Before and after
+# ## Fine-tuning that is really fine-tuning
 #
-# Fine-tuning starts from the base weights with fresh counters, and everything that must match the
-# base run (shape, vocabulary, tokenizer, batch size, number format) is read from its checkpoint and
-# compared. The dialogues are divided into folds; each fold's answers are read by the model that
-# did not see them. *Bare* puts the same answer behind the bare question, without `Q:` and `A:`.
+# The log's first attempt saved a copy of the base weights. Its second resumed the base run's
+# counters, so that the schedule was over before it began and the learning rate was zero. Its third
+# had another batch size. None of them stopped with an error. Here each of these does:
+#
+# - shape, vocabulary, tokenizer, batch size and number format are read from the base checkpoint,
+#   and a difference stops the run with both values unless it is asked for as an ablation;
+# - a run begins at step 0 of its own schedule, with an empty optimiser, and a warm-up must be
+#   shorter than the run;
+# - the relative change of all weights is recorded, and a change of zero is an error;
+# - a loss that is not a number stops, names the step, and leaves the last good checkpoint;
+# - held-out dialogues that occur in the training text stop the run.
+#
+# Chapter 7 plants these faults again. The dialogues are divided into folds; each fold's answers
+# are read by the model that did not see them. *Bare* puts the same answer behind the bare
+# question, without `Q:` and `A:`.
 
 # %%
 main = Arm(tune_rate, batch[0], tune_steps)
@@ -180,23 +191,24 @@ run.figure("losses", *study.curves(), "Training loss and learning rate of the ba
 # ## In all formats
 #
 # The first fold's model leaves as a Hugging Face folder, as GGUF in three precisions and as
-# llama2.c's two files. The commands `arianna-sample` and `arianna-chat` speak with it.
+# llama2.c's two files. The commands `arianna-sample` and `arianna-chat` speak with it. The log's
+# "27 MB" is the `llama2c` file of the real shape, four bytes a parameter and a header.
 
 # %%
 tuned = study.models[f"{main.name}.fold0"]
 with run.stage("export"):
     paths = exports.export(tuned, run.artifacts)
     before = convert.to_gguf(base, run.artifacts / "arianna-base.gguf")
-for kind, path in paths.items():
-    size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.glob("*.*")))
-    run.metric(f"export.{kind}.bytes", size, "count")
+results.record_sizes(run, paths)
 run.metrics_table("export")
 
 # %% [markdown]
 # ## Before and after, verbatim
 #
-# The same questions, held out from fine-tuning, and the same seeds: first the base model, then the
-# fine-tuned one. What they say is printed as it came.
+# The same questions and the same seeds: first the base model, then the fine-tuned one, at
+# temperature 1 and without leaving anything out, which shows the whole distribution and not its
+# peak. The first question is the log's; the others are held out from fine-tuning. What the models
+# say is printed as it came, up to the next `Q:`.
 
 # %%
 questions = ["What is resonance?", *study.questions(answers[0] - 1)]

@@ -97,6 +97,7 @@ def test_weights_that_were_only_copied_are_refused(base: Path, tokenizer: Tokeni
     log = json.loads((tuned / "training.json").read_text())
     assert log["relative_update"] == pytest.approx((change / size) ** 0.5, rel=1e-6)
     assert log["tokens"] == 12 * 2 * 32
+    assert log["checkpoint_bytes"] > 3 * 4 * log["parameters"]  # weights and Adam's two moments
     assert log["tokenizer_sha256"] == tokenizer.hash
 
 

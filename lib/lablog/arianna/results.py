@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,13 @@ def record_bits(run: Run, name: str, bits: Bits, sizes: Bits) -> dict[str, float
     run.metric(name, value, "bits/byte", interval=found, n=len(bits))
     return {"bits/byte": value, "low": found.low if found else value,
             "high": found.high if found else value}
+
+
+def record_sizes(run: Run, exported: Mapping[str, Path]) -> None:
+    """Bytes of each export; of the Hugging Face folder, of its weights."""
+    for kind, path in exported.items():
+        file = path if path.is_file() else path / "model.safetensors"
+        run.metric(f"export.{kind}.bytes", file.stat().st_size, "count")
 
 
 def report(arms: Sequence[str]) -> list[Section]:

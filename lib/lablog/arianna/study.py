@@ -115,6 +115,7 @@ class Study:
         self.run.metric("base.parameters", log["parameters"], "count")
         self.run.metric("base.tokens", log["tokens"], "count")
         self.run.metric("base.steps", settings.steps, "count")
+        self.run.metric("base.checkpoint.bytes", log["checkpoint_bytes"], "count")
         self.run.file(folder / "model.safetensors")
         return folder
 

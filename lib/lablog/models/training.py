@@ -356,6 +356,8 @@ def train_causal_lm(
         wall, cpu = time.monotonic(), time.process_time()
         with _disk_full_named(work):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+        saved = last_good(work) or work
+        state = [saved / name for name in ("model.safetensors", "optimizer.pt")]
         log = {
             "key": key,
             "start": origin,
@@ -365,6 +367,7 @@ def train_causal_lm(
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens": trainer.state.num_input_tokens_seen,
             "relative_update": relative_update(before, dict(model.named_parameters())),
+            "checkpoint_bytes": sum(path.stat().st_size for path in state),
             "resumed_from": resumed,
             "wall_seconds": time.monotonic() - wall,
             "cpu_seconds": time.process_time() - cpu,
