@@ -31,15 +31,15 @@ vocabulary: int = 512  # token ids, with 256 bytes and 3 control tokens
 shape: list[int] = [64, 2, 2, 172, 128]  # width, layers, heads, feed-forward width, context
 batch: list[int] = [4, 1]  # windows of a micro-batch, micro-batches of an optimiser step
 mode: str = "f32"  # f32 or bf16 (autocast), each with _compiled for torch.compile
-base_steps: list[int] = [60, 6]  # optimiser steps of the base run, of these warm-up
+base_steps: list[int] = [50, 5]  # optimiser steps of the base run, of these warm-up
 base_rate: float = 3e-3  # highest learning rate of the base run
-tune_steps: int = 12  # optimiser steps of a fine-tuning
+tune_steps: int = 8  # optimiser steps of a fine-tuning
 tune_rate: float = 1e-3  # learning rate of the main fine-tuning
 log_rate: float = 1e-5  # the log's learning rate
 other_rates: list[float] = [1e-4]  # further learning rates, on the first fold
 folds: int = 2  # parts of the dialogues, each held out once
-documents: int = 20  # held-out base documents to read
-answers: list[int] = [4, 60]  # sampled answers, tokens of each at most
+documents: int = 10  # held-out base documents to read
+answers: list[int] = [3, 40]  # sampled answers, tokens of each at most
 seed: int = 1  # of weights, windows, folds and samples
 
 # %% [markdown]
@@ -82,6 +82,21 @@ study = Study(run, llama)
 Markdown(study.corpus(corpus, packages, files, megabytes[0], vocabulary, megabytes[1]))
 
 # %% [markdown]
+# ## The dialogues
+#
+# One exchange each, `Q: {user}` and `A: {assistant}` on a line of its own, joined by blank lines.
+# Loading is strict: a line that is broken, empty or lacks a role stops with its number. For
+# training they are one stream, cut into windows at random offsets, so long answers lose nothing;
+# for reading, an answer beyond the window is continued in windows that overlap by half.
+#
+# The measure is bits per byte of the answers alone,
+# $$ -\frac{1}{\text{bytes}} \sum_{i \in \text{answer}} \log_2 p(t_i \mid t_{<i}), $$
+# which does not depend on the tokenizer and does not reward learning the form of the questions.
+
+# %%
+Markdown(study.dialogues(repository() / conversations, all_turns, folds, seed))
+
+# %% [markdown]
 # ## The base run
 #
 # AdamW with $\beta = (0.9, 0.95)$ and weight decay 0.1, a linear warm-up and a cosine to zero, as
@@ -100,21 +115,6 @@ settings = TrainingSettings(
 base = study.base(settings)
 study.read_documents(base, "base", documents)
 run.metrics_table("base")
-
-# %% [markdown]
-# ## The dialogues
-#
-# One exchange each, `Q: {user}` and `A: {assistant}` on a line of its own, joined by blank lines.
-# Loading is strict: a line that is broken, empty or lacks a role stops with its number. For
-# training they are one stream, cut into windows at random offsets, so long answers lose nothing;
-# for reading, an answer beyond the window is continued in windows that overlap by half.
-#
-# The measure is bits per byte of the answers alone,
-# $$ -\frac{1}{\text{bytes}} \sum_{i \in \text{answer}} \log_2 p(t_i \mid t_{<i}), $$
-# which does not depend on the tokenizer and does not reward learning the form of the questions.
-
-# %%
-Markdown(study.dialogues(repository() / conversations, all_turns, folds, seed))
 
 # %% [markdown]
 # ## Fine-tuning that is really fine-tuning

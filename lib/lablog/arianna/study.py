@@ -89,6 +89,8 @@ class Study:
             "bare": [d.item(self.tokenizer, "bare") for d in self.known],
         }
         self.folds = folds(len(self.known), parts, seed)
+        for fold in range(parts):
+            refuse_overlap(*self._sides(fold))
         lengths = [len(item.ids) for item in self.items["qa"]]
         longer = sum(length > self.shape.context for length in lengths)
         self.run.metric("dialogues.count", len(lengths), "count")
@@ -98,6 +100,13 @@ class Study:
                         denominator=len(lengths))
         return (f"{len(lengths)} dialogues, {sum(lengths):,} tokens; {longer} of them are longer "
                 f"than the window of {self.shape.context}.")
+
+    def _sides(self, fold: int) -> tuple[list[str], list[str]]:
+        """(training, held out): the texts of the dialogues outside and inside a fold."""
+        here = set(self.folds[fold].tolist())
+        texts = [dialogue.text() for dialogue in self.known]
+        return ([t for i, t in enumerate(texts) if i not in here],
+                [t for i, t in enumerate(texts) if i in here])
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -130,9 +139,8 @@ class Study:
             "vocabulary": len(self.tokenizer), "tokenizer": self.tokenizer.hash,
             "batch_size": arm.batch,
         }, ablation)
-        held_out = set(self.folds[fold].tolist())
-        texts = [d.text() for i, d in enumerate(self.known) if i not in held_out]
-        refuse_overlap(texts, [self.known[i].text() for i in held_out])
+        texts, held_out = self._sides(fold)
+        refuse_overlap(texts, held_out)
         stream = pack(texts, self.tokenizer, self.folder / f"dialogues.fold{fold}")
         settings = self.settings.model_copy(update={
             "steps": arm.steps, "batch_size": arm.batch, "learning_rate": arm.rate,
@@ -268,9 +276,8 @@ class Study:
         gap = mean["after.trained"] - mean["after.held_out"]
         gap -= mean["before.trained"] - mean["before.held_out"]
         self.run.metric("memory.gap", gap, "bits/byte", n=2 * len(here))
-        texts = [self.known[i].text() for i in seen]
-        for name, found in (("runs", list(said)),
-                            ("runs.held_out_dialogues", [self.known[i].text() for i in here])):
+        texts, held_out = self._sides(0)
+        for name, found in (("runs", said), ("runs.held_out_dialogues", held_out)):
             shared, total = ngram_overlap(found, texts, run_length)
             self.run.metric(f"memory.{name}", shared / max(total, 1), "fraction",
                             numerator=shared, denominator=total)
