@@ -17,11 +17,11 @@ from lablog.arianna.dialogues import Form, bits, folds, load_dialogues, ngram_ov
 from lablog.arianna.generate import prompt, until_question, write
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model, Sampling
-from lablog.models.training import ModelShape, TrainingSettings, train_causal_lm
+from lablog.models.training import ModelShape, TrainingSettings, fingerprint, train_causal_lm
 from lablog.record import Run
 from lablog.text.corpora import base_documents
 from lablog.text.datasets import Item
-from lablog.text.packing import Windows, pack, refuse_overlap, split
+from lablog.text.packing import Stream, Windows, pack, refuse_overlap, split
 from lablog.text.tokenizer import train_tokenizer
 
 Bits = results.Bits
@@ -110,14 +110,19 @@ class Study:
 
     # --- training ---------------------------------------------------------------------------------
 
+    def _output(self, name: str, stream: Stream, settings: TrainingSettings) -> Path:
+        base = self.models["base"].name if self.models else ""
+        key = fingerprint(self.shape.model_dump(), settings.model_dump(), stream.key, base)
+        return self.folder / f"{name}-{key}"
+
     def base(self, settings: TrainingSettings) -> Path:
         """Train the base model, and read held-out documents with it."""
         count = settings.steps * settings.batch_size * settings.gradient_accumulation
         data = Windows(self.stream, self.shape.context, count, settings.seed)
         with self.run.stage("base training"):
             folder = train_causal_lm(
-                self.shape, data, settings, self.folder / "base", tokenizer=self.tokenizer.path,
-                data_key=self.stream.key,
+                self.shape, data, settings, self._output("base", self.stream, settings),
+                tokenizer=self.tokenizer.path, data_key=self.stream.key,
             )
         log = json.loads((folder / "training.json").read_text())
         self.models["base"], self.settings = folder, settings
@@ -150,8 +155,8 @@ class Study:
         count = arm.steps * arm.batch * settings.gradient_accumulation
         data = Windows(stream, self.shape.context, count, settings.seed)
         self.models[name] = train_causal_lm(
-            base, data, settings, self.folder / name, tokenizer=self.tokenizer.path,
-            data_key=stream.key,
+            base, data, settings, self._output(name, stream, settings),
+            tokenizer=self.tokenizer.path, data_key=stream.key,
         )
         return self.models[name]
 
@@ -272,10 +277,9 @@ class Study:
                 ("before.held_out", self.before[here], here), ("after.held_out", after, here),
             )
         }
-        mean = {name: row["bits/byte"] for name, row in rows.items()}
-        gap = mean["after.trained"] - mean["after.held_out"]
-        gap -= mean["before.trained"] - mean["before.held_out"]
-        self.run.metric("memory.gap", gap, "bits/byte", n=2 * len(here))
+        results.record_gap(self.run, "memory.gap",
+                           (trained - self.before[chosen], self.sizes[chosen]),
+                           (after - self.before[here], self.sizes[here]))
         texts, held_out = self._sides(0)
         for name, found in (("runs", said), ("runs.held_out_dialogues", held_out)):
             shared, total = ngram_overlap(found, texts, run_length)

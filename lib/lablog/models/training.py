@@ -418,7 +418,16 @@ def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
     )
 
 
-CODE = ("dialogues", "datasets", "tokenizer")  # of lablog.text, on which the weights depend
+CODE = ("dialogues", "datasets", "packing", "tokenizer")  # of lablog.text: weights depend on it
+
+
+def fingerprint(*parts: Any) -> str:
+    """Key of what is trained from `parts`: with the code that trains and its packages' versions."""
+    here = Path(__file__)
+    text = [here.parents[1] / "text" / f"{module}.py" for module in CODE]
+    code = sha256_of([*text, here], here.parents[1])
+    versions = [version("torch"), version("transformers"), version("sentencepiece")]
+    return _key(*parts, code, versions)
 
 
 class Recipe(Strict):
@@ -452,11 +461,7 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     made = recipe(name, settings)
     if seed is not None:
         made = made.model_copy(update={"training": made.training.model_copy(update={"seed": seed})})
-    here = Path(__file__)
-    text = [here.parents[1] / "text" / f"{module}.py" for module in CODE]
-    code = sha256_of([*text, here], here.parents[1])
-    versions = [version("torch"), version("transformers"), version("sentencepiece")]
-    key = _key(settings.model_dump(exclude={"recipes"}), made.model_dump(), code, versions)
+    key = fingerprint(settings.model_dump(exclude={"recipes"}), made.model_dump())
     output = artifacts / f"dialogue-{name}-{key}"
     if (output / "key").is_file():
         return output

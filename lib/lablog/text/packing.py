@@ -95,9 +95,9 @@ def pack(
     content = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     found = folder / "manifest.json"
     if found.is_file():
-        stream = Stream(folder, tokenizer)
-        if stream.manifest["content"] == content:
-            return stream
+        held_already = json.loads(found.read_text())
+        if (held_already["content"], held_already["tokenizer"]) == (content, tokenizer.hash):
+            return Stream(folder, tokenizer)
     with atomic_folder(folder) as scratch:
         held: list[NDArray[np.uint16]] = []
         shards: dict[str, str] = {}
