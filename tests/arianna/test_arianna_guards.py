@@ -1,6 +1,7 @@
 """Every guard of lab log C3 fires when its fault is planted, and is silent without it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,13 @@ def test_held_out_text_that_was_trained_on_is_refused():
         refuse_overlap(TEXTS[:9], [TEXTS[20], TEXTS[8].replace(" ", "\n ") + "\n"])
     with pytest.raises(ValueError, match="0 held-out documents: need both"):
         refuse_overlap(TEXTS, [])
+
+
+def test_the_bar_shows_tokens_per_second(
+    base: Path, tokenizer: Tokenizer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    train(tmp_path / "model", tokenizer, base)
+    assert re.search(r"12/12 .*loss=\d\.\d+, tokens_per_s=[1-9]", capfd.readouterr().err)
 
 
 def test_training_leaves_events_for_tensorboard_beside_the_weights(base: Path):

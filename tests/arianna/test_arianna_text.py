@@ -60,7 +60,7 @@ def test_code_of_every_kind_is_searched_and_other_text_passed_over(tmp_path: Pat
         '                "Five"\ntry:\n    pass\nexcept OSError:\n    def h(): "Six"\n'
     )
     assert docstrings._paragraphs(source) == [
-        ["One.", "Two\\w."], ["Three."], ["Four  ."], ["Five"], ["Six"]
+        ["One.", "Two\\w."], ["Three."], ["Four \u2581."], ["Five"], ["Six"]
     ]
     source.write_text("{% template %}")
     assert docstrings._paragraphs(source) == []
@@ -68,8 +68,8 @@ def test_code_of_every_kind_is_searched_and_other_text_passed_over(tmp_path: Pat
 
 def test_user_files_are_documents_by_paragraph(tmp_path: Path):
     path = tmp_path / "own.txt"
-    path.write_text("First\nline.\n\n \nSecond.\n")
-    assert base_documents("none", files=[path]) == ["First\nline.", "Second."]
+    path.write_text("First\nline.\n\n \nSec\u2581ond.\n")
+    assert base_documents("none", files=[path]) == ["First\nline.", "Sec ond."]
     path.write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(ValueError, match=r"own\.txt is not UTF-8 \(.* at byte 3\)"):
         base_documents("none", files=[path])

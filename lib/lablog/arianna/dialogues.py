@@ -143,9 +143,10 @@ def bits(model: LlamaForCausalLM, items: Sequence[Item], context: int) -> NDArra
         chunk = rows[first : first + 16]
         batch = collate([part for _, part in chunk])
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-        nll = cross_entropy(logits.transpose(1, 2).float(), batch["input_ids"][:, 1:],
-                            reduction="none")
-        weighted = (nll * batch["weights"][:, 1:]).double().sum(1) / math.log(2)
+        weights, targets = batch["weights"][:, 1:], batch["input_ids"][:, 1:]
+        nll, weighed = torch.zeros_like(weights), weights > 0
+        nll[weighed] = cross_entropy(logits[weighed].float(), targets[weighed], reduction="none")
+        weighted = (nll * weights).double().sum(1) / math.log(2)
         np.add.at(total, [i for i, _ in chunk], weighted.numpy())
     return total
 

@@ -73,15 +73,16 @@ def report(arms: Sequence[str]) -> list[Section]:
              "after {after.qa}; difference {after_minus_before.qa}",
              "対話数: {dialogues.count} ({dialogues.folds}分割); 前 {before.qa}; "
              "後 {after.qa}; 差 {after_minus_before.qa}"),
-            ("Relative update of the weights: {after.relative_update}",
-             "重みの相対変化: {after.relative_update}"),
+            ("Relative update of the weights: {after.relative_update}; tokens seen: {after.tokens}",
+             "重みの相対変化: {after.relative_update}; 学習トークン数: {after.tokens}"),
             ("Bare question minus Q/A form: before {bare_minus_qa.before}; after "
              "{bare_minus_qa.after}",
              "質問のみとQ/A形式の差: 前 {bare_minus_qa.before}; 後 {bare_minus_qa.after}"),
         ]),
         Section(("Comparisons, difference to the base model",
                  "比較 (ベースモデルとの差)"),
-                [(f"{arm}: {{{arm}.minus_before}}",) * 2 for arm in arms]),
+                [(f"{arm}: {{{arm}.minus_before}}", f"{arm}: {{{arm}.minus_before}}")
+                 for arm in arms]),
         Section(("Memorisation", "記憶"), [
             ("Trained minus held-out answers: {memory.gap}; 5-word runs of samples found in "
              "training dialogues: {memory.runs}",

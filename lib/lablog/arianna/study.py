@@ -183,8 +183,8 @@ class Study:
         updates = []
         with self.run.stage("cross-validation"):
             for fold in range(len(self.folds)):
-                log = (self.tune(arm, fold) / "training.json").read_text()
-                updates.append(json.loads(log)["relative_update"])
+                log = json.loads((self.tune(arm, fold) / "training.json").read_text())
+                updates.append(log["relative_update"])
         with self.run.stage("reading answers"):
             for form, items in self.items.items():
                 found[f"before.{form}"] = self._bits(self.models["base"], items)
@@ -193,6 +193,7 @@ class Study:
                     folder = self.models[f"{arm.name}.fold{fold}"]
                     found[f"after.{form}"][here] = self._bits(folder, [items[i] for i in here])
         self.run.metric("after.relative_update", float(np.mean(updates)), "", n=len(updates))
+        self.run.metric("after.tokens", log["tokens"], "count")
         self.before = found["before.qa"]
         rows = [{"condition": name, **results.record_bits(self.run, name, values, self.sizes)}
                 for name, values in found.items()]

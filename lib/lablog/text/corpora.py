@@ -11,6 +11,7 @@ from typing import Literal
 from lablog.files import data_file
 from lablog.text import docstrings
 from lablog.text.dialogues import generate, load_settings, render
+from lablog.text.tokenizer import SPACE
 
 SPEAKERS = {"user": "U", "assistant": "A", "system": "S"}
 
@@ -81,7 +82,7 @@ def base_documents(
         parts = [part.strip() for part in docstrings.PARAGRAPH.split(text)]
         if not any(parts):
             raise ValueError(f"{path} holds no text")
-        found += [part.replace(docstrings.SPACE, " ") for part in parts if part]
+        found += [part for part in parts if part]
     if not found:
         raise ValueError(f"source {source!r} and {len(files)} files hold no document")
-    return found
+    return [text.replace(SPACE, " ") for text in found]  # as what it looks like

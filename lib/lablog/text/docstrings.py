@@ -24,7 +24,6 @@ from packaging.utils import canonicalize_name
 
 from lablog.files import repository
 from lablog.progress import progress
-from lablog.text.tokenizer import SPACE
 
 PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
 
@@ -76,7 +75,7 @@ def _paragraphs(path: Path) -> list[list[str]]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # test data and templates that only look like modules
         return []
-    texts = (inspect.cleandoc(text).replace(SPACE, " ") for text in _strings(tree))
+    texts = (inspect.cleandoc(text) for text in _strings(tree))
     kept = (text.encode(errors="ignore").decode() for text in texts)  # no lone surrogates
     return [[part.rstrip() for part in PARAGRAPH.split(text)] for text in kept]
 
