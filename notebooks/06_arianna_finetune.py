@@ -177,6 +177,18 @@ run.figure(
 )
 
 # %%
+Markdown(f"""In as many steps, the log's rate of {log_rate:g} changes held-out answers by
+{study.said(f"{Arm(log_rate, batch[0], tune_steps).name}.minus_before")}; the main rate of
+{tune_rate:g} by {study.said(f"{main.name}.minus_before")}.""")
+
+# %% [markdown]
+# The log's explanation asks for more: not whether the larger batch improves on the base model, but
+# whether it does worse than the smaller one at the same rate. At equal tokens the larger batch has
+# half as many steps, which alone is a handicap at a small learning rate; at equal steps it has read
+# twice as much. If the batch size were the cause of failure, both differences would be positive,
+# and large against what fine-tuning gains.
+
+# %%
 Markdown(study.batch_claim([log_rate, tune_rate]))
 
 # %% [markdown]
