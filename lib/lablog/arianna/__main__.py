@@ -94,6 +94,10 @@ def _say(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def _note_full(context: Context) -> None:
     if len(context.tokens[0]) == context.window:
         print(f"(stopped: the window of {context.window} tokens is full)", file=sys.stderr)
@@ -101,6 +105,7 @@ def _note_full(context: Context) -> None:
 
 def _sample(options: argparse.Namespace, sampling: Sampling) -> None:
     start = prompt(options.question) if options.start is None else options.start
+    start = os.fsencode(start).decode(errors="replace")  # arguments may be no text
     with _context(options) as context:
         for number in range(options.samples):
             texts = write(context, start, options.max_new_tokens, sampling.nth(number))
@@ -148,12 +153,13 @@ def _chat(options: argparse.Namespace, sampling: Sampling) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (0 ok, 2 bad input, 130 Ctrl-C)."""
     options = _parser().parse_args(arguments)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for file in (sys.stdin, sys.stdout):  # bytes that are no text, letters that a terminal lacks
         file.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        sampling = Sampling(options.temperature, options.top_p, options.seed)
-        {"sample": _sample, "chat": _chat}[options.command](options, sampling)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            sampling = Sampling(options.temperature, options.top_p, options.seed)
+            {"sample": _sample, "chat": _chat}[options.command](options, sampling)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has gone, say `head`: nobody is left to tell

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable
 
 from lablog.models.llama_cpp import Context, Sampling, stream
 
+Text = Generator[str, None, None]  # as it comes; closing it stops the model
 FORM = re.compile(r"Q: \S.*\nA:(?: .*\S)?", re.DOTALL)  # the answer may have begun
 NEXT_QUESTION = re.compile(r"\s*\nQ:")
 MAYBE_NEXT = re.compile(r"\s*(?:\nQ?)?\Z")
@@ -29,17 +30,21 @@ def warn_of_form(text: str) -> bool:
     return fits
 
 
-def write(context: Context, text: str, count: int, sampling: Sampling) -> Generator[str]:
+def write(context: Context, text: str, count: int, sampling: Sampling) -> Text:
     """Stream up to `count` tokens after the prompt `text`, in pieces that are whole characters.
 
-    Ends early with the text or with the window. Warns of a prompt that is not of the form; raises
-    ValueError for one that the window does not hold.
+    Ends early with the text or with the window. At once warns of a prompt that is not of the
+    form, and raises ValueError for one that the window does not hold.
     """
     warn_of_form(text)
     tokens = context.model.tokenize(text, bos=True)
-    if len(tokens) > context.window:
+    if not 0 < len(tokens) <= context.window:  # none: a model without BOS, and no text
         raise ValueError(f"the prompt has {len(tokens)} tokens and the model's window holds "
-                         f"{context.window}: shorten it")
+                         f"{context.window}: {'shorten it' if tokens else 'write something'}")
+    return _written(context, tokens, count, sampling)
+
+
+def _written(context: Context, tokens: list[int], count: int, sampling: Sampling) -> Text:
     context.prefill({0: tokens})
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in stream(context, count, sampling):
@@ -47,7 +52,7 @@ def write(context: Context, text: str, count: int, sampling: Sampling) -> Genera
     yield decoder.decode(b"", final=True)
 
 
-def until_question(texts: Iterable[str]) -> Generator[str]:
+def until_question(texts: Iterable[str]) -> Text:
     """Pass on `texts` as they come, up to the next ``Q:`` and the white space before it."""
     held = ""
     for text in texts:
@@ -73,7 +78,7 @@ class Chat:
         self.exchanges: list[tuple[str, str]] = []
         self.asked = self.forgotten = 0
 
-    def ask(self, question: str) -> Generator[str]:
+    def ask(self, question: str) -> Text:
         """Stream the answer; `forgotten` then says how many exchanges were dropped for it.
 
         An answer that is not read to its end (close the iterator) remains as far as it was read.
@@ -91,7 +96,7 @@ class Chat:
             f"{self.room} of them for the answer: ask a shorter one"
         )
 
-    def _answer(self, question: str, text: str) -> Generator[str]:
+    def _answer(self, question: str, text: str) -> Text:
         answer, self.asked = "", self.asked + 1
         written = write(self.context, text, self.count, self.sampling.nth(self.asked - 1))
         try:

@@ -50,7 +50,10 @@ def to_gguf(folder: Path, output: Path, dtype: Literal["f32", "f16", "q8_0"] = "
 
 def quantize(source: Path, output: Path, dtype: Literal["f16", "q8_0"]) -> Path:
     """Write the f32 GGUF file `source` in another type, atomically: what ``to_gguf`` gives, in a
-    hundredth of its time. EngineError if llama.cpp refuses."""
+    hundredth of its time. Rows that are no multiple of 32 long become f16 where q8_0 is asked for.
+
+    EngineError if llama.cpp refuses.
+    """
     engine = bindings()
     parameters = engine.llama_model_quantize_default_params()
     parameters.ftype = {"f16": engine.LLAMA_FTYPE_MOSTLY_F16,

@@ -172,6 +172,8 @@ def read_sentencepiece(path: Path) -> list[tuple[bytes, float]]:
         (trainer.model_type == sentencepiece_proto.TrainerSpec.BPE, "is byte-pair encoding"),
         ([piece.type for piece in proto.pieces] == expected,
          "has <unk>, <s>, </s>, 256 bytes, then plain pieces"),
+        ((trainer.bos_id, trainer.eos_id) == (1, 2),
+         "begins a text with token 1 and ends it with 2"),
         (not normalizer.precompiled_charsmap, "normalises nothing"),
         (not normalizer.remove_extra_whitespaces, "keeps repeated spaces"),
         (normalizer.add_dummy_prefix, "puts a space in front of a text (add_prefix_space=True)"),
