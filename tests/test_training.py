@@ -164,7 +164,7 @@ def test_a_loss_of_nan_stops_and_names_the_step(tokenizer: Tokenizer, tmp_path: 
 def test_training_can_start_from_a_trained_model_in_bf16(
     trained: Path, tokenizer: Tokenizer, tmp_path: Path
 ):
-    plan = PLAN.model_copy(update={"steps": 2, "precision": "bf16"})
+    plan = PLAN.model_copy(update={"steps": 2, "warmup_steps": 1, "precision": "bf16"})
     tuned = train_causal_lm(
         trained, dataset(tokenizer, plan), plan, tmp_path / "tuned", tokenizer=tokenizer.path,
         data_key="d",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lablog.arianna import bench as arianna
 from lablog.commitment import latent
 from lablog.cvfp import bench as cvfp
 from lablog.files import repository
@@ -181,12 +182,18 @@ def cvfp_speed(run: Run) -> None:
                 run.metric(f"{name}.{detail}", details[detail], "ratio")
 
 
+def arianna_speed(run: Run) -> None:
+    """Arianna's training in four modes, generation, tokenisation with packing."""
+    for name, value, unit in arianna.run():
+        run.metric(f"arianna.{name}", value, unit)
+
+
 def main() -> int:
     """Measure everything, write the record and print it."""
     folder = repository() / "build"
     parameters: dict[str, Any] = {}
     run = Run("bench", "bench", folder, folder / "bench", parameters)
-    for stage in (native_build, native_decode, cvfp_speed):
+    for stage in (native_build, native_decode, cvfp_speed, arianna_speed):
         with run.stage(stage.__name__):
             stage(run)
     record = run.record()

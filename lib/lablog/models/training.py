@@ -8,11 +8,13 @@ of experiment A (lab log A3), by a recipe of ``data/dialogues.yaml``.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +24,10 @@ import numpy as np
 import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,6 +36,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from lablog.determinism import seed_everything
@@ -133,27 +138,63 @@ class TrainingSettings(Strict):
 
 
 class Progress(TrainerCallback):
-    """A bar with rate, remaining time and loss."""
+    """A bar with rate, remaining time, tokens per second (padding included) and loss."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = progress(state.max_steps, "training", "step", done=state.global_step)
+        self.start, self.before = time.monotonic(), state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+            rate = (state.num_input_tokens_seen - self.before) / (time.monotonic() - self.start)
+            loss = f"{float(logs['loss']):.3f}"
+            self.bar.set_postfix(loss=loss, tokens_per_s=f"{rate:.0f}", refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
 
 
 class Complete(TrainerCallback):
-    """Marks a checkpoint once all of its files are written."""
+    """Marks a checkpoint once all of its files are written, unless a weight is not finite."""
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if all(bool(weight.isfinite().all()) for weight in model.parameters()):
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+
+
+class Fresh(TrainerCallback):
+    """Stops a run that carries on the counters of another: its learning rate would be zero.
+
+    `step` is that of this run's own checkpoint, 0 without one.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        found = (state.global_step, lr_scheduler.last_epoch)
+        old = not self.step and (len(optimizer.state) or state.best_metric is not None)
+        if found != (self.step, self.step) or old:
+            raise ValueError(
+                f"training begins at step {found[0]} with the schedule at {found[1]}, optimizer "
+                f"state of {len(optimizer.state)} tensors and best metric {state.best_metric}, "
+                f"expected step {self.step} of this run: start from the weights alone"
+            )
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        if state.global_step < state.max_steps and not lr_scheduler.get_last_lr()[0] > 0:
+            raise ValueError(
+                f"the learning rate is {lr_scheduler.get_last_lr()[0]} at step "
+                f"{state.global_step} of {state.max_steps}: the schedule is not that of this run"
+            )
 
 
 class WeightedTrainer(Trainer):
@@ -176,10 +217,56 @@ class WeightedTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: "
-                "lower learning_rate, or lengthen warmup_steps"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower "
+                "learning_rate, or lengthen warmup_steps; the last good checkpoint is "
+                f"{last_good(Path(str(self.args.output_dir))) or 'the start'}"
             )
         return loss
+
+
+def last_good(work: Path) -> Path | None:
+    """The newest complete checkpoint below `work`."""
+    marks = sorted(work.glob("checkpoint-*/complete"), key=lambda p: int(p.parent.name[11:]))
+    return marks[-1].parent if marks else None
+
+
+def check_schedule(settings: TrainingSettings) -> None:
+    """Raise ValueError if the warm-up is not shorter than the run."""
+    if settings.warmup_steps >= settings.steps:
+        raise ValueError(
+            f"warmup_steps = {settings.warmup_steps} of steps = {settings.steps}: the learning "
+            "rate would never be reached; the warm-up must be shorter than the run"
+        )
+
+
+def relative_update(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> float:
+    """Euclidean norm of the change of all weights over that of `before`.
+
+    ValueError if nothing has changed: the weights were copied, not trained.
+    """
+    change = sum((after[n] - w).double().square().sum().item() for n, w in before.items())
+    if not change:
+        raise ValueError("no weight has changed in training: they were copied, not trained")
+    return float((change / sum(w.double().square().sum().item() for w in before.values())) ** 0.5)
+
+
+@contextmanager
+def _disk_full_named(work: Path) -> Iterator[None]:
+    """One OSError for all the ways in which a checkpoint can meet a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        words = ("No space left", "File too large", "PytorchStreamWriter", "file write failed")
+        if getattr(error, "errno", None) in codes or any(word in str(error) for word in words):
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full: no checkpoint was written in {work}; the last good one is "
+                f"{last_good(work) or 'the start'}: free some space and run again to resume",
+            ) from error
+        raise
 
 
 def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
@@ -218,8 +305,11 @@ def train_causal_lm(
     and a call with the same arguments resumes from the last complete one, to the same bits.
 
     Raises ValueError if `output` or the checkpoints belong to other settings, data or
-    tokenizer; FloatingPointError naming the step if the loss is NaN or infinite.
+    tokenizer, if the schedule does not fit the run, if counters of another run are carried on,
+    and if no weight has changed; FloatingPointError naming the step if the loss is NaN or
+    infinite; OSError if the disk is full. The last good checkpoint stays.
     """
+    check_schedule(settings)
     vocabulary = Tokenizer(tokenizer)
     origin = (
         start.model_dump() if isinstance(start, ModelShape) else sha256(start / "model.safetensors")
@@ -245,34 +335,50 @@ def train_causal_lm(
             if isinstance(start, ModelShape)
             else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
         )
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        last = last_good(work)
+        for partial in set(work.glob("checkpoint-*")):
+            if not (partial / "complete").is_file():
+                shutil.rmtree(partial)
+        resumed = int(last.name[11:]) if last else 0
+        board = SummaryWriter(str(work / "tensorboard"), purge_step=resumed + 1)
         trainer = WeightedTrainer(
             model=model,
             args=_arguments(settings, work),
             train_dataset=dataset,
             data_collator=collate,
-            callbacks=[Progress(), Complete(), *callbacks],
+            callbacks=[
+                Progress(), Complete(), TensorBoardCallback(board), *callbacks, Fresh(resumed)
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = False  # each micro-batch has a mean loss of its own
-        complete = sorted(work.glob("checkpoint-*/complete"), key=lambda p: int(p.parent.name[11:]))
-        for partial in set(work.glob("checkpoint-*")) - {path.parent for path in complete}:
-            shutil.rmtree(partial)
         wall, cpu = time.monotonic(), time.process_time()
-        trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
+        with _disk_full_named(work):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        saved = last_good(work) or work
+        state = [saved / name for name in ("model.safetensors", "optimizer.pt")]
         log = {
             "key": key,
+            "start": origin,
+            "data": data_key,
+            "tokenizer_sha256": vocabulary.hash,
             "settings": settings.model_dump(),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "resumed_from": int(complete[-1].parent.name[11:]) if complete else 0,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "relative_update": relative_update(before, dict(model.named_parameters())),
+            "checkpoint_bytes": sum(path.stat().st_size for path in state),
+            "resumed_from": resumed,
             "wall_seconds": time.monotonic() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "history": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
-        done = work / "done"
+        done = work / "done"  # TensorBoard's events go with it
         shutil.rmtree(done, ignore_errors=True)
         model.save_pretrained(done)
         for name in ("tokenizer.model", "tokenizer_config.json"):
             shutil.copyfile(tokenizer.parent / name, done / name)
+        shutil.move(work / "tensorboard", done / "tensorboard")
         atomic_write(done / "training.json", json.dumps(log, indent=1) + "\n")
         atomic_write(done / "key", key)
         done.replace(output)
@@ -306,12 +412,22 @@ def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
+        include_num_input_tokens_seen="all",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
 
 
-CODE = ("dialogues", "datasets", "tokenizer")  # of lablog.text, on which the weights depend
+CODE = ("dialogues", "datasets", "packing", "tokenizer")  # of lablog.text: weights depend on it
+
+
+def fingerprint(*parts: Any) -> str:
+    """Key of what is trained from `parts`: with the code that trains and its packages' versions."""
+    here = Path(__file__)
+    text = [here.parents[1] / "text" / f"{module}.py" for module in CODE]
+    code = sha256_of([*text, here], here.parents[1])
+    versions = [version("torch"), version("transformers"), version("sentencepiece")]
+    return _key(*parts, code, versions)
 
 
 class Recipe(Strict):
@@ -345,11 +461,7 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     made = recipe(name, settings)
     if seed is not None:
         made = made.model_copy(update={"training": made.training.model_copy(update={"seed": seed})})
-    here = Path(__file__)
-    text = [here.parents[1] / "text" / f"{module}.py" for module in CODE]
-    code = sha256_of([*text, here], here.parents[1])
-    versions = [version("torch"), version("transformers"), version("sentencepiece")]
-    key = _key(settings.model_dump(exclude={"recipes"}), made.model_dump(), code, versions)
+    key = fingerprint(settings.model_dump(exclude={"recipes"}), made.model_dump())
     output = artifacts / f"dialogue-{name}-{key}"
     if (output / "key").is_file():
         return output

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from lablog.files import atomic_write, sha256
 
@@ -62,19 +64,32 @@ class Tokenizer:
         ids = list(self._model.encode(text))
         return [self.bos, *ids] if bos else ids
 
+    def encode_all(self, texts: Sequence[str], threads: int = 2) -> list[NDArray[np.int32]]:
+        """Token ids of many texts, each beginning with BOS; ValueError as in :meth:`encode`."""
+        for text in texts:
+            if SPACE in text:
+                self.encode(text)
+        ids: list[NDArray[np.int32]] = self._model.encode(
+            list(texts), add_bos=True, num_threads=threads, return_type="numpy"
+        )
+        return ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing."""
         return str(self._model.decode(list(ids)))
 
 
 def train_tokenizer(
-    sentences: Iterable[str], vocabulary: int, path: Path, add_prefix_space: bool = False
+    sentences: Iterable[str], vocabulary: int, path: Path, add_prefix_space: bool = False,
+    llama2c: bool = False,
 ) -> Tokenizer:
     """Train byte-pair encoding on `sentences` (no line ends inside) and write `path`.
 
     `vocabulary` counts 3 control tokens and 256 bytes too; a corpus that does not support that
     many merges gets fewer. One thread, sorted distinct input with counts: the same sentences
-    give the same file. ValueError if `vocabulary` is too small for the characters.
+    give the same file. `llama2c` splits numbers into digits and allows pieces of spaces alone,
+    as karpathy/llama2.c's ``tinystories.py`` does. ValueError if `vocabulary` is too small for
+    the characters.
     """
     buffer = io.BytesIO()
     try:
@@ -89,6 +104,8 @@ def train_tokenizer(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=add_prefix_space,
+            split_digits=llama2c,
+            allow_whitespace_only_pieces=llama2c,
             max_sentence_length=1 << 20,
             num_threads=1,
             minloglevel=2,
