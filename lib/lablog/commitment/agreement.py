@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from lablog.commitment import probes
 from lablog.commitment.hooks import injected
@@ -24,10 +23,11 @@ class TorchContext(Context):
     """A :class:`Context` whose logits come from a PyTorch model, by forward hooks.
 
     Every token keeps the commitment under which it was decoded. There are no caches: each decode
-    evaluates sequences from their beginning. `model` is the engine's, for its vocabulary.
+    evaluates sequences from their beginning. `network` is a transformers or peft model; `model`
+    is the engine's, for its vocabulary.
     """
 
-    def __init__(self, network: PreTrainedModel, model: Model, sequences: int, window: int) -> None:
+    def __init__(self, network: Any, model: Model, sequences: int, window: int) -> None:
         self.network, self.model, self.sequences, self.window = network, model, sequences, window
         self._handle = None
         self._commitment: Commitment | None = None
@@ -60,13 +60,13 @@ class TorchContext(Context):
         additions = {sequence: list(new) for sequence, new in additions.items() if len(new)}
         if not additions:
             return {}
-        for sequence, new in additions.items():
-            self.tokens[sequence] += new
-            self._under[sequence] += [self._commitment] * len(new)
-        longest = max(len(self.tokens[s]) for s in additions)
+        longest = max(len(self.tokens[s]) + len(new) for s, new in additions.items())
         if longest > self.window:
             raise ValueError(f"a sequence would hold {longest} tokens; the window holds "
                              f"{self.window}")
+        for sequence, new in additions.items():
+            self.tokens[sequence] += new
+            self._under[sequence] += [self._commitment] * len(new)
         ids = torch.stack([
             pad(torch.tensor(self.tokens[s]), (0, longest - len(self.tokens[s]))) for s in additions
         ]).to(self.network.device)

@@ -14,10 +14,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from lablog.text.dialogues import Split, Turn
+from lablog.text.dialogues import Speaker, Split, Turn
+from lablog.text.tokenizer import SPACE
 
 PERSONA, CONVERSATION = "user 2 personas", "Best Generated Conversation"
-SPEAKERS = {"User 1": "U", "User 2": "A"}
+SPEAKERS: dict[str, Speaker] = {"User 1": "U", "User 2": "A"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class PersonaDialogue:
     turns: tuple[Turn, ...]
 
     @property
-    def prefix(self) -> str:
+    def prefix(self) -> Turn:
         """The persona as one line that speaker ``A`` says to nobody; fixes the commitment."""
-        return f"A: {self.persona}\n"
+        return Turn("A", self.persona, "persona")
 
     @property
     def split(self) -> Split:
@@ -72,6 +73,8 @@ def read_personas(path: Path, leave_out: Collection[int] = ()) -> list[PersonaDi
                 problems.append(f"row {row}: {PERSONA!r} is empty")
             elif not any(turn.speaker == "A" for turn in turns):
                 problems.append(f"row {row}: no line begins with 'User 2:'")
+            elif SPACE in persona or any(SPACE in turn.text for turn in turns):
+                problems.append(f"row {row}: holds U+2581, which no tokenizer tells from a space")
             else:
                 found.append(PersonaDialogue(persona, turns))
     except csv.Error as error:
