@@ -76,7 +76,7 @@ def test_what_is_not_utf_8_or_not_csv_is_refused_with_its_line(path):
     with pytest.raises(ValueError, match=rf"{path}, line 6: byte 0xe9 is not UTF-8"):
         read_personas(path)
     path.write_text(",".join(HEADER) + '\n"a","b","User 2: c')
-    with pytest.raises(ValueError, match=rf"{path}, line 2: not CSV"):
+    with pytest.raises(ValueError, match=rf"{path}, after line 1: not CSV"):
         read_personas(path)
     with pytest.raises(FileNotFoundError, match=r"there is no dialogue file .*nowhere\.csv"):
         read_personas(path.with_name("nowhere.csv"))

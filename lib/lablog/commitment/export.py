@@ -1,15 +1,136 @@
-"""A commitment as a GGUF control vector, in the community's layout (repeng; llama.cpp's common)."""
+"""A trained commitment as files for other programs, and back (lab log A5).
+
+``commitment.safetensors`` + ``.json``   head and W_c, and what they are (`VariationalCommitment`)
+``adapter/``                             LoRA in peft's format
+``base.gguf``                            the base model as training saw it: dequantised, f32
+``lora.gguf``                            LoRA for llama.cpp, to be applied to ``base.gguf``
+``export.json``                          SHA-256 of every file, and of the base they belong to
+
+A sampled commitment also fits a GGUF control vector, in the community's layout (repeng; the
+``--control-vector`` of llama.cpp), if it leaves layer 0 alone.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import struct
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
 
+from lablog.commitment.variational import VariationalCommitment
+from lablog.files import atomic_folder, atomic_write, sha256
+from lablog.models import convert
 from lablog.models.llama_cpp import Commitment, check_gguf
+
+MANIFEST = "export.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export whose files are whole and belong to its base model."""
+
+    folder: Path
+    commitment: VariationalCommitment
+
+    @property
+    def base(self) -> Path:
+        """GGUF file of the base model."""
+        return self.folder / "base.gguf"
+
+    @property
+    def lora(self) -> Path:
+        """GGUF file of the LoRA."""
+        return self.folder / "lora.gguf"
+
+    def injected(self, z: torch.Tensor) -> Commitment:
+        """What the patched llama.cpp is to add for z* [k]."""
+        with torch.no_grad():
+            direction = self.commitment.direction(z[None])[0].numpy()
+        settings = self.commitment.settings
+        return Commitment(direction, settings.strength, settings.layers)
+
+    def reference(self, base: Path) -> PeftModel:
+        """The exported model in PyTorch: `base` dequantised, LoRA on top, f32."""
+        return PeftModel.from_pretrained(dequantised(base), self.folder / "adapter").eval()
+
+
+def export(trained: Path, base: Path, output: Path) -> Export:
+    """Write everything of the training result `trained` on the Hugging Face model `base`.
+
+    `output` appears whole or not at all. Raises ValueError if `trained` belongs to another base.
+    """
+    commitment = VariationalCommitment.load(trained)
+    _check_base(trained, commitment, base)
+    with atomic_folder(output) as room, tempfile.TemporaryDirectory(dir=room.parent) as scratch:
+        for name in ("commitment.json", "commitment.safetensors"):
+            shutil.copyfile(trained / name, room / name)
+        shutil.copytree(trained / "adapter", room / "adapter")
+        convert.to_gguf(write_dequantised(base, Path(scratch) / "base"), room / "base.gguf")
+        convert.lora_to_gguf(room / "adapter", base, room / "lora.gguf")
+        files = sorted(path for path in room.rglob("*") if path.is_file())
+        hashes = {str(path.relative_to(room)): sha256(path) for path in files}
+        atomic_write(room / MANIFEST, json.dumps(hashes, indent=1) + "\n")
+    return Export(output, commitment)
+
+
+def reimport(folder: Path, base: Path) -> Export:
+    """Open what `export` wrote, for the Hugging Face model `base`.
+
+    Raises FileNotFoundError or ValueError naming the file: missing, truncated or otherwise not as
+    it was exported, or trained on another base.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} holds no export: it has no {MANIFEST}")
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} is truncated ({error}): export again") from error
+    for name, stated in hashes.items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: export again")
+        if (actual := sha256(folder / name)) != stated:
+            raise ValueError(f"{folder / name} is truncated or changed: SHA-256 {actual}, exported "
+                             f"was {stated}; copy it again, or export again")
+    commitment = VariationalCommitment.load(folder)
+    _check_base(folder, commitment, base)
+    return Export(folder, commitment)
+
+
+def _check_base(folder: Path, commitment: VariationalCommitment, base: Path) -> None:
+    actual = sha256(base / "model.safetensors")
+    if commitment.settings.base_sha256 != actual:
+        raise ValueError(f"{folder} was trained on the base model with SHA-256 "
+                         f"{commitment.settings.base_sha256}; {base} has {actual}")
+
+
+def write_dequantised(base: Path, output: Path, adapter: Path | None = None) -> Path:
+    """Hugging Face folder of `base` as NF4 rounds it, in f32, with `adapter` merged if given."""
+    network = dequantised(base)
+    if adapter is not None:
+        network = PeftModel.from_pretrained(network, adapter).merge_and_unload()
+    with atomic_folder(output) as room:
+        network.save_pretrained(room)
+        for path in base.glob("tokenizer*"):
+            shutil.copyfile(path, room / path.name)
+    return output
+
+
+def dequantised(base: Path) -> PreTrainedModel:
+    """`base` as NF4 rounds it, in f32: the function that QLoRA trains on.
+
+    Evaluated directly, bitsandbytes would compute in bf16 on CPUs that have it, whatever compute
+    dtype was asked for.
+    """
+    return nf4(base).dequantize().eval()
+
 
 ARCHITECTURE = "controlvector"
 
@@ -68,3 +189,11 @@ def read_control_vector(path: Path) -> Commitment:
         raise ValueError(f"{path} differs between layers {layers}: one commitment adds the same "
                          "vector in a range of layers; give the file to llama.cpp instead")
     return Commitment(rows[0], 1.0, (layers[0], layers[-1]))
+
+
+def nf4(base: Path) -> PreTrainedModel:
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32)
+    return LlamaForCausalLM.from_pretrained(base, quantization_config=quantisation,
+                                            dtype=torch.float32, device_map="cpu")

@@ -78,7 +78,7 @@ def read_personas(path: Path, leave_out: Collection[int] = ()) -> list[PersonaDi
             else:
                 found.append(PersonaDialogue(persona, turns))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+        raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
     if problems:
         raise ValueError(
             f"{path}, {'; '.join(problems[:9])}{' …' * (len(problems) > 9)}: correct these rows or "
