@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -156,21 +156,17 @@ class Complete(TrainerCallback):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
 
 
-class WeightedTrainer(Trainer):
-    """The Trainer with weighted cross-entropy that refuses to go on after a loss of NaN."""
+class GuardedTrainer(Trainer):
+    """The Trainer that keeps the data's order and refuses to go on after a loss of NaN."""
+
+    def __init__(self, *args: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
+        super().__init__(*args, callbacks=[Progress(), Complete(), *callbacks], **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # each micro-batch has a mean loss of its own
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         items: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(items)
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
-        targets, weights = inputs["input_ids"][:, 1:], inputs["weights"][:, 1:]
-        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        loss = (loss * weights.flatten()).sum() / weights.sum()
-        return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -180,6 +176,19 @@ class WeightedTrainer(Trainer):
                 "lower learning_rate, or lengthen warmup_steps"
             )
         return loss
+
+
+class WeightedTrainer(GuardedTrainer):
+    """Training with weighted cross-entropy."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        targets, weights = inputs["input_ids"][:, 1:], inputs["weights"][:, 1:]
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        loss = (loss * weights.flatten()).sum() / weights.sum()
+        return (loss, {"logits": logits}) if return_outputs else loss
 
 
 def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
@@ -195,7 +204,8 @@ def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "weights": weights}
 
 
-def _key(*parts: Any) -> str:
+def key_of(*parts: Any) -> str:
+    """Digest of everything that decides a result."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -224,7 +234,34 @@ def train_causal_lm(
     origin = (
         start.model_dump() if isinstance(start, ModelShape) else sha256(start / "model.safetensors")
     )
-    key = _key(settings.model_dump(), origin, data_key, vocabulary.hash)
+    key = key_of(settings.model_dump(), origin, data_key, vocabulary.hash)
+
+    def build(arguments: TrainingArguments) -> Trainer:
+        model = (
+            start.model(len(vocabulary))
+            if isinstance(start, ModelShape)
+            else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+        )
+        return WeightedTrainer(model=model, args=arguments, train_dataset=dataset,
+                               data_collator=collate, callbacks=callbacks)
+
+    def save(trainer: Trainer, folder: Path) -> None:
+        trainer.model.save_pretrained(folder)  # type: ignore[union-attr]
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer.parent / name, folder / name)
+
+    return train_to_folder(output, key, settings, build, save)
+
+
+def train_to_folder(
+    output: Path, key: str, settings: TrainingSettings,
+    build: Callable[[TrainingArguments], Trainer], save: Callable[[Trainer, Path], None],
+) -> Path:
+    """Train what `build` makes and `save` it; `output` appears whole or not at all.
+
+    `key` names everything that decides the result; see `train_causal_lm` for checkpoints, resuming
+    and errors. ``training.json`` is added to what `save` writes.
+    """
     work = output.parent / f".{output.name}.work"
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.parent / f".{output.name}.lock"):
@@ -240,29 +277,17 @@ def train_causal_lm(
         atomic_write(work / "key", key)
         disable_progress_bar()  # those of reading and writing weights, of no use in a log
         seed_everything(settings.seed, settings.threads)
-        model = (
-            start.model(len(vocabulary))
-            if isinstance(start, ModelShape)
-            else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-        )
-        trainer = WeightedTrainer(
-            model=model,
-            args=_arguments(settings, work),
-            train_dataset=dataset,
-            data_collator=collate,
-            callbacks=[Progress(), Complete(), *callbacks],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.model_accepts_loss_kwargs = False  # each micro-batch has a mean loss of its own
+        trainer = build(_arguments(settings, work))
         complete = sorted(work.glob("checkpoint-*/complete"), key=lambda p: int(p.parent.name[11:]))
         for partial in set(work.glob("checkpoint-*")) - {path.parent for path in complete}:
             shutil.rmtree(partial)
         wall, cpu = time.monotonic(), time.process_time()
         trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
+        parameters: Iterable[torch.nn.Parameter] = trainer.model.parameters()  # type: ignore[union-attr]
         log = {
             "key": key,
             "settings": settings.model_dump(),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(p.numel() for p in parameters),
             "resumed_from": int(complete[-1].parent.name[11:]) if complete else 0,
             "wall_seconds": time.monotonic() - wall,
             "cpu_seconds": time.process_time() - cpu,
@@ -270,9 +295,7 @@ def train_causal_lm(
         }
         done = work / "done"
         shutil.rmtree(done, ignore_errors=True)
-        model.save_pretrained(done)
-        for name in ("tokenizer.model", "tokenizer_config.json"):
-            shutil.copyfile(tokenizer.parent / name, done / name)
+        save(trainer, done)
         atomic_write(done / "training.json", json.dumps(log, indent=1) + "\n")
         atomic_write(done / "key", key)
         done.replace(output)
@@ -349,7 +372,7 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     text = [here.parents[1] / "text" / f"{module}.py" for module in CODE]
     code = sha256_of([*text, here], here.parents[1])
     versions = [version("torch"), version("transformers"), version("sentencepiece")]
-    key = _key(settings.model_dump(exclude={"recipes"}), made.model_dump(), code, versions)
+    key = key_of(settings.model_dump(exclude={"recipes"}), made.model_dump(), code, versions)
     output = artifacts / f"dialogue-{name}-{key}"
     if (output / "key").is_file():
         return output
