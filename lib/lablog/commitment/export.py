@@ -16,6 +16,7 @@ import json
 import shutil
 import struct
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +74,11 @@ def export(trained: Path, base: Path, output: Path) -> Export:
         for name in ("commitment.json", "commitment.safetensors"):
             shutil.copyfile(trained / name, room / name)
         shutil.copytree(trained / "adapter", room / "adapter")
-        convert.to_gguf(write_dequantised(base, Path(scratch) / "base"), room / "base.gguf")
-        convert.lora_to_gguf(room / "adapter", base, room / "lora.gguf")
+        folder = write_dequantised(base, Path(scratch) / "base")
+        with ThreadPoolExecutor() as pool:  # mostly they import their libraries
+            model = pool.submit(convert.to_gguf, folder, room / "base.gguf")
+            lora = pool.submit(convert.lora_to_gguf, room / "adapter", base, room / "lora.gguf")
+            model.result(), lora.result()
         files = sorted(path for path in room.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(room)): sha256(path) for path in files}
         atomic_write(room / MANIFEST, json.dumps(hashes, indent=1) + "\n")
