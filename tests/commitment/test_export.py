@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from lablog.commitment import export as exporting
@@ -20,13 +19,29 @@ from lablog.commitment import probes
 from lablog.commitment.agreement import TorchContext, agreement
 from lablog.commitment.export import read_control_vector, reimport, write_control_vector
 from lablog.commitment.hooks import injected
-from lablog.commitment.variational import CommitmentSettings, VariationalCommitment
+from lablog.commitment.qlora import (
+    LoraSettings,
+    Plan,
+    Schedule,
+    base_hash,
+    committed_model,
+    load_base,
+)
+from lablog.commitment.variational import VariationalCommitment
 from lablog.commitment.window import Speech
-from lablog.files import repository, sha256
+from lablog.files import repository
 from lablog.models import convert
 from lablog.models.llama_cpp import Commitment, Context, EngineError, Model
+from lablog.models.training import TrainingSettings
 
 TOKENS = [1, *range(260, 290)]
+PLAN = Plan(
+    k=8, strength=0.5, layers=(0, 4), quantisation="nf4",
+    lora=LoraSettings(r=4, alpha=8, dropout=0, targets="all-linear"),
+    schedule=Schedule(beta=1, warmup=0, annealing=0, free_bits=0),
+    training=TrainingSettings(
+        steps=1, batch_size=1, learning_rate=1, warmup_steps=0, schedule="linear", betas=(0, 0),
+        weight_decay=0, precision="f32", checkpoint_every=1, log_every=1))
 STOCK = repository() / "build" / "native" / "lib-stock"
 
 
@@ -34,22 +49,20 @@ STOCK = repository() / "build" / "native" / "lib-stock"
 def quantised(folder):
     """The base in NF4 with a LoRA whose weights are far from zero."""
     torch.manual_seed(9)
-    network = get_peft_model(exporting.nf4(folder), LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, weight in network.named_parameters():
+    model = committed_model(load_base(folder, "nf4", "f32"), PLAN)
+    for name, weight in model.lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    return network
+    return model
 
 
 @pytest.fixture(scope="module")
 def trained(folder, quantised, tmp_path_factory) -> Path:
     """A training result, but for the training."""
     path = tmp_path_factory.mktemp("trained")
-    quantised.save_pretrained(path / "adapter")
-    commitment = VariationalCommitment(
-        CommitmentSettings(k=8, width=64, layers=(0, 4), strength=0.5))
-    return commitment.save(path, sha256(folder / "model.safetensors"))
+    quantised.lora.save_pretrained(path / "adapter")
+    (path / "plan.json").write_text(PLAN.model_dump_json())
+    return quantised.commitment.save(path, base_hash(folder))
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +82,8 @@ def native(exported):
 
 
 @pytest.fixture(scope="module")
-def commitments(exported):
-    z = exported.commitment.prior(3, torch.Generator().manual_seed(1))
-    return [exported.injected(row) for row in z]
+def commitments(exported, quantised):
+    return exported.injected(quantised.commitment.prior(3, torch.Generator().manual_seed(1)))
 
 
 # --- PyTorch and llama.cpp ------------------------------------------------------------------------
@@ -80,7 +92,7 @@ def commitments(exported):
 def test_the_exported_files_have_the_logits_of_pytorch(native, reference, commitments):
     logits = {}
     with Context(native, 1, 256) as context:
-        theirs = TorchContext(reference, native, 1, 256)
+        theirs = TorchContext(reference.lora, native, 1, 256)
         for either in (context, theirs):
             rows = []
             for commitment in (None, *commitments):
@@ -118,7 +130,7 @@ def test_hooks_in_the_quantised_model_inject_what_the_patch_injects(
         return torch.stack(seen)  # [layers, tokens, width]
 
     quantised.train()  # in f32; in evaluation bitsandbytes may compute in bf16
-    added = outputs(quantised, before=False) - outputs(quantised, before=True)
+    added = outputs(quantised.lora, before=False) - outputs(quantised.lora, before=True)
     first, last = commitment.layers
     for layer, rows in enumerate(added):
         expected = addition if first <= layer <= last else torch.zeros(64)
@@ -128,14 +140,14 @@ def test_hooks_in_the_quantised_model_inject_what_the_patch_injects(
         context.commit(commitment)
         context.prefill({0: TOKENS}, "all")
         ours = context.residual_norms()
-    theirs = outputs(reference, before=False).norm(dim=2).mean(dim=1)
+    theirs = outputs(reference.lora, before=False).norm(dim=2).mean(dim=1)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def test_the_probes_agree_and_would_show_a_missing_adapter(exported, native, reference,
                                                            commitments, items, material):
     few = probes.Items(items.recall[:4], items.fork[:4])
-    theirs = Speech(TorchContext(reference, native, 27, 256))
+    theirs = Speech(TorchContext(reference.lora, native, 27, 256))
     with Context(native, 27, 256) as context:
         same = agreement(Speech(context), theirs, few, material.texts, commitments)
     with Model(exported.base) as base, Context(base, 27, 256) as context:
@@ -172,10 +184,11 @@ def test_the_pytorch_context_does_what_the_engine_does(model, torch_model, conte
 
 
 def test_merged_and_separate_adapters_are_the_same_function(exported, folder, reference, tmp_path):
-    merged = exporting.write_dequantised(folder, tmp_path / "merged", exported.folder / "adapter")
+    merged = exporting.write_dequantised(
+        folder, "nf4", tmp_path / "merged", exported.folder / "adapter")
     network = LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32)
     with torch.no_grad():
-        ours, theirs = (m(torch.tensor([TOKENS])).logits for m in (network, reference))
+        ours, theirs = (m(torch.tensor([TOKENS])).logits for m in (network, reference.lora))
     assert (ours - theirs).abs().max() <= 1e-4
     assert (merged / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
@@ -186,7 +199,8 @@ def test_merged_and_separate_adapters_are_the_same_function(exported, folder, re
 def test_an_export_comes_back_whole(exported, folder, trained):
     again = reimport(exported.folder, folder)
     before = VariationalCommitment.load(trained).state_dict()
-    assert all(torch.equal(t, before[n]) for n, t in again.commitment.state_dict().items())
+    after = VariationalCommitment.load(again.folder).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert (again.folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
         trained / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -199,7 +213,7 @@ def test_another_base_model_is_refused(exported, trained, folder, tmp_path):
     (other / "model.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match=r"trained on the base model with SHA-256"):
         reimport(exported.folder, other)
-    with pytest.raises(ValueError, match=sha256(other / "model.safetensors")):
+    with pytest.raises(ValueError, match=base_hash(other)):
         exporting.export(trained, other, tmp_path / "export")
     assert not (tmp_path / "export").exists()
 

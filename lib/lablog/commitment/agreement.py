@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,10 +13,14 @@ import torch
 from torch.nn.functional import pad
 
 from lablog.commitment import probes
+from lablog.commitment.export import Export
 from lablog.commitment.hooks import injected
 from lablog.commitment.probes import ANSWER_TOKENS, Items
 from lablog.commitment.window import Injection, Speech
+from lablog.intervals import wilson
 from lablog.models.llama_cpp import Commitment, Context, Model, Tokens, generate
+from lablog.record import Run
+from lablog.report import Section
 from lablog.text.dialogues import Turn
 
 
@@ -159,3 +164,73 @@ def _joined(parts: Sequence[Any]) -> Any:
     """Results of one kind as one, item behind item."""
     return type(parts[0])(*(np.concatenate([getattr(part, f.name) for part in parts])
                             for f in fields(parts[0])))
+
+
+def compare(exported: Export, base: Path, items: Items, texts: Sequence[Sequence[Turn]],
+            draws: int, seed: int, window: int = 256) -> dict[str, Agreement]:
+    """Both engines under `draws` commitments from the ``prior``, and from as many ``prefix``es.
+
+    The prefixes are the private lines of the first forked choices, read by the posterior, whose
+    mean is injected. PyTorch evaluates what is exported (dequantised, f32), one thread each.
+    """
+    reference, sequences = exported.reference(base), 1 + max(len(i.values) for i in items.fork)
+    commitment = reference.commitment
+    assert commitment is not None
+    with (Model(exported.base, lora=exported.lora) as model,
+          Context(model, 4 * sequences, window) as context):
+        native = Speech(context)
+        theirs = Speech(TorchContext(reference.lora, model, 4 * sequences, window))
+        latents = {"prior": commitment.prior(draws, torch.Generator().manual_seed(seed))}
+        with torch.no_grad():
+            read = [torch.tensor([native.history([item.note])]) for item in items.fork[:draws]]
+            posteriors = [reference.posterior(ids, torch.ones_like(ids)) for ids in read]
+        latents["prefix"] = torch.cat([p.sample(torch.zeros_like(p.mean)) for p in posteriors])
+        return {name: agreement(native, theirs, items, texts, exported.injected(z))
+                for name, z in latents.items()}
+
+
+def record_agreement(run: Run, found: Mapping[str, Agreement]) -> None:
+    """Add ``native.<source>.<measure>``, and ``pytorch.<source>.<measure>`` of the probes."""
+    for source, result in found.items():
+        equal, answers = result.greedy
+        run.metric(f"native.{source}.logit_difference", result.logits, "")
+        run.metric(f"native.{source}.yes_sum_difference", result.yes_sum, "")
+        run.metric(f"native.{source}.named_equal", result.named, "fraction")
+        run.metric(f"native.{source}.greedy_equal", equal / answers, "fraction", n=answers,
+                   numerator=equal, denominator=answers, interval=wilson(equal, answers))
+        for engine, recall, fork in zip(("native", "pytorch"), result.recall, result.fork,
+                                        strict=True):
+            for name, values in (("recall", recall.recalled), ("same_choice", fork.same),
+                                 ("eviction", recall.recalled_after_eviction)):
+                hits = int(values.sum())
+                run.metric(f"{engine}.{source}.{name}", hits / len(values), "fraction",
+                           n=len(values), numerator=hits, denominator=len(values),
+                           interval=wilson(hits, len(values)))
+            run.metric(f"{engine}.{source}.yes_sum", float(fork.yes_sum.mean()), "", n=len(values))
+
+
+def _lines(english: str, japanese: str) -> list[tuple[str, str]]:
+    return [(f"{en}: {english}".replace("KEY", key), f"{ja}: {japanese}".replace("KEY", key))
+            for key, en, ja in (("prior", "z* from the prior", "事前分布からの z*"),
+                                ("prefix", "z* from a prefix", "前置きからの z*"))]
+
+
+NATIVE = (
+    Section(("Agreement of llama.cpp (exported files) with PyTorch",
+             "llama.cpp (書き出したファイル) とPyTorchの一致"), _lines(
+        "largest logit difference {native.KEY.logit_difference}, equal greedy answers "
+        "{native.KEY.greedy_equal}, same values named {native.KEY.named_equal}, largest "
+        "difference of Σ P(yes) {native.KEY.yes_sum_difference}",
+        "logitの最大差 {native.KEY.logit_difference}, 同一の貪欲応答 {native.KEY.greedy_equal}, "
+        "同じ値の名指し {native.KEY.named_equal}, Σ P(yes) の最大差 "
+        "{native.KEY.yes_sum_difference}")),
+    Section(("Probes in llama.cpp / in PyTorch", "プローブ llama.cpp / PyTorch"), _lines(
+        "recall {native.KEY.recall} / {pytorch.KEY.recall:value}, after eviction "
+        "{native.KEY.eviction:value} / {pytorch.KEY.eviction:value}, forked choice "
+        "{native.KEY.same_choice:value} / {pytorch.KEY.same_choice:value}, Σ P(yes) "
+        "{native.KEY.yes_sum} / {pytorch.KEY.yes_sum}",
+        "想起 {native.KEY.recall} / {pytorch.KEY.recall:value}, 窓外 "
+        "{native.KEY.eviction:value} / {pytorch.KEY.eviction:value}, 分岐選択の一致 "
+        "{native.KEY.same_choice:value} / {pytorch.KEY.same_choice:value}, Σ P(yes) "
+        "{native.KEY.yes_sum} / {pytorch.KEY.yes_sum}")),
+)

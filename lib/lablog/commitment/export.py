@@ -1,10 +1,10 @@
 """A trained commitment as files for other programs, and back (lab log A5).
 
 ``commitment.safetensors`` + ``.json``   head and W_c, and what they are (`VariationalCommitment`)
-``adapter/``                             LoRA in peft's format
+``adapter/``, ``plan.json``              LoRA in peft's format; how all of it was trained
 ``base.gguf``                            the base model as training saw it: dequantised, f32
 ``lora.gguf``                            LoRA for llama.cpp, to be applied to ``base.gguf``
-``export.json``                          SHA-256 of every file, and of the base they belong to
+``export.json``                          SHA-256 of every file
 
 A sampled commitment also fits a GGUF control vector, in the community's layout (repeng; the
 ``--control-vector`` of llama.cpp), if it leaves layer 0 alone.
@@ -19,14 +19,16 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lablog.commitment.variational import VariationalCommitment
+from lablog.commitment.qlora import CommittedModel, Plan, Quantisation, base_hash, load_base
+from lablog.commitment.variational import CommitmentSettings, VariationalCommitment
 from lablog.files import atomic_folder, atomic_write, sha256
 from lablog.models import convert
 from lablog.models.llama_cpp import Commitment, check_gguf
@@ -39,7 +41,7 @@ class Export:
     """An export whose files are whole and belong to its base model."""
 
     folder: Path
-    commitment: VariationalCommitment
+    settings: CommitmentSettings
 
     @property
     def base(self) -> Path:
@@ -51,16 +53,21 @@ class Export:
         """GGUF file of the LoRA."""
         return self.folder / "lora.gguf"
 
-    def injected(self, z: torch.Tensor) -> Commitment:
-        """What the patched llama.cpp is to add for z* [k]."""
-        with torch.no_grad():
-            direction = self.commitment.direction(z[None])[0].numpy()
-        settings = self.commitment.settings
-        return Commitment(direction, settings.strength, settings.layers)
+    def reference(self, base: Path) -> CommittedModel:
+        """The exported model in PyTorch: `base` dequantised, LoRA and commitment on top, f32."""
+        network = dequantised(base, _quantisation(self.folder))
+        lora: Any = PeftModel.from_pretrained(network, self.folder / "adapter")
+        return CommittedModel(lora, VariationalCommitment.load(self.folder)).eval()
 
-    def reference(self, base: Path) -> PeftModel:
-        """The exported model in PyTorch: `base` dequantised, LoRA on top, f32."""
-        return PeftModel.from_pretrained(dequantised(base), self.folder / "adapter").eval()
+    def injected(self, z: torch.Tensor) -> list[Commitment]:
+        """What the patched llama.cpp is to add for each z* [n, k]."""
+        with torch.no_grad():
+            directions = VariationalCommitment.load(self.folder).direction(z).numpy()
+        return [Commitment(row, self.settings.strength, self.settings.layers) for row in directions]
+
+
+def _quantisation(folder: Path) -> Quantisation:
+    return Plan.model_validate_json((folder / "plan.json").read_text()).quantisation
 
 
 def export(trained: Path, base: Path, output: Path) -> Export:
@@ -68,13 +75,12 @@ def export(trained: Path, base: Path, output: Path) -> Export:
 
     `output` appears whole or not at all. Raises ValueError if `trained` belongs to another base.
     """
-    commitment = VariationalCommitment.load(trained)
-    _check_base(trained, commitment, base)
+    settings = _settings(trained, base)
     with atomic_folder(output) as room, tempfile.TemporaryDirectory(dir=room.parent) as scratch:
-        for name in ("commitment.json", "commitment.safetensors"):
+        for name in ("commitment.json", "commitment.safetensors", "plan.json"):
             shutil.copyfile(trained / name, room / name)
         shutil.copytree(trained / "adapter", room / "adapter")
-        folder = write_dequantised(base, Path(scratch) / "base")
+        folder = write_dequantised(base, _quantisation(trained), Path(scratch) / "base")
         with ThreadPoolExecutor() as pool:  # mostly they import their libraries
             model = pool.submit(convert.to_gguf, folder, room / "base.gguf")
             lora = pool.submit(convert.lora_to_gguf, room / "adapter", base, room / "lora.gguf")
@@ -82,7 +88,7 @@ def export(trained: Path, base: Path, output: Path) -> Export:
         files = sorted(path for path in room.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(room)): sha256(path) for path in files}
         atomic_write(room / MANIFEST, json.dumps(hashes, indent=1) + "\n")
-    return Export(output, commitment)
+    return Export(output, settings)
 
 
 def reimport(folder: Path, base: Path) -> Export:
@@ -103,21 +109,21 @@ def reimport(folder: Path, base: Path) -> Export:
         if (actual := sha256(folder / name)) != stated:
             raise ValueError(f"{folder / name} is truncated or changed: SHA-256 {actual}, exported "
                              f"was {stated}; copy it again, or export again")
-    commitment = VariationalCommitment.load(folder)
-    _check_base(folder, commitment, base)
-    return Export(folder, commitment)
+    return Export(folder, _settings(folder, base))
 
 
-def _check_base(folder: Path, commitment: VariationalCommitment, base: Path) -> None:
-    actual = sha256(base / "model.safetensors")
-    if commitment.settings.base_sha256 != actual:
+def _settings(folder: Path, base: Path) -> CommitmentSettings:
+    settings = VariationalCommitment.load(folder).settings
+    if settings.base_sha256 != (actual := base_hash(base)):
         raise ValueError(f"{folder} was trained on the base model with SHA-256 "
-                         f"{commitment.settings.base_sha256}; {base} has {actual}")
+                         f"{settings.base_sha256}; {base} has {actual}: give that one")
+    return settings
 
 
-def write_dequantised(base: Path, output: Path, adapter: Path | None = None) -> Path:
-    """Hugging Face folder of `base` as NF4 rounds it, in f32, with `adapter` merged if given."""
-    network = dequantised(base)
+def write_dequantised(base: Path, quantisation: Quantisation, output: Path,
+                      adapter: Path | None = None) -> Path:
+    """Hugging Face folder of `dequantised` (f32), with the LoRA `adapter` merged if given."""
+    network: Any = dequantised(base, quantisation)
     if adapter is not None:
         network = PeftModel.from_pretrained(network, adapter).merge_and_unload()
     with atomic_folder(output) as room:
@@ -127,13 +133,15 @@ def write_dequantised(base: Path, output: Path, adapter: Path | None = None) -> 
     return output
 
 
-def dequantised(base: Path) -> PreTrainedModel:
-    """`base` as NF4 rounds it, in f32: the function that QLoRA trains on.
+def dequantised(base: Path, quantisation: Quantisation) -> PreTrainedModel:
+    """`base` with its weights as training saw them (rounded by NF4, or not), in f32 on the CPU.
 
-    Evaluated directly, bitsandbytes would compute in bf16 on CPUs that have it, whatever compute
-    dtype was asked for.
+    This is the function that QLoRA trains on. The 4-bit model itself computes another one in
+    evaluation: on CPUs with AVX-512 BF16 bitsandbytes then multiplies in bf16, whatever its
+    compute dtype.
     """
-    return nf4(base).dequantize().eval()
+    network = load_base(base, quantisation, "f32")
+    return (network.dequantize() if quantisation == "nf4" else network).eval()
 
 
 ARCHITECTURE = "controlvector"
@@ -194,10 +202,3 @@ def read_control_vector(path: Path) -> Commitment:
                          "vector in a range of layers; give the file to llama.cpp instead")
     return Commitment(rows[0], 1.0, (layers[0], layers[-1]))
 
-
-def nf4(base: Path) -> PreTrainedModel:
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32)
-    return LlamaForCausalLM.from_pretrained(base, quantization_config=quantisation,
-                                            dtype=torch.float32, device_map="cpu")
