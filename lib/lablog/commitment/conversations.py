@@ -80,7 +80,7 @@ class Conversations(Dataset[Conversation]):
         forks: list[Fork] = [(draw.exchange("opening", "chosen", topic), 1.0, True),
                              (draw.exchange("what_is_it", "it_is", topic, value), 1.0, False)]
         # Right and wrong guesses weigh as 1 to N - 1, and together as much as when all weigh 1.
-        share = self.guesses / len(values)
+        share = getattr(self, 'boost', 1.0) * self.guesses / len(values)
         for number, guessed in enumerate([value, *wrong[: self.guesses - 1]]):
             many = (len(values) - 1) / (self.guesses - 1) if number else 1.0
             forks.append((draw.guess(topic, value, guessed), share * many, False))
