@@ -72,7 +72,7 @@ def exported(trained, folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(exported, folder):
-    return exported.reference(folder)
+    return exporting.exact(exported.folder, folder)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_the_pytorch_context_does_what_the_engine_does(model, torch_model, conte
 
 def test_merged_and_separate_adapters_are_the_same_function(exported, folder, reference, tmp_path):
     merged = exporting.write_dequantised(
-        folder, "nf4", tmp_path / "merged", exported.folder / "adapter")
+        folder, PLAN, tmp_path / "merged", exported.folder / "adapter")
     network = LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32)
     with torch.no_grad():
         ours, theirs = (m(torch.tensor([TOKENS])).logits for m in (network, reference.lora))

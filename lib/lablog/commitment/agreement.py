@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from lablog.commitment import probes
-from lablog.commitment.export import Export
+from lablog.commitment.export import Export, exact
 from lablog.commitment.hooks import injected
 from lablog.commitment.probes import ANSWER_TOKENS, Items
 from lablog.commitment.window import Injection, Speech
@@ -173,7 +173,7 @@ def compare(exported: Export, base: Path, items: Items, texts: Sequence[Sequence
     The prefixes are the private lines of the first forked choices, read by the posterior, whose
     mean is injected. PyTorch evaluates what is exported (dequantised, f32), one thread each.
     """
-    reference, sequences = exported.reference(base), 1 + max(len(i.values) for i in items.fork)
+    reference, sequences = exact(exported.folder, base), 1 + max(len(i.values) for i in items.fork)
     commitment = reference.commitment
     assert commitment is not None
     with (Model(exported.base, lora=exported.lora) as model,

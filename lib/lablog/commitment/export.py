@@ -27,7 +27,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lablog.commitment.qlora import CommittedModel, Plan, Quantisation, base_hash, load_base
+from lablog.commitment.qlora import CommittedModel, Plan, base_hash, load_base
 from lablog.commitment.variational import CommitmentSettings, VariationalCommitment
 from lablog.files import atomic_folder, atomic_write, sha256
 from lablog.models import convert
@@ -53,12 +53,6 @@ class Export:
         """GGUF file of the LoRA."""
         return self.folder / "lora.gguf"
 
-    def reference(self, base: Path) -> CommittedModel:
-        """The exported model in PyTorch: `base` dequantised, LoRA and commitment on top, f32."""
-        network = dequantised(base, _quantisation(self.folder))
-        lora: Any = PeftModel.from_pretrained(network, self.folder / "adapter")
-        return CommittedModel(lora, VariationalCommitment.load(self.folder)).eval()
-
     def injected(self, z: torch.Tensor) -> list[Commitment]:
         """What the patched llama.cpp is to add for each z* [n, k]."""
         with torch.no_grad():
@@ -66,8 +60,16 @@ class Export:
         return [Commitment(row, self.settings.strength, self.settings.layers) for row in directions]
 
 
-def _quantisation(folder: Path) -> Quantisation:
-    return Plan.model_validate_json((folder / "plan.json").read_text()).quantisation
+def exact(trained: Path, base: Path) -> CommittedModel:
+    """A training result or an export in PyTorch, f32: `base` dequantised, and what was trained."""
+    lora: Any = PeftModel.from_pretrained(dequantised(base, _plan(trained)), trained / "adapter")
+    committed = (trained / "commitment.json").is_file()
+    commitment = VariationalCommitment.load(trained) if committed else None
+    return CommittedModel(lora, commitment).eval()
+
+
+def _plan(trained: Path) -> Plan:
+    return Plan.model_validate_json((trained / "plan.json").read_text())
 
 
 def export(trained: Path, base: Path, output: Path) -> Export:
@@ -80,7 +82,7 @@ def export(trained: Path, base: Path, output: Path) -> Export:
         for name in ("commitment.json", "commitment.safetensors", "plan.json"):
             shutil.copyfile(trained / name, room / name)
         shutil.copytree(trained / "adapter", room / "adapter")
-        folder = write_dequantised(base, _quantisation(trained), Path(scratch) / "base")
+        folder = write_dequantised(base, _plan(trained), Path(scratch) / "base")
         with ThreadPoolExecutor() as pool:  # mostly they import their libraries
             model = pool.submit(convert.to_gguf, folder, room / "base.gguf")
             lora = pool.submit(convert.lora_to_gguf, room / "adapter", base, room / "lora.gguf")
@@ -120,10 +122,9 @@ def _settings(folder: Path, base: Path) -> CommitmentSettings:
     return settings
 
 
-def write_dequantised(base: Path, quantisation: Quantisation, output: Path,
-                      adapter: Path | None = None) -> Path:
+def write_dequantised(base: Path, plan: Plan, output: Path, adapter: Path | None = None) -> Path:
     """Hugging Face folder of `dequantised` (f32), with the LoRA `adapter` merged if given."""
-    network: Any = dequantised(base, quantisation)
+    network: Any = dequantised(base, plan)
     if adapter is not None:
         network = PeftModel.from_pretrained(network, adapter).merge_and_unload()
     with atomic_folder(output) as room:
@@ -133,15 +134,15 @@ def write_dequantised(base: Path, quantisation: Quantisation, output: Path,
     return output
 
 
-def dequantised(base: Path, quantisation: Quantisation) -> PreTrainedModel:
-    """`base` with its weights as training saw them (rounded by NF4, or not), in f32 on the CPU.
+def dequantised(base: Path, plan: Plan) -> PreTrainedModel:
+    """`base` with its weights as training by `plan` saw them (rounded by NF4), in f32 on the CPU.
 
     This is the function that QLoRA trains on. The 4-bit model itself computes another one in
     evaluation: on CPUs with AVX-512 BF16 bitsandbytes then multiplies in bf16, whatever its
     compute dtype.
     """
-    network = load_base(base, quantisation, "f32")
-    return (network.dequantize() if quantisation == "nf4" else network).eval()
+    network = load_base(base, plan.quantisation, plan.training.precision)
+    return (network.dequantize() if plan.quantisation == "nf4" else network).float().eval()
 
 
 ARCHITECTURE = "controlvector"

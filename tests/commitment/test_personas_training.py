@@ -1,0 +1,92 @@
+"""Dialogues with personas as conversations: what is learnt from, what is held out, and the gap."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from lablog.commitment.personas import (
+    PERSONAS,
+    PersonaConversations,
+    measure_personas,
+    record_personas,
+)
+from lablog.commitment.qlora import LoraSettings, Plan, Schedule
+from lablog.models.training import TrainingSettings
+from lablog.record import Run
+from lablog.report import mandated
+from lablog.text.personas import CONVERSATION, PERSONA, read_personas
+from lablog.text.tokenizer import Tokenizer
+
+COLOURS = ("red", "blue", "green", "white", "black", "yellow")
+PLAN = Plan(
+    k=4, strength=1.0, quantisation="nf4",
+    lora=LoraSettings(r=4, alpha=8, dropout=0, targets="all-linear"),
+    schedule=Schedule(beta=0.1, warmup=4, annealing=4, free_bits=1),
+    training=TrainingSettings(
+        steps=30, batch_size=8, learning_rate=1e-2, warmup_steps=2, schedule="cosine",
+        betas=(0.9, 0.98), weight_decay=0, precision="f32", threads=1, checkpoint_every=100,
+        log_every=10))
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A small file in which a persona's colour decides what its owner says."""
+    rows = [
+        {PERSONA: f"I am number {i}. I like {colour}.",
+         CONVERSATION: f"User 1: hello\nUser 2: {' '.join([colour] * 6)}\nUser 1: well\nUser 2: ok"}
+        for i in range(10) for colour in COLOURS
+    ]
+    path = tmp_path / "personas.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [PERSONA, CONVERSATION])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_the_loss_is_on_the_second_speaker_and_the_persona_in_the_prefix_only(folder, path):
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    dialogues = read_personas(path)
+    data = PersonaConversations(dialogues, tokenizer, 0, 300, window=50)
+    first = data.conversations[0]
+    assert tokenizer.decode(first.prefix.ids.tolist()) == "A: I am number 0. I like red.\n"
+    learnt = first.forks.ids[first.forks.weights > 0].tolist()
+    assert tokenizer.decode(learnt).split() == ["red"] * 6 + ["ok"]
+    assert set(first.forks.weights) == {0, 1}
+    assert "number" not in tokenizer.decode(first.forks.ids.tolist())
+    assert max(len(c.forks.ids) for c in data.conversations) <= 50
+    ids = [id(data[i]) for i in range(120)]  # two epochs: each conversation once in either
+    assert set(ids[:60]) == set(ids[60:120])
+    assert len(set(ids)) == 60
+    assert ids[:60] != ids[60:120]
+
+
+def test_what_cannot_be_learnt_from_is_refused(folder, path):
+    tokenizer, dialogues = Tokenizer(folder / "tokenizer.model"), read_personas(path)
+    with pytest.raises(ValueError, match="says nothing in the first 4 tokens"):
+        PersonaConversations(dialogues, tokenizer, 0, 1, window=4)
+    with pytest.raises(ValueError, match=r"1 dialogue\(s\) in this split"):
+        PersonaConversations(dialogues[:1], tokenizer, 0, 1, window=64)
+
+
+def test_the_gap_is_measured_on_personas_that_training_has_not_seen(folder, path, tmp_path):
+    result = measure_personas(path, [], folder, PLAN, tmp_path / "work", window=64)
+    held = sum(d.split == "held_out" for d in read_personas(path))
+    assert len(result.own) == len(result.without) == len(result.shuffled) == held
+    assert result.trained == 60 - held
+    print(result.own.mean(), result.without.mean(), result.shuffled.mean(), result.kl.mean())
+    assert (result.kl > 0).all()
+    run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
+    record_personas(run, result)
+    assert f"held-out dialogues {held}" in mandated(run.record(), [PERSONAS]).english
+    again = measure_personas(path, [], folder, PLAN, tmp_path / "work", window=64)
+    np.testing.assert_array_equal(again.own, result.own)
+
+
+def test_no_file_is_reported_as_not_run(tmp_path):
+    run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
+    record_personas(run, None)
+    report = mandated(run.record(), [PERSONAS])
+    assert "undefined (not run: personas is empty)" in report.english
+    assert "未学習の対話 0" in report.japanese
