@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lablog.text.datasets import DialogueDataset, Item
-from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, generate
+from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Split, Turn, generate
 from lablog.text.tokenizer import Tokenizer
 
 Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
@@ -38,18 +38,19 @@ class Conversation:
 
 
 class Conversations(Dataset[Conversation]):
-    """`count` training conversations, in batches of one kind; a pure function of its arguments.
+    """`count` conversations, in batches of one kind; a pure function of its arguments.
 
-    Only combinations of phrasing and value that the dialogues' training split holds occur.
+    Only combinations of phrasing and value that the dialogues' `split` holds occur.
     The loss is on the assistant's turns: 1 on values, yes and no, `word_weight` on other words. Of
     `guesses` forks "is it Y?" one is right and the others weigh as much as all N - 1 wrong ones,
     so that a calibrated decoder has Σ_Y P(yes | Y) = 1.
     """
 
     def __init__(self, settings: DialogueSettings, tokenizer: Tokenizer, seed: int, count: int,
-                 batch: int, word_weight: float, guesses: int, recall_share: float) -> None:
+                 batch: int, word_weight: float, guesses: int, recall_share: float,
+                 split: Split = "train") -> None:
         self.settings, self.seed, self.count, self.batch = settings, seed, count, batch
-        self.guesses, self.recall_share = guesses, recall_share
+        self.guesses, self.recall_share, self.split = guesses, recall_share, split
         self.tokenizer = tokenizer
         lines = DialogueDataset(settings, tokenizer, seed, 0, 1, 0.0, 1 / word_weight)
         self.encode, self.word_weight = lines.encode, word_weight
@@ -61,7 +62,7 @@ class Conversations(Dataset[Conversation]):
         share, number = self.recall_share, index // self.batch
         recall = int((number + 1) * share) > int(number * share)
         draw = Draw(self.settings, self.seed, STREAM, index)
-        dialogue = generate(self.settings, self.seed, index, "train",
+        dialogue = generate(self.settings, self.seed, index, self.split,
                             "favourite" if recall else "compare", "probe" if recall else "simple")
         prefix = dialogue.turns[: 2 if recall else 1]
         forks = self._recall(draw, dialogue) if recall else self._choice(draw, dialogue)

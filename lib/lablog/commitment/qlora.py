@@ -155,10 +155,15 @@ class CommittedModel(nn.Module):
 
     def forward(self, prefix_ids: Tensor, prefix_mask: Tensor, input_ids: Tensor, mask: Tensor,
                 weights: Tensor, position_ids: Tensor, attention: Tensor, beta: float = 0.0,
-                free_bits: float = 0.0) -> dict[str, Tensor]:
-        """Loss, its parts ``lm`` and ``kl`` (nats per conversation), and the posterior's means."""
+                free_bits: float = 0.0, z: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss, its parts ``lm`` and ``kl`` (nats per conversation), and the posterior's means.
+
+        With `z` [n, k] that is injected, the prefix is not read, and the loss is ``lm``.
+        """
         addition, parts = None, {}
-        if self.commitment is not None:
+        if self.commitment is not None and z is not None:
+            addition = self.commitment.addition(z, mask)
+        elif self.commitment is not None:
             posterior = self.posterior(prefix_ids, prefix_mask)
             addition = self.commitment.addition(posterior.sample(), mask)
             parts = {"kl": posterior.kl().sum(dim=1).mean(), "means": posterior.mean.detach()}
