@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lablog.text.datasets import DialogueDataset, Item
-from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, generate
+from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Split, Turn, generate
 from lablog.text.tokenizer import Tokenizer
 
 Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
@@ -38,20 +38,22 @@ class Conversation:
 
 
 class Conversations(Dataset[Conversation]):
-    """`count` training conversations, in batches of one kind; a pure function of its arguments.
+    """`count` conversations, in batches of one kind; a pure function of its arguments.
 
-    Only combinations of phrasing and value that the dialogues' training split holds occur.
-    The loss is on the assistant's words, `value_weight` on values, yes and no. Of `guesses`
-    forks "is it Y?" one is right; their weights are those of guessing all N values equally
-    often, so that a calibrated decoder has Σ_Y P(yes | Y) = 1.
+    Only combinations of phrasing and value that the dialogues' `split` holds occur.
+    The loss is on the assistant's turns: 1 on values, yes and no, `word_weight` on other words. Of
+    `guesses` forks "is it Y?" one is right and the others weigh as much as all N - 1 wrong ones,
+    so that a calibrated decoder has Σ_Y P(yes | Y) = 1.
     """
 
     def __init__(self, settings: DialogueSettings, tokenizer: Tokenizer, seed: int, count: int,
-                 batch: int, value_weight: float, guesses: int, recall_share: float) -> None:
+                 batch: int, word_weight: float, guesses: int, recall_share: float,
+                 split: Split = "train") -> None:
         self.settings, self.seed, self.count, self.batch = settings, seed, count, batch
-        self.guesses, self.recall_share = guesses, recall_share
+        self.guesses, self.recall_share, self.split = guesses, recall_share, split
         self.tokenizer = tokenizer
-        self.encode = DialogueDataset(settings, tokenizer, seed, 0, 1, 0.0, value_weight).encode
+        lines = DialogueDataset(settings, tokenizer, seed, 0, 1, 0.0, 1 / word_weight)
+        self.encode, self.word_weight = lines.encode, word_weight
 
     def __len__(self) -> int:
         return self.count
@@ -60,7 +62,7 @@ class Conversations(Dataset[Conversation]):
         share, number = self.recall_share, index // self.batch
         recall = int((number + 1) * share) > int(number * share)
         draw = Draw(self.settings, self.seed, STREAM, index)
-        dialogue = generate(self.settings, self.seed, index, "train",
+        dialogue = generate(self.settings, self.seed, index, self.split,
                             "favourite" if recall else "compare", "probe" if recall else "simple")
         prefix = dialogue.turns[: 2 if recall else 1]
         forks = self._recall(draw, dialogue) if recall else self._choice(draw, dialogue)
@@ -70,8 +72,8 @@ class Conversations(Dataset[Conversation]):
         """Tokens and loss weights of `turns`."""
         lines = [self.encode(turn.speaker, turn.text) for turn in turns]
         start = (np.full(int(bos), self.tokenizer.bos, np.int32), np.zeros(int(bos), np.float32))
-        ids, weights = zip(start, *lines, strict=True)
-        return Item(np.concatenate(ids), np.concatenate(weights) * np.float32(weight))
+        ids, weights = (np.concatenate(parts) for parts in zip(start, *lines, strict=True))
+        return Item(ids, weights * np.float32(weight * self.word_weight))
 
     def _choice(self, draw: Draw, dialogue: Dialogue) -> list[Fork]:
         topic, value = dialogue.topic, dialogue.value
@@ -79,11 +81,10 @@ class Conversations(Dataset[Conversation]):
         wrong = sorted((v for v in values if v != value), key=lambda _: draw.random())
         forks: list[Fork] = [(draw.exchange("opening", "chosen", topic), 1.0, True),
                              (draw.exchange("what_is_it", "it_is", topic, value), 1.0, False)]
-        # Right and wrong guesses weigh as 1 to N - 1, and together as much as when all weigh 1.
-        share = getattr(self, 'boost', 1.0) * self.guesses / len(values)
+        # The wrong guesses stand for all N - 1.
         for number, guessed in enumerate([value, *wrong[: self.guesses - 1]]):
             many = (len(values) - 1) / (self.guesses - 1) if number else 1.0
-            forks.append((draw.guess(topic, value, guessed), share * many, False))
+            forks.append((draw.guess(topic, value, guessed), many, False))
         return forks
 
     def _recall(self, draw: Draw, dialogue: Dialogue) -> list[Fork]:
@@ -104,9 +105,9 @@ def collate(batch: Sequence[Conversation], side: str = "right") -> dict[str, tor
     prefix_ids, prefix_mask [n, prefix tokens]; input_ids, mask, weights, position_ids [n, tokens];
     attention [n, 1, tokens, tokens]: a token sees the stem and its own fork up to itself.
     """
-    prefix_ids = _padded([c.prefix.ids for c in batch], side)
-    prefix_mask = _padded([np.ones(len(c.prefix.ids), np.int64) for c in batch], side)
-    fork = _padded([c.fork for c in batch], side, -1)
+    prefix_ids = padded([c.prefix.ids for c in batch], side)
+    prefix_mask = padded([np.ones(len(c.prefix.ids), np.int64) for c in batch], side)
+    fork = padded([c.fork for c in batch], side, -1)
     mask = (fork >= 0).long()
     same = fork[:, :, None] == fork[:, None, :]
     seen = (same | (fork[:, None, :] == 0)) & (fork[:, :, None] >= 0)
@@ -114,12 +115,13 @@ def collate(batch: Sequence[Conversation], side: str = "right") -> dict[str, tor
     positions = (seen.sum(dim=2) - 1).clamp(min=0)
     seen |= torch.eye(fork.shape[1], dtype=torch.bool)  # padding sees itself: no empty softmax
     return {"prefix_ids": prefix_ids, "prefix_mask": prefix_mask,
-            "input_ids": _padded([c.forks.ids for c in batch], side), "mask": mask,
-            "weights": _padded([c.forks.weights for c in batch], side), "position_ids": positions,
+            "input_ids": padded([c.forks.ids for c in batch], side), "mask": mask,
+            "weights": padded([c.forks.weights for c in batch], side), "position_ids": positions,
             "attention": seen[:, None]}
 
 
-def _padded(rows: Sequence[NDArray[Any]], side: str, fill: int = 0) -> torch.Tensor:
+def padded(rows: Sequence[NDArray[Any]], side: str, fill: int = 0) -> torch.Tensor:
+    """Rows of different lengths as int64 or float32 [rows, longest], `fill` on `side`."""
     width = max(map(len, rows))
     kind = np.float32 if rows[0].dtype == np.float32 else np.int64
     out = np.full((len(rows), width), fill, kind)

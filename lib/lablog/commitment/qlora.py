@@ -1,13 +1,15 @@
 """QLoRA training of the commitment (lab log A5): a base in 4 bits, LoRA, head and W_c.
 
-Loss = LM + β · max(KL(q ‖ N(0, I/k)), free bits), where LM is the weighted cross-entropy on the
-model's own words. The posterior reads a prefix that the decoder never sees. Against posterior
-collapse: warm-up at β = 0, annealing, free bits (Bowman et al. 2016; Kingma et al. 2016); that it
-happened nevertheless is seen in the KL and in the active units (Burda et al. 2016).
+Loss = LM + β · max(KL(q ‖ N(0, I/k)), free bits), both per conversation, where LM is the weighted
+sum of the cross-entropies of the model's own words: with weights of 1 and β = 1 the negative ELBO.
+The posterior reads a prefix that the decoder never sees. Against posterior collapse: warm-up at
+β = 0, annealing, free bits (Bowman et al. 2016; Kingma et al. 2016); that it happened nevertheless
+is seen in the KL and in the active units (Burda et al. 2016).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +32,12 @@ from transformers import (
 
 from lablog.commitment.conversations import Conversation, collate
 from lablog.commitment.hooks import injected
-from lablog.commitment.variational import CommitmentSettings, Posterior, VariationalCommitment
+from lablog.commitment.variational import (
+    SETTINGS,
+    CommitmentSettings,
+    Posterior,
+    VariationalCommitment,
+)
 from lablog.files import sha256_of
 from lablog.models.training import (
     GuardedTrainer,
@@ -114,16 +121,20 @@ def load_base(folder: Path, quantisation: Quantisation, precision: Literal["f32"
 
 
 class CommittedModel(nn.Module):
-    """A base with LoRA and, unless `commitment` is None, a latent that is injected into it."""
+    """A model (with LoRA or as it is) and, unless None, a commitment that is injected into it."""
 
-    def __init__(self, lora: PeftModel, commitment: VariationalCommitment | None) -> None:
+    def __init__(self, model: PeftModel | PreTrainedModel,
+                 commitment: VariationalCommitment | None = None) -> None:
         super().__init__()
-        self.lora, self.commitment = lora, commitment
+        self.model, self.commitment = model, commitment
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model inside the adapter."""
-        return self.lora.get_base_model()
+        """The model inside the adapter; its layers contain what the adapter adds."""
+        inside: Any = self.model
+        if isinstance(inside, PeftModel):
+            inside = inside.get_base_model()
+        return inside
 
     def posterior(self, ids: Tensor, mask: Tensor) -> Posterior:
         """q(z* | prefix) of prefixes [n, tokens], padded on either side."""
@@ -144,10 +155,15 @@ class CommittedModel(nn.Module):
 
     def forward(self, prefix_ids: Tensor, prefix_mask: Tensor, input_ids: Tensor, mask: Tensor,
                 weights: Tensor, position_ids: Tensor, attention: Tensor, beta: float = 0.0,
-                free_bits: float = 0.0) -> dict[str, Tensor]:
-        """Loss, its parts ``lm`` and ``kl`` (nats per conversation), and the posterior's means."""
+                free_bits: float = 0.0, z: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss, its parts ``lm`` and ``kl`` (nats per conversation), and the posterior's means.
+
+        With `z` [n, k] that is injected, the prefix is not read, and the loss is ``lm``.
+        """
         addition, parts = None, {}
-        if self.commitment is not None:
+        if self.commitment is not None and z is not None:
+            addition = self.commitment.addition(z, mask)
+        elif self.commitment is not None:
             posterior = self.posterior(prefix_ids, prefix_mask)
             addition = self.commitment.addition(posterior.sample(), mask)
             parts = {"kl": posterior.kl().sum(dim=1).mean(), "means": posterior.mean.detach()}
@@ -159,7 +175,7 @@ class CommittedModel(nn.Module):
         chosen = ahead != 0
         logits = self.base.get_output_embeddings()(hidden[chosen]).float()
         loss = cross_entropy(logits, input_ids.roll(-1, dims=1)[chosen], reduction="none")
-        lm = (loss * ahead[chosen]).sum() / ahead.sum()
+        lm = (loss * ahead[chosen]).sum() / len(weights)
         total = lm + beta * parts["kl"].clamp(min=free_bits) if "kl" in parts else lm
         return {"loss": total, "lm": lm.detach(), **parts}
 
@@ -172,8 +188,8 @@ class CommitmentTrainer(GuardedTrainer):
     """The Trainer for `CommittedModel`: schedules β, logs KL and active units, and checkpoints
     what is trained, not the base."""
 
-    def __init__(self, *args: Any, schedule: Schedule, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, schedule: Schedule, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.schedule = schedule
         self.seen: list[Mapping[str, Tensor]] = []
 
@@ -218,17 +234,20 @@ def committed_model(base: PreTrainedModel, plan: Plan) -> CommittedModel:
         base = prepare_model_for_kbit_training(
             base, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    lora = get_peft_model(base, LoraConfig(
-        r=plan.lora.r, lora_alpha=plan.lora.alpha, lora_dropout=plan.lora.dropout,  # type: ignore[arg-type]
-        target_modules=plan.lora.targets, task_type="CAUSAL_LM",
-    ))
+    settings = LoraConfig(
+        r=plan.lora.r, lora_alpha=plan.lora.alpha,  # type: ignore[arg-type]  # any number does
+        lora_dropout=plan.lora.dropout, target_modules=plan.lora.targets, task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        adapted: Any = get_peft_model(base, settings)
     commitment = None
     if plan.k:
         layers = plan.layers or (0, base.config.num_hidden_layers - 1)
         commitment = VariationalCommitment(CommitmentSettings(
             k=plan.k, width=base.config.hidden_size, layers=layers, strength=plan.strength
         )).to(base.device)
-    return CommittedModel(lora, commitment)  # type: ignore[arg-type]
+    return CommittedModel(adapted, commitment)
 
 
 def base_hash(folder: Path) -> str:
@@ -256,7 +275,7 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
 
     def save(trainer: Trainer, folder: Path) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.lora.save_pretrained(folder / "adapter")
+        model.model.save_pretrained(folder / "adapter")
         if model.commitment is not None:
             model.commitment.save(folder, digest)
         (folder / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n")
@@ -264,17 +283,19 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
     return train_to_folder(output, key, plan.training, build, save)
 
 
-def load_committed(base: Path, folder: Path | None, quantisation: Quantisation = "nf4",
+def load_committed(base: Path, folder: Path, quantisation: Quantisation,
                    precision: Literal["f32", "bf16"] = "f32", cpu: bool = True) -> CommittedModel:
     """What `train_commitment` left in `folder`, on its base, ready to be evaluated.
 
     Raises ValueError when the commitment was trained on another base.
     """
     model = load_base(base, quantisation, precision, cpu)
-    lora = PeftModel.from_pretrained(model, folder / "adapter")
     commitment = None
-    if (folder / "commitment.json").is_file():
+    if (folder / SETTINGS).is_file():
         commitment = VariationalCommitment.load(folder).to(model.device)
-        if commitment.settings.base_sha256 not in (None, base_hash(base)):
+        if commitment.settings.base_sha256 != base_hash(base):
             raise ValueError(f"{folder} was trained on another base than {base}: give that one")
-    return CommittedModel(lora, commitment).eval()  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        adapted = PeftModel.from_pretrained(model, folder / "adapter")
+    return CommittedModel(adapted, commitment).eval()

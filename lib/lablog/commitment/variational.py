@@ -102,16 +102,17 @@ class VariationalCommitment(nn.Module):
         return z.to(self.projection)
 
     def direction(self, z: Tensor) -> Tensor:
-        """W_c z*, [n, d]; what the native library and a control vector receive."""
+        """W_c z*, [..., d] for z [..., k]; what the native library and a control vector receive."""
         return z @ self.projection.T
 
     def addition(self, z: Tensor, mask: Tensor) -> Tensor:
         """λ · W_c z* at the real positions of each row and 0 at padding, [n, tokens, d].
 
-        The decoder's window begins behind the decisive token, so every real position gets it.
+        z: [n, k], or [n, tokens, k] for one that changes. The decoder's window begins behind the
+        decisive token, so every real position gets it.
         """
-        direction = self.settings.strength * self.direction(z)
-        return direction[:, None, :] * mask[:, :, None].to(direction)
+        direction = self.settings.strength * self.direction(z if z.ndim == 3 else z[:, None])
+        return direction * mask[:, :, None].to(direction)
 
     def save(self, folder: Path, base_sha256: str) -> Path:
         """Write ``commitment.safetensors`` and ``commitment.json`` into `folder`, atomically."""

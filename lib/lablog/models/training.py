@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -159,8 +159,8 @@ class Complete(TrainerCallback):
 class GuardedTrainer(Trainer):
     """The Trainer that keeps the data's order and refuses to go on after a loss of NaN."""
 
-    def __init__(self, *args: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
-        super().__init__(*args, callbacks=[Progress(), Complete(), *callbacks], **kwargs)
+    def __init__(self, *, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
+        super().__init__(callbacks=[Progress(), Complete(), *callbacks], **kwargs)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # each micro-batch has a mean loss of its own
 
@@ -246,7 +246,8 @@ def train_causal_lm(
                                data_collator=collate, callbacks=callbacks)
 
     def save(trainer: Trainer, folder: Path) -> None:
-        trainer.model.save_pretrained(folder)  # type: ignore[union-attr]
+        model: Any = trainer.model
+        model.save_pretrained(folder)
         for name in ("tokenizer.model", "tokenizer_config.json"):
             shutil.copyfile(tokenizer.parent / name, folder / name)
 
@@ -283,11 +284,11 @@ def train_to_folder(
             shutil.rmtree(partial)
         wall, cpu = time.monotonic(), time.process_time()
         trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
-        parameters: Iterable[torch.nn.Parameter] = trainer.model.parameters()  # type: ignore[union-attr]
+        model: Any = trainer.model
         log = {
             "key": key,
             "settings": settings.model_dump(),
-            "parameters": sum(p.numel() for p in parameters),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "resumed_from": int(complete[-1].parent.name[11:]) if complete else 0,
             "wall_seconds": time.monotonic() - wall,
             "cpu_seconds": time.process_time() - cpu,
