@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import gguf as gguf_format
@@ -15,8 +16,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from lablog.commitment import export as exporting
-from lablog.commitment import probes
-from lablog.commitment.agreement import TorchContext, agreement
+from lablog.commitment.agreement import NativeReader, agreement, compare
 from lablog.commitment.export import read_control_vector, reimport, write_control_vector
 from lablog.commitment.hooks import injected
 from lablog.commitment.qlora import (
@@ -27,12 +27,14 @@ from lablog.commitment.qlora import (
     committed_model,
     load_base,
 )
+from lablog.commitment.reader import Reader
+from lablog.commitment.trained import Probes
 from lablog.commitment.variational import VariationalCommitment
-from lablog.commitment.window import Speech
 from lablog.files import repository
 from lablog.models import convert
 from lablog.models.llama_cpp import Commitment, Context, EngineError, Model
 from lablog.models.training import TrainingSettings
+from lablog.text.tokenizer import Tokenizer
 
 TOKENS = [1, *range(260, 290)]
 PLAN = Plan(
@@ -42,37 +44,43 @@ PLAN = Plan(
     training=TrainingSettings(
         steps=1, batch_size=1, learning_rate=1, warmup_steps=0, schedule="linear", betas=(0, 0),
         weight_decay=0, precision="f32", checkpoint_every=1, log_every=1))
+MATERIAL = Probes(seed=3, items=4, texts=2)
 STOCK = repository() / "build" / "native" / "lib-stock"
 
 
 @pytest.fixture(scope="module")
-def quantised(folder):
+def quantised(base):
     """The base in NF4 with a LoRA whose weights are far from zero."""
     torch.manual_seed(9)
-    model = committed_model(load_base(folder, "nf4", "f32"), PLAN)
-    for name, weight in model.lora.named_parameters():
+    model = committed_model(load_base(base, "nf4", "f32"), PLAN)
+    for name, weight in model.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     return model
 
 
 @pytest.fixture(scope="module")
-def trained(folder, quantised, tmp_path_factory) -> Path:
+def trained(base, quantised, tmp_path_factory) -> Path:
     """A training result, but for the training."""
     path = tmp_path_factory.mktemp("trained")
-    quantised.lora.save_pretrained(path / "adapter")
+    quantised.model.save_pretrained(path / "adapter")
     (path / "plan.json").write_text(PLAN.model_dump_json())
-    return quantised.commitment.save(path, base_hash(folder))
+    return quantised.commitment.save(path, base_hash(base))
 
 
 @pytest.fixture(scope="module")
-def exported(trained, folder, tmp_path_factory):
-    return exporting.export(trained, folder, tmp_path_factory.mktemp("export") / "export")
+def exported(trained, base, tmp_path_factory):
+    return exporting.export(trained, base, tmp_path_factory.mktemp("export") / "export")
 
 
 @pytest.fixture(scope="module")
-def reference(exported, folder):
-    return exporting.exact(exported.folder, folder)
+def reference(exported, base):
+    return exporting.exact(exported.folder, base)
+
+
+@pytest.fixture(scope="module")
+def gguf(exported) -> Path:
+    return exported.base
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +97,20 @@ def commitments(exported, quantised):
 # --- PyTorch and llama.cpp ------------------------------------------------------------------------
 
 
-def test_the_exported_files_have_the_logits_of_pytorch(native, reference, commitments):
-    logits = {}
+def test_the_exported_files_have_the_logits_of_pytorch(exported, reference, native, commitments):
+    logits, ids = [], torch.tensor([TOKENS])
     with Context(native, 1, 256) as context:
-        theirs = TorchContext(reference.lora, native, 1, 256)
-        for either in (context, theirs):
-            rows = []
-            for commitment in (None, *commitments):
-                either.clear()
-                either.commit(commitment)
-                rows.append(either.prefill({0: TOKENS}, "all")[0])
-            logits[either] = np.stack(rows)
-    assert np.abs(logits[context] - logits[theirs]).max() <= 2e-3
-    assert np.abs(np.diff(logits[theirs], axis=0)).max(axis=(1, 2)).min() > 2e-2  # all differ
+        for commitment in (None, *commitments):
+            context.clear()
+            context.commit(commitment)
+            ours = context.prefill({0: TOKENS}, "all")[0]
+            vector = torch.zeros(64) if commitment is None else torch.from_numpy(
+                commitment.strength * commitment.direction)
+            with torch.no_grad(), injected(reference.base, vector, PLAN.layers):
+                theirs = reference.base(ids).logits[0].numpy()
+            assert np.abs(ours - theirs).max() <= 2e-3
+            logits.append(theirs)
+    assert np.abs(np.diff(logits, axis=0)).max(axis=(1, 2)).min() > 2e-2  # all differ
 
 
 def test_hooks_in_the_quantised_model_inject_what_the_patch_injects(
@@ -130,7 +139,7 @@ def test_hooks_in_the_quantised_model_inject_what_the_patch_injects(
         return torch.stack(seen)  # [layers, tokens, width]
 
     quantised.train()  # in f32; in evaluation bitsandbytes may compute in bf16
-    added = outputs(quantised.lora, before=False) - outputs(quantised.lora, before=True)
+    added = outputs(quantised.base, before=False) - outputs(quantised.base, before=True)
     first, last = commitment.layers
     for layer, rows in enumerate(added):
         expected = addition if first <= layer <= last else torch.zeros(64)
@@ -140,64 +149,57 @@ def test_hooks_in_the_quantised_model_inject_what_the_patch_injects(
         context.commit(commitment)
         context.prefill({0: TOKENS}, "all")
         ours = context.residual_norms()
-    theirs = outputs(reference.lora, before=False).norm(dim=2).mean(dim=1)
+    theirs = outputs(reference.base, before=False).norm(dim=2).mean(dim=1)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
-def test_the_probes_agree_and_would_show_a_missing_adapter(exported, native, reference,
-                                                           commitments, items, material):
-    few = probes.Items(items.recall[:4], items.fork[:4])
-    theirs = Speech(TorchContext(reference.lora, native, 27, 256))
-    with Context(native, 27, 256) as context:
-        same = agreement(Speech(context), theirs, few, material.texts, commitments)
-    with Model(exported.base) as base, Context(base, 27, 256) as context:
-        other = agreement(Speech(context), theirs, few, material.texts, commitments)
-    assert same.logits <= 2e-3
-    assert same.greedy == (4, 4)
-    assert same.named == 1
-    assert same.yes_sum <= 1e-3
+def test_the_probes_agree_and_would_show_a_missing_adapter(exported, reference, base):
+    found = compare(exported, base, MATERIAL)
+    theirs = Reader(reference, Tokenizer(base / "tokenizer.model"))
+    with Model(exported.base) as plain, Context(plain, 1, 256) as context:
+        other = agreement(NativeReader(theirs, context), theirs, MATERIAL, "prior")
+    for same in found.values():
+        assert same.logits <= 2e-3
+        assert same.greedy == (4, 4)
+        assert same.named == 1
+        assert same.yes_sum <= 1e-3
     assert other.logits > 0.1
     assert other.greedy[0] < 4
     assert other.yes_sum > 1e-2
 
 
-def test_the_pytorch_context_does_what_the_engine_does(model, torch_model, context):
-    """Also when a commitment changes in the middle, behind forks and rewinds."""
-    one, other = (Commitment(v, 0.5, (0, 5)) for v in np.eye(64, dtype=np.float32)[:2] * 4)
-    rows = {}
-    for either in (context, TorchContext(torch_model, model, 27, 256)):
-        seen = [either.prefill({0: TOKENS[:9], 3: TOKENS[:4]}, "all")[3]]
-        either.commit(one)
-        seen.append(either.prefill({0: TOKENS[:20]}, "all")[0])
-        either.fork(0, [1, 2])
-        either.commit(other)
-        seen += either.decode({1: [270, 271], 2: [280], 3: [281, 282]}).values()
-        either.rewind(1, 12)
-        either.commit(None)
-        seen.append(either.decode({1: [290, 291]}, "all")[1])
-        rows[either] = np.concatenate(seen)
-        with pytest.raises(ValueError, match="window holds 256"):
-            either.decode({0: [1] * 250})
-    ours, theirs = rows.values()
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() <= 2e-3
+def test_a_latent_redrawn_every_turn_is_the_same_in_the_engine(native, reference, base):
+    """Also over whole texts, and without any z*."""
+    theirs = Reader(reference, Tokenizer(base / "tokenizer.model"))
+    prompts = [theirs.prompt(turns) for turns in MATERIAL.texts]
+    with Context(native, 1, 256) as context:
+        ours = NativeReader(theirs, context)
+        seen = []
+        for source in ("redrawn", "prior", "none"):
+            z = None if source == "none" else MATERIAL.latents(theirs, source, 1, len(prompts))
+            rows = [reader.log_probabilities(prompts, z) for reader in (ours, theirs)]
+            for a, b in zip(*rows, strict=True):
+                assert a.shape == b.shape
+                assert (a - b).abs().max() <= 2e-3
+            seen.append(rows[1][0])
+    assert all((a - b).abs().max() > 1e-2 for a, b in combinations(seen, 2))
 
 
-def test_merged_and_separate_adapters_are_the_same_function(exported, folder, reference, tmp_path):
+def test_merged_and_separate_adapters_are_the_same_function(exported, base, reference, tmp_path):
     merged = exporting.write_dequantised(
-        folder, PLAN, tmp_path / "merged", exported.folder / "adapter")
+        base, PLAN, tmp_path / "merged", exported.folder / "adapter")
     network = LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32)
     with torch.no_grad():
-        ours, theirs = (m(torch.tensor([TOKENS])).logits for m in (network, reference.lora))
+        ours, theirs = (m(torch.tensor([TOKENS])).logits for m in (network, reference.base))
     assert (ours - theirs).abs().max() <= 1e-4
-    assert (merged / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    assert (merged / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
 
 
 # --- reimport and refusals ------------------------------------------------------------------------
 
 
-def test_an_export_comes_back_whole(exported, folder, trained):
-    again = reimport(exported.folder, folder)
+def test_an_export_comes_back_whole(exported, base, trained):
+    again = reimport(exported.folder, base)
     before = VariationalCommitment.load(trained).state_dict()
     after = VariationalCommitment.load(again.folder).state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -205,9 +207,9 @@ def test_an_export_comes_back_whole(exported, folder, trained):
         trained / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_another_base_model_is_refused(exported, trained, folder, tmp_path):
+def test_another_base_model_is_refused(exported, trained, base, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(folder, other)
+    shutil.copytree(base, other)
     data = bytearray((other / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (other / "model.safetensors").write_bytes(data)
@@ -220,26 +222,26 @@ def test_another_base_model_is_refused(exported, trained, folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "base.gguf", "lora.gguf",
                                   "commitment.safetensors", "commitment.json", "export.json"])
-def test_truncated_and_missing_files_are_named(exported, folder, tmp_path, name):
+def test_truncated_and_missing_files_are_named(exported, base, tmp_path, name):
     copy = tmp_path / "copy"
     shutil.copytree(exported.folder, copy)
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=Path(name).name):
-        reimport(copy, folder)
+        reimport(copy, base)
     (copy / name).unlink()
     with pytest.raises(FileNotFoundError, match=Path(name).name):
-        reimport(copy, folder)
+        reimport(copy, base)
 
 
-def test_an_adapter_that_does_not_fit_is_refused(exported, folder, gguf, tmp_path):
+def test_an_adapter_that_does_not_fit_is_refused(exported, base, gguf, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(exported.lora.read_bytes()[:-100])
     for path in (cut, gguf):  # truncated, and a model in place of an adapter
         with pytest.raises(EngineError, match=f"cannot apply .*{path.name}"):
             Model(gguf, lora=path)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
-        convert.lora_to_gguf(tmp_path, folder, tmp_path / "lora.gguf")
+        convert.lora_to_gguf(tmp_path, base, tmp_path / "lora.gguf")
 
 
 # --- control vectors ------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 
+from lablog.commitment.export import exact
 from lablog.commitment.personas import (
     PERSONAS,
     PersonaConversations,
@@ -22,9 +24,9 @@ COLOURS = ("red", "blue", "green", "white", "black", "yellow")
 PLAN = Plan(
     k=4, strength=1.0, quantisation="nf4",
     lora=LoraSettings(r=4, alpha=8, dropout=0, targets="all-linear"),
-    schedule=Schedule(beta=0.1, warmup=4, annealing=4, free_bits=1),
+    schedule=Schedule(beta=0.1, warmup=1, annealing=1, free_bits=1),
     training=TrainingSettings(
-        steps=30, batch_size=8, learning_rate=1e-2, warmup_steps=2, schedule="cosine",
+        steps=3, batch_size=8, learning_rate=1e-2, warmup_steps=1, schedule="cosine",
         betas=(0.9, 0.98), weight_decay=0, precision="f32", threads=1, checkpoint_every=100,
         log_every=10))
 
@@ -45,8 +47,8 @@ def path(tmp_path):
     return path
 
 
-def test_the_loss_is_on_the_second_speaker_and_the_persona_in_the_prefix_only(folder, path):
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+def test_the_loss_is_on_the_second_speaker_and_the_persona_in_the_prefix_only(base, path):
+    tokenizer = Tokenizer(base / "tokenizer.model")
     dialogues = read_personas(path)
     data = PersonaConversations(dialogues, tokenizer, 0, 300, window=50)
     first = data.conversations[0]
@@ -62,26 +64,39 @@ def test_the_loss_is_on_the_second_speaker_and_the_persona_in_the_prefix_only(fo
     assert ids[:60] != ids[60:120]
 
 
-def test_what_cannot_be_learnt_from_is_refused(folder, path):
-    tokenizer, dialogues = Tokenizer(folder / "tokenizer.model"), read_personas(path)
+def test_what_cannot_be_learnt_from_is_refused(base, path):
+    tokenizer, dialogues = Tokenizer(base / "tokenizer.model"), read_personas(path)
     with pytest.raises(ValueError, match="says nothing in the first 4 tokens"):
         PersonaConversations(dialogues, tokenizer, 0, 1, window=4)
     with pytest.raises(ValueError, match=r"1 dialogue\(s\) in this split"):
         PersonaConversations(dialogues[:1], tokenizer, 0, 1, window=64)
 
 
-def test_the_gap_is_measured_on_personas_that_training_has_not_seen(folder, path, tmp_path):
-    result = measure_personas(path, [], folder, PLAN, tmp_path / "work", window=64)
-    held = sum(d.split == "held_out" for d in read_personas(path))
-    assert len(result.own) == len(result.without) == len(result.shuffled) == held
-    assert result.trained == 60 - held
-    print(result.own.mean(), result.without.mean(), result.shuffled.mean(), result.kl.mean())
+def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, path, tmp_path):
+    result = measure_personas(path, [], base, PLAN, tmp_path, window=64)
+    held = [d for d in read_personas(path) if d.split == "held_out"]
+    assert result.trained == 60 - len(held)
     assert (result.kl > 0).all()
+    assert np.abs(result.own - result.shuffled).max() > 1e-4  # z* reaches the decoder
+
+    network, tokenizer = exact(tmp_path / "personas-lora", base).base, Tokenizer(
+        base / "tokenizer.model")
+    for dialogue, reported in zip(held, result.without, strict=True):
+        ids, loss = [1], []
+        for turn in dialogue.turns:
+            head = tokenizer.encode(f"{turn.speaker}:")
+            line = tokenizer.encode(f"{turn.speaker}: {turn.text}\n")
+            loss += [at for at in range(len(ids) + len(head), len(ids) + len(line))
+                     if turn.speaker == "A"]
+            ids += line
+        with torch.no_grad():
+            rows = network(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = -np.mean([rows[at - 1, ids[at]].item() for at in loss])
+        assert reported == pytest.approx(expected, abs=1e-5)
+
     run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
     record_personas(run, result)
-    assert f"held-out dialogues {held}" in mandated(run.record(), [PERSONAS]).english
-    again = measure_personas(path, [], folder, PLAN, tmp_path / "work", window=64)
-    np.testing.assert_array_equal(again.own, result.own)
+    assert f"held-out dialogues {len(held)}" in mandated(run.record(), [PERSONAS]).english
 
 
 def test_no_file_is_reported_as_not_run(tmp_path):

@@ -3,98 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
+from torch import Tensor
 
 from lablog.commitment import probes
 from lablog.commitment.export import Export, exact
-from lablog.commitment.hooks import injected
-from lablog.commitment.probes import ANSWER_TOKENS, Items
-from lablog.commitment.window import Injection, Speech
+from lablog.commitment.reader import Prompt, Reader
+from lablog.commitment.trained import Probes
 from lablog.intervals import wilson
-from lablog.models.llama_cpp import Commitment, Context, Model, Tokens, generate
+from lablog.models.llama_cpp import Commitment, Context, Model, generate
 from lablog.record import Run
 from lablog.report import Section
-from lablog.text.dialogues import Turn
+from lablog.text.tokenizer import Tokenizer
 
 
-class TorchContext(Context):
-    """A :class:`Context` whose logits come from a PyTorch model, by forward hooks.
+class NativeReader(Reader):
+    """A :class:`Reader` whose words come from the patched llama.cpp, z* included.
 
-    Every token keeps the commitment under which it was decoded. There are no caches: each decode
-    evaluates sequences from their beginning. `network` is a transformers or peft model; `model`
-    is the engine's, for its vocabulary.
+    The PyTorch model serves the posterior alone. Prompts are read one by one, each under its own
+    commitment, which the engine is given as λ, a direction and a range of layers.
     """
 
-    def __init__(self, network: Any, model: Model, sequences: int, window: int) -> None:
-        self.network, self.model, self.sequences, self.window = network, model, sequences, window
-        self._handle = None
-        self._commitment: Commitment | None = None
-        self.clear()
+    def __init__(self, reference: Reader, context: Context) -> None:
+        super().__init__(reference.model, reference.tokenizer)
+        self.context = context
 
-    def commit(self, commitment: Commitment | None) -> None:
-        """Set the commitment for all tokens decoded from now on; None clears it."""
-        self._commitment = commitment
+    def _read(self, prompt: Prompt, z: Tensor | None, logits: Literal["last", "all"]) -> np.ndarray:
+        """Logits behind the last or every token; z [exchanges, k]."""
+        self.context.clear()
+        self.context.commit(None)
+        ids, rows, commitment = prompt.ids.tolist(), [], self.model.commitment
+        turns = prompt.exchange if z is None else prompt.exchange % len(z)
+        for turn, group in groupby(range(len(ids)), key=turns.__getitem__):
+            if z is not None:
+                assert commitment is not None
+                with torch.no_grad():
+                    direction = commitment.direction(z[turn]).numpy()
+                settings = commitment.settings
+                self.context.commit(Commitment(direction, settings.strength, settings.layers))
+            rows.append(self.context.decode({0: [ids[i] for i in group]}, logits)[0])
+        return np.concatenate(rows)
 
-    def clear(self) -> None:
-        """Empty all sequences; the commitment stays."""
-        self.tokens = [[] for _ in range(self.sequences)]
-        self._under: list[list[Commitment | None]] = [[] for _ in range(self.sequences)]
+    def logits(self, prompts: Sequence[Prompt], z: Tensor | None) -> Tensor:
+        """As :meth:`Reader.logits`."""
+        rows = [self._read(prompt, None if z is None else z[i], "last")[-1]
+                for i, prompt in enumerate(prompts)]
+        return torch.from_numpy(np.stack(rows))
 
-    def fork(self, source: int, targets: Sequence[int]) -> None:
-        """Make `targets` copies of sequence `source`."""
-        for target in targets:
-            self.tokens[target] = list(self.tokens[source])
-            self._under[target] = list(self._under[source])
+    def log_probabilities(self, prompts: Sequence[Prompt], z: Tensor | None) -> list[Tensor]:
+        """As :meth:`Reader.log_probabilities`."""
+        return [torch.from_numpy(self._read(prompt, None if z is None else z[i], "all")[:-1])
+                .log_softmax(-1) for i, prompt in enumerate(prompts)]
 
-    def rewind(self, sequence: int, length: int) -> None:
-        """Forget all tokens of a sequence from position `length` on."""
-        del self.tokens[sequence][length:]
-        del self._under[sequence][length:]
-
-    @torch.inference_mode()
-    def decode(self, additions: Mapping[int, Tokens],
-               logits: Literal["last", "all"] = "last") -> dict[int, np.ndarray]:
-        """As :meth:`Context.decode`."""
-        additions = {sequence: list(new) for sequence, new in additions.items() if len(new)}
-        if not additions:
-            return {}
-        longest = max(len(self.tokens[s]) + len(new) for s, new in additions.items())
-        if longest > self.window:
-            raise ValueError(f"a sequence would hold {longest} tokens; the window holds "
-                             f"{self.window}")
-        for sequence, new in additions.items():
-            self.tokens[sequence] += new
-            self._under[sequence] += [self._commitment] * len(new)
-        ids = torch.stack([
-            pad(torch.tensor(self.tokens[s]), (0, longest - len(self.tokens[s]))) for s in additions
-        ]).to(self.network.device)
-        with ExitStack() as stack:
-            for commitment in {id(c): c for s in additions for c in self._under[s]}.values():
-                if commitment is not None:
-                    held = [[c is commitment for c in self._under[s]] for s in additions]
-                    mask = torch.tensor([row + [False] * (longest - len(row)) for row in held])
-                    vector = commitment.strength * torch.from_numpy(commitment.direction)
-                    stack.enter_context(
-                        injected(self.network, mask[..., None] * vector, commitment.layers))
-            rows = self.network(input_ids=ids, use_cache=False).logits.float().cpu().numpy()
-        kept = {s: len(new) if logits == "all" else 1 for s, new in additions.items()}
-        return {s: row[len(self.tokens[s]) - kept[s] : len(self.tokens[s])]
-                for (s, row) in zip(additions, rows, strict=True)}
+    def answers(self, prompts: Sequence[Prompt], z: Tensor | None, tokens: int,
+                uniforms: np.ndarray | None = None) -> list[str]:
+        """As :meth:`Reader.answers`."""
+        texts = []
+        for i, prompt in enumerate(prompts):
+            last = {0: self._read(prompt, None if z is None else z[i], "last")}
+            dice = None if uniforms is None else {0: uniforms[i]}
+            written = generate(self.context, last, tokens, frozenset({self.newline}), dice)
+            texts.append(self.tokenizer.decode(written[0]).strip())
+        return texts
 
 
 @dataclass(frozen=True)
 class Agreement:
     """What the engine (``native``) and PyTorch (``reference``) make of the same conversations."""
 
-    logits: float  # largest absolute difference of a logit
-    greedy: tuple[int, int]  # greedy answers that are equal token for token, of how many
+    logits: float  # largest absolute difference of a logit, behind "is it X?"
+    greedy: tuple[int, int]  # greedy answers that are the same text, of how many
     recall: tuple[probes.RecallResult, probes.RecallResult]  # native, reference
     fork: tuple[probes.ForkResult, probes.ForkResult]  # native, reference
 
@@ -110,83 +94,34 @@ class Agreement:
         return float((native == reference).mean())
 
 
-def agreement(native: Speech, reference: Speech, items: Items, texts: Sequence[Sequence[Turn]],
-              commitments: Sequence[Commitment]) -> Agreement:
-    """Run the probes and read `texts` on both; item i is under ``commitments[i % n]``."""
-    count = len(commitments)
-    groups = [slice(start, None, count) for start in range(min(count, len(items.recall)))]
-    sides = []
-    for speech in (native, reference):
-        recall, fork, rows, answers = [], [], [], []
-        for commitment, group in zip(commitments, groups, strict=False):
-            injection = Injection((commitment,))
-            recall.append(probes.run_recall(speech, items.recall[group], injection))
-            fork.append(probes.run_fork(speech, items.fork[group], injection))
-            answers += _greedy(speech, items.recall[group], injection)
-            rows += _logits(speech, texts[group], injection)
-        sides.append((recall, fork, answers, rows))
-    (recall, fork, answers, rows), (recall_, fork_, answers_, rows_) = sides
+def agreement(native: Reader, reference: Reader, material: Probes,
+              source: Literal["prior", "prefix", "redrawn"]) -> Agreement:
+    """Run the probes on both, each conversation under a z* of its own, the same on both."""
+    recall, fork = material.items.recall, material.items.fork
+    z = material.latents(reference, source, 2, len(fork), [[item.note] for item in fork])
+    forks = [(i, [*item.opening, guess]) for i, item in enumerate(fork) for guess in item.guesses]
+    owner, asked = [i for i, _ in forks], [reference.prompt(turns, "") for _, turns in forks]
+    again = [reference.prompt([*i.distractors, i.requestion], "", first=1) for i in recall]
+    assert z is not None
+    rows = [reader.logits(asked, z[owner]) for reader in (native, reference)]
+    said = [reader.answers(again, z, probes.ANSWER_TOKENS) for reader in (native, reference)]
     return Agreement(
-        max(float(np.abs(a - b).max()) for a, b in zip(rows, rows_, strict=True)),
-        (sum(a == b for a, b in zip(answers, answers_, strict=True)), len(answers)),
-        (_joined(recall), _joined(recall_)), (_joined(fork), _joined(fork_)),
+        float((rows[0] - rows[1]).abs().max()),
+        (sum(a == b for a, b in zip(*said, strict=True)), len(again)),
+        (material.recall(native, source), material.recall(reference, source)),
+        (material.fork(native, source), material.fork(reference, source)),
     )
 
 
-def _greedy(speech: Speech, items: Sequence[probes.RecallItem],
-            injection: Injection) -> list[list[int]]:
-    """Tokens of the greedy answer to each item's question, asked behind its distractors."""
-    answers: list[list[int]] = []
-    for begin in range(0, len(items), speech.context.sequences):
-        group = items[begin : begin + speech.context.sequences]
-        speech.context.clear()
-        injection.turn(speech.context, 0)
-        told = {i: speech.prompt([*item.distractors, item.question])
-                for i, item in enumerate(group)}
-        written = generate(speech.context, speech.context.prefill(told), ANSWER_TOKENS,
-                           speech.model.stops())
-        answers += written.values()
-    return answers
-
-
-def _logits(speech: Speech, texts: Sequence[Sequence[Turn]],
-            injection: Injection) -> list[np.ndarray]:
-    """Logits behind every token of each text, one text at a time."""
-    rows: list[np.ndarray] = []
-    for text in texts:
-        speech.context.clear()
-        injection.turn(speech.context, 0)
-        rows += speech.context.prefill({0: speech.history(text)}, "all").values()
-    return rows
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """Results of one kind as one, item behind item."""
-    return type(parts[0])(*(np.concatenate([getattr(part, f.name) for part in parts])
-                            for f in fields(parts[0])))
-
-
-def compare(exported: Export, base: Path, items: Items, texts: Sequence[Sequence[Turn]],
-            draws: int, seed: int, window: int = 256) -> dict[str, Agreement]:
-    """Both engines under `draws` commitments from the ``prior``, and from as many ``prefix``es.
-
-    The prefixes are the private lines of the first forked choices, read by the posterior, whose
-    mean is injected. PyTorch evaluates what is exported (dequantised, f32), one thread each.
-    """
-    reference, sequences = exact(exported.folder, base), 1 + max(len(i.values) for i in items.fork)
-    commitment = reference.commitment
-    assert commitment is not None
+def compare(exported: Export, base: Path, material: Probes,
+            window: int = 512) -> dict[str, Agreement]:
+    """Exported files in llama.cpp against `exact` in PyTorch: z* from the ``prior``, ``prefix``."""
+    reference = Reader(exact(exported.folder, base), Tokenizer(base / "tokenizer.model"))
     with (Model(exported.base, lora=exported.lora) as model,
-          Context(model, 4 * sequences, window) as context):
-        native = Speech(context)
-        theirs = Speech(TorchContext(reference.lora, model, 4 * sequences, window))
-        latents = {"prior": commitment.prior(draws, torch.Generator().manual_seed(seed))}
-        with torch.no_grad():
-            read = [torch.tensor([native.history([item.note])]) for item in items.fork[:draws]]
-            posteriors = [reference.posterior(ids, torch.ones_like(ids)) for ids in read]
-        latents["prefix"] = torch.cat([p.sample(torch.zeros_like(p.mean)) for p in posteriors])
-        return {name: agreement(native, theirs, items, texts, exported.injected(z))
-                for name, z in latents.items()}
+          Context(model, 1, window) as context):
+        native = NativeReader(reference, context)
+        return {"prior": agreement(native, reference, material, "prior"),
+                "prefix": agreement(native, reference, material, "prefix")}
 
 
 def record_agreement(run: Run, found: Mapping[str, Agreement]) -> None:

@@ -28,7 +28,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lablog.commitment.qlora import CommittedModel, Plan, base_hash, load_base
-from lablog.commitment.variational import CommitmentSettings, VariationalCommitment
+from lablog.commitment.variational import (
+    SETTINGS,
+    WEIGHTS,
+    CommitmentSettings,
+    VariationalCommitment,
+)
 from lablog.files import atomic_folder, atomic_write, sha256
 from lablog.models import convert
 from lablog.models.llama_cpp import Commitment, check_gguf
@@ -62,10 +67,9 @@ class Export:
 
 def exact(trained: Path, base: Path) -> CommittedModel:
     """A training result or an export in PyTorch, f32: `base` dequantised, and what was trained."""
-    lora: Any = PeftModel.from_pretrained(dequantised(base, _plan(trained)), trained / "adapter")
-    committed = (trained / "commitment.json").is_file()
-    commitment = VariationalCommitment.load(trained) if committed else None
-    return CommittedModel(lora, commitment).eval()
+    adapted: Any = PeftModel.from_pretrained(dequantised(base, _plan(trained)), trained / "adapter")
+    commitment = VariationalCommitment.load(trained) if (trained / SETTINGS).is_file() else None
+    return CommittedModel(adapted, commitment).eval()
 
 
 def _plan(trained: Path) -> Plan:
@@ -79,7 +83,7 @@ def export(trained: Path, base: Path, output: Path) -> Export:
     """
     settings = _settings(trained, base)
     with atomic_folder(output) as room, tempfile.TemporaryDirectory(dir=room.parent) as scratch:
-        for name in ("commitment.json", "commitment.safetensors", "plan.json"):
+        for name in (SETTINGS, WEIGHTS, "plan.json"):
             shutil.copyfile(trained / name, room / name)
         shutil.copytree(trained / "adapter", room / "adapter")
         folder = write_dequantised(base, _plan(trained), Path(scratch) / "base")

@@ -103,8 +103,9 @@ def _likelihoods(model: CommittedModel, held: Sequence[Conversation],
                  seed: int) -> tuple[np.ndarray, np.ndarray]:
     """NLL per token and KL of each conversation, under one z* from its posterior."""
     torch.manual_seed(seed)
-    parts = [model(**collate([c])) for c in held]
-    return (np.array([p["lm"].item() for p in parts]),
+    parts = [model(**collate([c])) for c in held]  # loss summed over the tokens
+    tokens = [c.forks.weights.sum() for c in held]
+    return (np.array([p["lm"].item() for p in parts]) / tokens,
             np.array([p["kl"].item() if "kl" in p else 0.0 for p in parts]))
 
 
