@@ -29,6 +29,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from lablog.commitment.conversations import Conversation, collate
 from lablog.commitment.hooks import injected
@@ -114,6 +115,7 @@ def load_base(folder: Path, quantisation: Quantisation, precision: Literal["f32"
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map=None if cpu else "auto", use_safetensors=True, **options
     )
@@ -197,12 +199,16 @@ class CommitmentTrainer(GuardedTrainer):
                      num_items_in_batch: Any = None) -> Any:
         beta = self.schedule.at(self.state.global_step)
         parts = model(**inputs, beta=beta, free_bits=self.schedule.free_bits)
-        self.seen.append({n: v.detach() for n, v in parts.items() if n != "loss"})
+        tokens = inputs["mask"].sum() + inputs["prefix_mask"].sum()
+        self.seen.append(
+            {"tokens": tokens} | {n: part.detach() for n, part in parts.items() if n != "loss"}
+        )
         return (parts["loss"], parts) if return_outputs else parts["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.seen and "loss" in logs:
-            for name in self.seen[0].keys() & {"lm", "kl"}:
+            logs["tokens"] = int(sum(parts["tokens"] for parts in self.seen))
+            for name in ("lm", "kl") if "kl" in self.seen[0] else ("lm",):
                 logs[name] = torch.stack([parts[name] for parts in self.seen]).mean().item()
             if "means" in self.seen[0]:
                 means = torch.cat([parts["means"] for parts in self.seen])

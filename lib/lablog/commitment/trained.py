@@ -9,10 +9,12 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
     Quantisation,
+    base_hash,
     load_base,
     load_committed,
     train_commitment,
@@ -30,11 +33,14 @@ from lablog.commitment.qlora import (
 from lablog.commitment.reader import Prompt, Reader
 from lablog.commitment.variational import VariationalCommitment
 from lablog.determinism import seed_everything
+from lablog.files import sha256_of
+from lablog.models.training import key_of
 from lablog.progress import progress
 from lablog.text.dialogues import Draw, Split, Turn, generate, load_settings
 from lablog.text.tokenizer import Tokenizer
 
 Source = Literal["none", "prefix", "prior", "redrawn", "text"]
+CODE = ("conversations", "hooks", "qlora", "variational")  # on which the weights depend
 EXCHANGES = 16  # more than a dialogue has
 
 
@@ -271,3 +277,30 @@ def in_processes(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], wo
         for future in futures:
             future.add_done_callback(lambda _: bar.update())
         return [future.result() for future in futures]
+
+
+def study(base: Path, plan: Plan, data: dict[str, Any], seeds: Sequence[int], artifacts: Path,
+          size: tuple[int, int, int], workers: int) -> tuple[pd.DataFrame, dict[int, Path]]:
+    """Train z* and its control for every seed, measure every arm; rows, and the trained folders.
+
+    Trained folders lie in `artifacts` under the digest of all that decides them and are reused.
+    """
+    here = Path(__file__).parent
+    code = sha256_of([here / f"{name}.py" for name in CODE], here)
+    calls, folders = [], {}
+    for seed in seeds:
+        for model, k in (("commitment", plan.k), ("lora", 0)):
+            training = plan.training.model_copy(update={"seed": seed})
+            mine = plan.model_copy(update={"k": k, "training": training})
+            key = key_of(mine.model_dump(), data, base_hash(base), code,
+                         [version(name) for name in ("torch", "transformers", "peft")])
+            folders[seed, model] = artifacts / f"qlora-{model}-{seed}-{key}"
+            calls.append((train_seed, (base, mine, data, folders[seed, model])))
+    in_processes(calls, workers, "training")
+    measured = [
+        (measure, (name, base, {m: folders[seed, m] for m in ("commitment", "lora")},
+                   plan.quantisation, seed, size))
+        for name, arm in ARMS.items() for seed in (seeds if arm.model != "base" else seeds[:1])
+    ]
+    rows = pd.DataFrame(in_processes(measured, workers, "probes"))
+    return rows, {seed: folders[seed, "commitment"] for seed in seeds}
