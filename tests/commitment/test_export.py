@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -259,10 +260,19 @@ def test_a_control_vector_comes_back(tmp_path_factory, first, more, strength, se
     np.testing.assert_array_equal(again.direction, np.float32(strength) * direction)
 
 
-def test_layer_0_does_not_fit_into_a_control_vector(tmp_path):
+def test_a_trained_commitment_fits_into_a_control_vector_but_for_layer_0(exported, tmp_path):
+    path, z = tmp_path / "z.gguf", torch.ones(8) / 8**0.5
     with pytest.raises(ValueError, match="cannot touch layer 0; train with layers from 1 on"):
-        write_control_vector(tmp_path / "z.gguf", Commitment(np.ones(4), 1.0, (0, 2)), "llama")
-    assert not list(tmp_path.iterdir())
+        exported.control_vector(z, path)
+    assert not path.exists()
+    above = replace(exported, settings=exported.settings.model_copy(update={"layers": (1, 4)}))
+    held = read_control_vector(above.control_vector(z, path))
+    (commitment,) = above.injected(z[None])
+    assert held.layers == (1, 4)
+    np.testing.assert_array_equal(held.direction, np.float32(0.5) * commitment.direction)
+    fields = gguf_format.GGUFReader(path).fields
+    assert fields["controlvector.model_hint"].contents() == "llama"
+    assert fields["controlvector.layer_count"].contents() == 4
 
 
 def test_damaged_and_foreign_control_vectors_are_refused(tmp_path, gguf):

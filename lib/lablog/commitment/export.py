@@ -64,6 +64,11 @@ class Export:
             directions = VariationalCommitment.load(self.folder).direction(z).numpy()
         return [Commitment(row, self.settings.strength, self.settings.layers) for row in directions]
 
+    def control_vector(self, z: torch.Tensor, path: Path) -> Path:
+        """One sampled commitment z* [k] as a control vector for any llama.cpp."""
+        kind = gguf.GGUFReader(self.lora).fields["general.architecture"].contents()
+        return write_control_vector(path, self.injected(z[None])[0], kind)
+
 
 def exact(trained: Path, base: Path) -> CommittedModel:
     """A training result or an export in PyTorch, f32: `base` dequantised, and what was trained."""
