@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lablog.commitment import latent, probes
-from lablog.commitment.conversations import Conversations, collate
+from lablog.commitment.conversations import Conversation, Conversations, collate
 from lablog.commitment.qlora import (
     ACTIVE,
     CommittedModel,
@@ -69,19 +70,21 @@ ARMS = {
 }
 
 
-def training_data(base: Path, seed: int, plan: Plan, data: dict[str, Any],
-                  split: Split = "train",
-                  count: int | None = None) -> Conversations:
-    """The conversations of one seed; `data` are further arguments of `Conversations`."""
+def training_data(base: Path, seed: int, plan: Plan, data: str, split: Split = "train",
+                  count: int | None = None) -> Dataset[Conversation]:
+    """The conversations of one seed, as many as the plan sees: ``dialogues``, or chats."""
     batch = plan.training.batch_size
-    return Conversations(load_settings(), Tokenizer(base / "tokenizer.model"), seed,
-                         count or plan.training.steps * batch, batch, split=split, **data)
+    return Conversations(
+        load_settings(), Tokenizer(base / "tokenizer.model"), seed,
+        count or plan.training.steps * batch, batch, split=split, word_weight=0.02, guesses=6,
+        recall_share=0.34,
+    )
 
 
-def train_seed(base: Path, plan: Plan, data: dict[str, Any], output: Path) -> Path:
+def train_seed(base: Path, plan: Plan, data: str, output: Path) -> Path:
     """Train one arm on its own seed's conversations."""
     dataset = training_data(base, plan.training.seed, plan, data)
-    return train_commitment(base, dataset, plan, output, repr(sorted(data.items())))
+    return train_commitment(base, dataset, plan, output, data)
 
 
 class Probes:
@@ -194,13 +197,14 @@ def choices(reader: Reader, draws: int, seed: int) -> tuple[Tensor, np.ndarray]:
 
 
 @torch.inference_mode()
-def diagnose(model: CommittedModel, dataset: Conversations) -> dict[str, Any]:
+def diagnose(model: CommittedModel, dataset: Dataset[Conversation], batch: int) -> dict[str, Any]:
     """KL per dimension, active units, and the LM loss (nats per conversation) under the true z*,
     z* of another conversation of the batch, and none; on `dataset`."""
     losses: dict[str, list[float]] = {"true": [], "shuffled": [], "zero": []}
     kls, means = [], []
-    for begin in range(0, len(dataset), dataset.batch):
-        inputs = collate([dataset[i] for i in range(begin, begin + dataset.batch)])
+    size: int = len(dataset)  # type: ignore[arg-type]  # Dataset does not say that it is sized
+    for begin in range(0, size, batch):
+        inputs = collate([dataset[i] for i in range(begin, begin + batch)])
         posterior = model.posterior(inputs["prefix_ids"], inputs["prefix_mask"])
         z = posterior.sample(torch.randn(
             posterior.mean.shape, generator=torch.Generator().manual_seed(begin)))
@@ -279,7 +283,7 @@ def in_processes(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], wo
         return [future.result() for future in futures]
 
 
-def study(base: Path, plan: Plan, data: dict[str, Any], seeds: Sequence[int], artifacts: Path,
+def study(base: Path, plan: Plan, data: str, seeds: Sequence[int], artifacts: Path,
           size: tuple[int, int, int], workers: int) -> tuple[pd.DataFrame, dict[int, Path]]:
     """Train z* and its control for every seed, measure every arm; rows, and the trained folders.
 

@@ -16,8 +16,8 @@ from lablog.commitment.qlora import load_base
 from lablog.commitment.trained import ARMS
 from lablog.figures import COLOURS, GREY, MARKERS
 from lablog.intervals import over_seeds, wilson
-from lablog.record import Run
-from lablog.report import Section
+from lablog.record import Record, Run
+from lablog.report import Section, format_metric
 from lablog.text.dialogues import load_settings
 
 Drawn = tuple[Figure, pd.DataFrame]
@@ -110,7 +110,7 @@ _COLUMNS = ("recall {KEY.recall}, after eviction {KEY.eviction}, forked choice {
             "Σ P(yes) {KEY.yes_sum}, held-out perplexity {KEY.perplexity}, KL to the base "
             "{KEY.kl_base}",
             "想起 {KEY.recall}, 窓外 {KEY.eviction}, 分岐選択の一致 {KEY.same_choice}, "
-            "Σ P(yes) {KEY.yes_sum}, パープレキシティ {KEY.perplexity}, 元モデルへのKL {KEY.kl_base}")
+            "Σ P(yes) {KEY.yes_sum}, パープレキシティ {KEY.perplexity}, 元へのKL {KEY.kl_base}")
 _JAPANESE = ("元のモデル", "z*なしのLoRA", "未学習の乱数z*", "接頭部からの学習済みz*",
              "事前分布からの学習済みz*", "毎ターン引き直すz*", "すべて窓内")
 
@@ -224,3 +224,38 @@ def latent_use(kl: Sequence[float], named: np.ndarray) -> Drawn:
         for value, share in zip(values, row, strict=True)
     ])
     return figure, data
+
+
+def findings(record: Record) -> str:
+    """The chapter's findings in words; every number and every comparison is the record's."""
+    def value(name: str) -> float:
+        return float(record.metric(name).value or 0)
+
+    def shown(name: str) -> str:
+        return format_metric(record.metric(name))
+
+    def beside(name: str, low: float, high: float) -> str:
+        inside = low <= value(name) <= high
+        return f"{shown(name)} ({'inside' if inside else 'outside'} {low:g} to {high:g})"
+
+    active = value("training.active_units")
+    lines = [
+        "The log believed that this training needs an NVIDIA GPU. It ran on "
+        f"{record.machine.device} ({record.machine.cpu}), "
+        f"{value('training.steps'):.0f} steps a run.",
+        f"Collapse: {format_metric(record.metric('training.collapsed'), 'counts')} runs; the "
+        f"posterior carries {shown('latent.kl')} in {active:.0f} active units, and the wrong z* "
+        f"costs {shown('latent.nll_gap_shuffled')} per conversation.",
+        "Forked choice, z* from the prior, same X in both forms: "
+        f"{beside('prior.same_choice', 0.9, 1)}; without z* {shown('lora.same_choice')}; redrawn "
+        f"every turn {shown('redrawn.same_choice')}.",
+        f"Σ P(yes) from the prior: {beside('prior.yes_sum', 0.8, 1.25)}; the base has "
+        f"{shown('base.yes_sum')}. Choices reached: {beside('prior.reached', 0.8, 1)}.",
+        f"Recall after eviction, z* from the evicted prefix: {beside('prefix.eviction', 0.9, 1)}; "
+        f"without z* {beside('lora.eviction_over_chance', 0, 2)} times chance; with everything in "
+        f"the window {shown('window.eviction')}.",
+        "Held-out perplexity over the control without z*: "
+        f"{beside('prefix.perplexity_over_lora', 0, 1.05)} with z* from the prefix, "
+        f"{beside('prior.perplexity_over_lora', 0, 1.05)} from the prior.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)

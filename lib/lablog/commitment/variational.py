@@ -67,8 +67,9 @@ class Posterior:
 class VariationalCommitment(nn.Module):
     """The variational head (h [d] → μ, log σ² [k]) and the projection W_c [d, k], float32.
 
-    W_c begins with variance 2/(d + k) (A1), the head small and sure of itself (σ = e^-1 of the
-    prior's), so that training can begin with a latent that carries something.
+    W_c begins with variance 2/(d + k) (A1). μ begins as its transpose, so that head and projection
+    together already pass on what the hidden state holds, as an autoencoder with tied weights; σ
+    as e^-1 of the prior's.
     """
 
     def __init__(self, settings: CommitmentSettings) -> None:
@@ -78,7 +79,9 @@ class VariationalCommitment(nn.Module):
         self.projection = nn.Parameter(torch.empty(settings.width, settings.k))
         with torch.no_grad():
             nn.init.xavier_normal_(self.projection)
-            nn.init.normal_(self.head.weight, std=0.5 / math.sqrt(settings.width))
+            self.head.weight.zero_()
+            scale = 0.5 / math.sqrt(settings.width) / self.projection.std()
+            self.head.weight[: settings.k] = scale * self.projection.T
             self.head.bias.zero_()
             self.head.bias[settings.k :] = -2.0
 
