@@ -44,11 +44,16 @@ item_seed: int = 0  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
 texts: int = 8  # held-out dialogues to read
 draws: int = 48  # z* from the prior, for the pictures
+native_items: int = 4  # probes of each family that llama.cpp repeats
+personas: str = ""  # CSV of dialogues with personas to train on too; empty: not run
+personas_leave_out: list[int] = []  # rows of that file to ignore, the header being row 1
 workers: int = 2  # processes that train and measure at a time, one thread each
 
 # %%
 from lablog import figures, record
-from lablog.commitment import trained, training_results as results
+from lablog.commitment import agreement, export, trained
+from lablog.commitment import training_results as results
+from lablog.commitment.personas import PERSONAS, record_personas
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.commitment.reader import Reader
 from lablog.models import source, training
@@ -193,6 +198,53 @@ run.figure("latent_space", *results.latent_space(z.numpy(), named[0], "color"),
            "the value that each leads the model to name.")
 
 # %% [markdown]
+# ## The same in llama.cpp
+#
+# What was trained is exported: adapter, head and $W_c$ as safetensors; the base as training saw
+# it, dequantised, and the adapter as GGUF. The export is read back, with the hash of every file
+# and of the base compared, and the patched llama.cpp repeats the probes under the same $z^*$. It
+# is given $\lambda$, $W_c z^*$ and the layers, and adds the vector by itself.
+#
+# Two things are compared. *Numbers*: the largest difference of any logit behind "is it X?", and
+# of $\sum_X P(\text{yes})$. *Behaviour*: the share of greedy answers that are the same text, the
+# share of answers that name the same value, and the probes themselves. PyTorch computes with the
+# dequantised weights in f32 here, because that is the function which was trained: evaluated in
+# 4 bits, `bitsandbytes` multiplies in bf16 on some CPUs, whatever was asked for.
+
+# %%
+exports = run.artifacts / f"{folders[seeds[0]].name}-export"
+with run.stage("export"):
+    export.export(folders[seeds[0]], base, exports)
+    exported = export.reimport(exports, base)
+with run.stage("llama.cpp"):
+    asked = trained.Probes(item_seed, native_items, 0)
+    agreement.record_agreement(run, agreement.compare(exported, base, asked))
+run.metrics_table("native")
+
+# %% [markdown]
+# An unpatched llama.cpp can hold a sampled commitment too, as a control vector, if the layers that
+# receive it begin at 1: the format has no place for layer 0.
+
+# %%
+try:
+    print(exported.control_vector(z[0], exports.with_suffix(".control.gguf")).name)
+except ValueError as refusal:
+    print(refusal)
+
+# %% [markdown]
+# ## Personas from a file
+#
+# The same training takes real dialogues between people who were given personas, from a CSV file in
+# the layout of Synthetic-Persona-Chat. The second speaker's persona is the prefix, the dialogue
+# what follows, and one persona in five is held out. If $z^*$ carries something of a persona that
+# training never saw, the held-out dialogues are likelier under it than under the adapter trained
+# without $z^*$, and less likely under the $z^*$ of somebody else.
+
+# %%
+record_personas(run, personas, personas_leave_out, base, plan, 512)
+run.metrics_table("personas")
+
+# %% [markdown]
 # ## Findings
 #
 # In words, from the record:
@@ -204,7 +256,7 @@ print(results.findings(run.record()))
 # ## Report
 
 # %%
-run.finish(results.TRAINED)
+run.finish((*results.TRAINED, *agreement.NATIVE, PERSONAS))
 
 # %% [markdown]
 # ## What this does not show
@@ -215,5 +267,8 @@ run.finish(results.TRAINED)
 #   neither is certain of it. Σ P(yes) and the picture above tell how decided a draw is.
 # - A draw from the prior may contradict a text that already states another value; the held-out
 #   perplexity under the prior shows what that costs.
-# - The default model is small and knows one kind of talk. The profile `full` trains the log's
+# - Agreement of llama.cpp with PyTorch says that the exported files hold what was trained, not that
+#   a quantised GGUF of them, which most people would run, behaves the same.
+# - The default model is small and knows one kind of talk. On personas it starts from near nothing:
+#   its tokenizer spells most words of real dialogues in pieces. The profile `full` trains the log's
 #   configuration on Llama-2-7B-Chat, which needs a GPU of 24 GB for its size, not for its method.

@@ -1,6 +1,7 @@
 """Dialogues with personas as conversations: what is learnt from, what is held out, and the gap."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -79,8 +80,9 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
     assert (result.kl > 0).all()
     assert np.abs(result.own - result.shuffled).max() > 1e-4  # z* reaches the decoder
 
-    network, tokenizer = exact(tmp_path / "personas-lora", base).base, Tokenizer(
-        base / "tokenizer.model")
+    (control,) = (plan.parent for plan in tmp_path.glob("personas-*/plan.json")
+                  if json.loads(plan.read_text())["k"] == 0)
+    network, tokenizer = exact(control, base).base, Tokenizer(base / "tokenizer.model")
     for dialogue, reported in zip(held, result.without, strict=True):
         ids, loss = [1], []
         for turn in dialogue.turns:
@@ -94,14 +96,16 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
         expected = -np.mean([rows[at - 1, ids[at]].item() for at in loss])
         assert reported == pytest.approx(expected, abs=1e-5)
 
-    run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
-    record_personas(run, result)
+    run = Run("03_trained_commitment", "smoke", tmp_path, tmp_path, {})
+    record_personas(run, str(path), [], base, PLAN, 64)  # trained above
+    assert run.record().metric("personas.gap").value == pytest.approx(
+        np.mean(result.without) - np.mean(result.own))
     assert f"held-out dialogues {len(held)}" in mandated(run.record(), [PERSONAS]).english
 
 
 def test_no_file_is_reported_as_not_run(tmp_path):
-    run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
-    record_personas(run, None)
+    run = Run("03_trained_commitment", "smoke", tmp_path, tmp_path, {})
+    record_personas(run, "", [], tmp_path, PLAN, 64)
     report = mandated(run.record(), [PERSONAS])
     assert "undefined (not run: personas is empty)" in report.english
     assert "未学習の対話 0" in report.japanese

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 
 from lablog.commitment.conversations import Conversation, Conversations, collate, conversation
 from lablog.commitment.export import exact
-from lablog.commitment.qlora import CommittedModel, Plan, train_commitment
-from lablog.files import sha256
+from lablog.commitment.qlora import CommittedModel, Plan, base_hash, train_commitment
+from lablog.files import repository, sha256
 from lablog.intervals import over_seeds
+from lablog.models.training import key_of
 from lablog.record import Run
 from lablog.report import Section
 from lablog.text.datasets import Item
@@ -85,11 +86,14 @@ def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Pla
     count = plan.training.steps * plan.training.batch_size * plan.training.gradient_accumulation
     split = [PersonaConversations([d for d in dialogues if d.split == name], tokenizer, seed,
                                   count, window) for name in ("train", "held_out")]
-    key = f"{sha256(path)} {sorted(leave_out)} {window}"
-    with_z, without = (
-        exact(train_commitment(base, split[0], chosen, artifacts / name, key), base)
-        for name, chosen in (("personas", plan),
-                             ("personas-lora", plan.model_copy(update={"k": 0}))))
+    data = key_of(sha256(path), sorted(leave_out), window)
+
+    def train(chosen: Plan) -> CommittedModel:
+        name = key_of(chosen.model_dump(), base_hash(base), data)
+        folder = artifacts / f"personas-{name}"
+        return exact(train_commitment(base, split[0], chosen, folder, data), base)
+
+    with_z, without = train(plan), train(plan.model_copy(update={"k": 0}))
     held = split[1].conversations
     moved = [replace(c, prefix=other.prefix)
              for c, other in zip(held, held[1:] + held[:1], strict=True)]
@@ -109,8 +113,18 @@ def _likelihoods(model: CommittedModel, held: Sequence[Conversation],
             np.array([p["kl"].item() if "kl" in p else 0.0 for p in parts]))
 
 
-def record_personas(run: Run, result: PersonaResult | None) -> None:
-    """Add ``personas.<measure>``, undefined if there was no file to read (None)."""
+def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path, plan: Plan,
+                    window: int) -> None:
+    """Measure `file` (told from the root of the clone) and add ``personas.<measure>``.
+
+    Without a file the measures are undefined, and say that nothing ran.
+    """
+    result = None
+    if file:
+        path = repository() / Path(file).expanduser()
+        with run.stage("personas"):
+            result = measure_personas(path, leave_out, base, plan, run.artifacts, window)
+        run.file(path)
     run.metric("personas.held_out", len(result.own) if result else 0, "count")
     run.metric("personas.trained", result.trained if result else 0, "count")
     measures = {} if result is None else {
