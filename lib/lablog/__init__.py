@@ -1,6 +1,13 @@
 """Functions that the notebooks of the executable lab log call."""
 
+import logging
 import warnings
 
 # Bars are text, in the terminal, in papermill's log and in the book; no widgets are missed.
 warnings.filterwarnings("ignore", message="IProgress not found")
+
+# On CPUs with bfloat16 bitsandbytes offers, at import, to fetch a compiled kernel from the Hub. The
+# project loads no code from there; the kernels inside the package do the work.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "kernels-community" not in record.getMessage()
+)

@@ -136,7 +136,8 @@ class ForkResult:
         return self.yes.argmax(axis=1) == self.named.argmax(axis=1)
 
 
-def _index(text: str, values: Sequence[str]) -> int:
+def value_index(text: str, values: Sequence[str]) -> int:
+    """Index of the value that `text` names first, −1 if none."""
     name = named_value(text, values)
     return values.index(name) if name is not None else -1
 
@@ -172,7 +173,7 @@ def run_recall(speech: Speech, items: Sequence[RecallItem], injection: Injection
         context.clear()
         evicted += _ask(speech, histories, {i: item.requestion for i, item in group}, injection, 1)
     named = [
-        np.array([_index(text, item.values) for text, item in zip(texts, items, strict=True)])
+        np.array([value_index(text, item.values) for text, item in zip(texts, items, strict=True)])
         for texts in (firsts, again, evicted)
     ]
     return RecallResult(*named)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -197,21 +197,17 @@ class Fresh(TrainerCallback):
             )
 
 
-class WeightedTrainer(Trainer):
-    """The Trainer with weighted cross-entropy that refuses to go on after a loss of NaN."""
+class GuardedTrainer(Trainer):
+    """The Trainer that keeps the data's order and refuses to go on after a loss of NaN."""
+
+    def __init__(self, *, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
+        super().__init__(callbacks=[Progress(), Complete(), *callbacks], **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # each micro-batch has a mean loss of its own
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         items: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(items)
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
-        targets, weights = inputs["input_ids"][:, 1:], inputs["weights"][:, 1:]
-        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        loss = (loss * weights.flatten()).sum() / weights.sum()
-        return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -222,6 +218,19 @@ class WeightedTrainer(Trainer):
                 f"{last_good(Path(str(self.args.output_dir))) or 'the start'}"
             )
         return loss
+
+
+class WeightedTrainer(GuardedTrainer):
+    """Training with weighted cross-entropy."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        targets, weights = inputs["input_ids"][:, 1:], inputs["weights"][:, 1:]
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        loss = (loss * weights.flatten()).sum() / weights.sum()
+        return (loss, {"logits": logits}) if return_outputs else loss
 
 
 def last_good(work: Path) -> Path | None:
@@ -246,7 +255,9 @@ def relative_update(
 
     ValueError if nothing has changed: the weights were copied, not trained.
     """
-    change = sum((after[n] - w).double().square().sum().item() for n, w in before.items())
+    change = sum(
+        (after[n].to(w.device) - w).double().square().sum().item() for n, w in before.items()
+    )
     if not change:
         raise ValueError("no weight has changed in training: they were copied, not trained")
     return float((change / sum(w.double().square().sum().item() for w in before.values())) ** 0.5)
@@ -282,7 +293,8 @@ def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "weights": weights}
 
 
-def _key(*parts: Any) -> str:
+def key_of(*parts: Any) -> str:
+    """Digest of everything that decides a result."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -309,12 +321,43 @@ def train_causal_lm(
     and if no weight has changed; FloatingPointError naming the step if the loss is NaN or
     infinite; OSError if the disk is full. The last good checkpoint stays.
     """
-    check_schedule(settings)
     vocabulary = Tokenizer(tokenizer)
     origin = (
         start.model_dump() if isinstance(start, ModelShape) else sha256(start / "model.safetensors")
     )
-    key = _key(settings.model_dump(), origin, data_key, vocabulary.hash)
+    key = key_of(settings.model_dump(), origin, data_key, vocabulary.hash)
+
+    def build(arguments: TrainingArguments) -> Trainer:
+        model = (
+            start.model(len(vocabulary))
+            if isinstance(start, ModelShape)
+            else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+        )
+        return WeightedTrainer(model=model, args=arguments, train_dataset=dataset,
+                               data_collator=collate, callbacks=callbacks)
+
+    def save(trainer: Trainer, folder: Path) -> None:
+        model: Any = trainer.model
+        model.save_pretrained(folder)
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer.parent / name, folder / name)
+
+    about = {"start": origin, "data": data_key, "tokenizer_sha256": vocabulary.hash}
+    return train_to_folder(output, key, settings, build, save, about)
+
+
+def train_to_folder(
+    output: Path, key: str, settings: TrainingSettings,
+    build: Callable[[TrainingArguments], Trainer], save: Callable[[Trainer, Path], None],
+    about: Mapping[str, Any] | None = None,
+) -> Path:
+    """Train what `build` makes and `save` it; `output` appears whole or not at all.
+
+    `key` names everything that decides the result; see `train_causal_lm` for checkpoints, resuming
+    and errors. ``training.json`` (with `about`) and TensorBoard's events are added to what `save`
+    writes.
+    """
+    check_schedule(settings)
     work = output.parent / f".{output.name}.work"
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.parent / f".{output.name}.lock"):
@@ -330,29 +373,18 @@ def train_causal_lm(
         atomic_write(work / "key", key)
         disable_progress_bar()  # those of reading and writing weights, of no use in a log
         seed_everything(settings.seed, settings.threads)
-        model = (
-            start.model(len(vocabulary))
-            if isinstance(start, ModelShape)
-            else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-        )
-        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        trainer = build(_arguments(settings, work))
+        model: Any = trainer.model
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()
+                  if weight.requires_grad}
         last = last_good(work)
         for partial in set(work.glob("checkpoint-*")):
             if not (partial / "complete").is_file():
                 shutil.rmtree(partial)
         resumed = int(last.name[11:]) if last else 0
         board = SummaryWriter(str(work / "tensorboard"), purge_step=resumed + 1)
-        trainer = WeightedTrainer(
-            model=model,
-            args=_arguments(settings, work),
-            train_dataset=dataset,
-            data_collator=collate,
-            callbacks=[
-                Progress(), Complete(), TensorBoardCallback(board), *callbacks, Fresh(resumed)
-            ],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.model_accepts_loss_kwargs = False  # each micro-batch has a mean loss of its own
+        trainer.add_callback(TensorBoardCallback(board))
+        trainer.add_callback(Fresh(resumed))
         wall, cpu = time.monotonic(), time.process_time()
         with _disk_full_named(work):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -360,24 +392,20 @@ def train_causal_lm(
         state = [saved / name for name in ("model.safetensors", "optimizer.pt")]
         log = {
             "key": key,
-            "start": origin,
-            "data": data_key,
-            "tokenizer_sha256": vocabulary.hash,
+            **(about or {}),
             "settings": settings.model_dump(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens": trainer.state.num_input_tokens_seen,
             "relative_update": relative_update(before, dict(model.named_parameters())),
-            "checkpoint_bytes": sum(path.stat().st_size for path in state),
+            "checkpoint_bytes": sum(path.stat().st_size for path in state if path.is_file()),
             "resumed_from": resumed,
             "wall_seconds": time.monotonic() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "history": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
-        done = work / "done"  # TensorBoard's events go with it
+        done = work / "done"
         shutil.rmtree(done, ignore_errors=True)
-        model.save_pretrained(done)
-        for name in ("tokenizer.model", "tokenizer_config.json"):
-            shutil.copyfile(tokenizer.parent / name, done / name)
+        save(trainer, done)
         shutil.move(work / "tensorboard", done / "tensorboard")
         atomic_write(done / "training.json", json.dumps(log, indent=1) + "\n")
         atomic_write(done / "key", key)
@@ -427,7 +455,7 @@ def fingerprint(*parts: Any) -> str:
     text = [here.parents[1] / "text" / f"{module}.py" for module in CODE]
     code = sha256_of([*text, here], here.parents[1])
     versions = [version("torch"), version("transformers"), version("sentencepiece")]
-    return _key(*parts, code, versions)
+    return key_of(*parts, code, versions)
 
 
 class Recipe(Strict):

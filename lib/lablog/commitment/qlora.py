@@ -1,0 +1,307 @@
+"""QLoRA training of the commitment (lab log A5): a base in 4 bits, LoRA, head and W_c.
+
+Loss = LM + β · max(KL(q ‖ N(0, I/k)), free bits), both per conversation, where LM is the weighted
+sum of the cross-entropies of the model's own words: with weights of 1 and β = 1 the negative ELBO.
+The posterior reads a prefix that the decoder never sees. Against posterior collapse: warm-up at
+β = 0, annealing, free bits (Bowman et al. 2016; Kingma et al. 2016); that it happened nevertheless
+is seen in the KL and in the active units (Burda et al. 2016).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from pydantic import Field, model_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from lablog.commitment.conversations import Conversation, collate
+from lablog.commitment.hooks import injected
+from lablog.commitment.variational import (
+    SETTINGS,
+    CommitmentSettings,
+    Posterior,
+    VariationalCommitment,
+)
+from lablog.files import sha256_of
+from lablog.models.training import (
+    GuardedTrainer,
+    Strict,
+    TrainingSettings,
+    key_of,
+    train_to_folder,
+)
+
+Quantisation = Literal["nf4", "none"]
+ACTIVE = 0.01  # variance of a unit's posterior mean from which it counts as active (Burda et al.)
+
+
+class LoraSettings(Strict):
+    """Low-rank adaptation: rank, alpha (the update is scaled by alpha/r), dropout, modules."""
+
+    r: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"]
+
+
+class Schedule(Strict):
+    """β is 0 for `warmup` steps, then rises linearly to `beta` over `annealing` steps;
+    `free_bits` nats of KL (summed over the latent, mean over the batch) cost nothing."""
+
+    beta: float = Field(ge=0)
+    warmup: int = Field(ge=0)
+    annealing: int = Field(ge=0)
+    free_bits: float = Field(ge=0)
+
+    def at(self, step: int) -> float:
+        """β at a 0-based optimiser step."""
+        return self.beta * min(1.0, max(0.0, (step - self.warmup + 1) / (self.annealing + 1)))
+
+
+class Plan(Strict):
+    """Everything that decides a trained commitment beside the base and the data.
+
+    k 0 trains LoRA alone on the same data (the control without z*). layers None means all.
+    """
+
+    k: int = Field(ge=0)
+    strength: float
+    layers: tuple[int, int] | None = None
+    lora: LoraSettings
+    schedule: Schedule
+    training: TrainingSettings
+    quantisation: Quantisation
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        if self.k and self.schedule.warmup >= self.training.steps:
+            raise ValueError(f"schedule.warmup = {self.schedule.warmup} is no shorter than the "
+                             f"run of {self.training.steps} steps: β would never rise above 0")
+        return self
+
+
+def load_base(folder: Path, quantisation: Quantisation, precision: Literal["f32", "bf16"],
+              cpu: bool = True) -> PreTrainedModel:
+    """A base model with frozen weights; with ``nf4`` its linear layers lie in 4 bits.
+
+    Double quantisation, and products in `precision`. Raises RuntimeError naming the option that
+    runs unquantised where the platform has no bitsandbytes.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    options: dict[str, Any] = {}
+    if quantisation == "nf4":
+        if find_spec("bitsandbytes") is None:
+            raise RuntimeError("bitsandbytes is not available on this platform, so no model can "
+                               "be loaded in 4 bits: set quantisation=none to train unquantised")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map=None if cpu else "auto", use_safetensors=True, **options
+    )
+    return model.requires_grad_(False)
+
+
+class CommittedModel(nn.Module):
+    """A model (with LoRA or as it is) and, unless None, a commitment that is injected into it."""
+
+    def __init__(self, model: PeftModel | PreTrainedModel,
+                 commitment: VariationalCommitment | None = None) -> None:
+        super().__init__()
+        self.model, self.commitment = model, commitment
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model inside the adapter; its layers contain what the adapter adds."""
+        inside: Any = self.model
+        if isinstance(inside, PeftModel):
+            inside = inside.get_base_model()
+        return inside
+
+    def posterior(self, ids: Tensor, mask: Tensor) -> Posterior:
+        """q(z* | prefix) of prefixes [n, tokens], padded on either side."""
+        assert self.commitment is not None
+        hidden = self.base.get_decoder()(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        return self.commitment.posterior(hidden, mask)
+
+    def hidden(self, ids: Tensor, addition: Tensor | None, **options: Any) -> Any:
+        """The decoder's output with `addition` behind every chosen layer (None: nothing)."""
+        decoder = self.base.get_decoder()
+        if addition is None or self.commitment is None:
+            return decoder(input_ids=ids, **options)
+        with injected(self.base, addition, self.commitment.settings.layers):
+            return decoder(input_ids=ids, **options)
+
+    def forward(self, prefix_ids: Tensor, prefix_mask: Tensor, input_ids: Tensor, mask: Tensor,
+                weights: Tensor, position_ids: Tensor, attention: Tensor, beta: float = 0.0,
+                free_bits: float = 0.0, z: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss, its parts ``lm`` and ``kl`` (nats per conversation), and the posterior's means.
+
+        With `z` [n, k] that is injected, the prefix is not read, and the loss is ``lm``.
+        """
+        addition, parts = None, {}
+        if self.commitment is not None and z is not None:
+            addition = self.commitment.addition(z, mask)
+        elif self.commitment is not None:
+            posterior = self.posterior(prefix_ids, prefix_mask)
+            addition = self.commitment.addition(posterior.sample(), mask)
+            parts = {"kl": posterior.kl().sum(dim=1).mean(), "means": posterior.mean.detach()}
+        hidden = self.hidden(input_ids, addition, attention_mask=attention,
+                             position_ids=position_ids, use_cache=False).last_hidden_state
+        # Each token predicts the next; where nothing is to be learnt no logits are made.
+        ahead = weights.roll(-1, dims=1)
+        ahead[:, -1] = 0
+        chosen = ahead != 0
+        logits = self.base.get_output_embeddings()(hidden[chosen]).float()
+        loss = cross_entropy(logits, input_ids.roll(-1, dims=1)[chosen], reduction="none")
+        lm = (loss * ahead[chosen]).sum() / len(weights)
+        total = lm + beta * parts["kl"].clamp(min=free_bits) if "kl" in parts else lm
+        return {"loss": total, "lm": lm.detach(), **parts}
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+class CommitmentTrainer(GuardedTrainer):
+    """The Trainer for `CommittedModel`: schedules β, logs KL and active units, and checkpoints
+    what is trained, not the base."""
+
+    def __init__(self, *, schedule: Schedule, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.schedule = schedule
+        self.seen: list[Mapping[str, Tensor]] = []
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:
+        beta = self.schedule.at(self.state.global_step)
+        parts = model(**inputs, beta=beta, free_bits=self.schedule.free_bits)
+        tokens = inputs["mask"].sum() + inputs["prefix_mask"].sum()
+        self.seen.append(
+            {"tokens": tokens} | {n: part.detach() for n, part in parts.items() if n != "loss"}
+        )
+        return (parts["loss"], parts) if return_outputs else parts["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.seen and "loss" in logs:
+            logs["tokens"] = int(sum(parts["tokens"] for parts in self.seen))
+            for name in ("lm", "kl") if "kl" in self.seen[0] else ("lm",):
+                logs[name] = torch.stack([parts[name] for parts in self.seen]).mean().item()
+            if "means" in self.seen[0]:
+                means = torch.cat([parts["means"] for parts in self.seen])
+                logs["active_units"] = int((means.var(dim=0) > ACTIVE).sum())
+                logs["beta"] = self.schedule.at(self.state.global_step - 1)
+            self.seen.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = self.accelerator.unwrap_model(self.model).trainable()
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()},
+                  folder / "model.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        trainable = self.accelerator.unwrap_model(model or self.model).trainable()
+        if tensors.keys() != trainable.keys():
+            raise ValueError(f"{resume_from_checkpoint} holds other parameters than the model")
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(tensors[name])
+
+
+def committed_model(base: PreTrainedModel, plan: Plan) -> CommittedModel:
+    """`base` with a fresh adapter and a fresh commitment, from PyTorch's generator."""
+    if plan.gradient_checkpointing:
+        base = prepare_model_for_kbit_training(
+            base, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    settings = LoraConfig(
+        r=plan.lora.r, lora_alpha=plan.lora.alpha,  # type: ignore[arg-type]  # any number does
+        lora_dropout=plan.lora.dropout, target_modules=plan.lora.targets, task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        adapted: Any = get_peft_model(base, settings)
+    commitment = None
+    if plan.k:
+        layers = plan.layers or (0, base.config.num_hidden_layers - 1)
+        commitment = VariationalCommitment(CommitmentSettings(
+            k=plan.k, width=base.config.hidden_size, layers=layers, strength=plan.strength
+        )).to(base.device)
+    return CommittedModel(adapted, commitment)
+
+
+def base_hash(folder: Path) -> str:
+    """SHA-256 over the base's weights and configuration."""
+    return sha256_of([*folder.glob("*.safetensors"), folder / "config.json"], folder)
+
+
+def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, output: Path,
+                     data_key: str) -> Path:
+    """Train adapter, head and W_c on the base model in folder `base`; returns `output`.
+
+    `output` holds ``adapter/`` (peft), ``commitment.safetensors`` and ``commitment.json`` (unless
+    k is 0), ``training.json`` and ``plan.json``. It appears whole or not at all; a call with the
+    same arguments resumes to the same bits. Raises FloatingPointError at a loss of NaN, ValueError
+    for a k beyond the width or layers that the model does not have.
+    """
+    digest = base_hash(base)
+    key = key_of(plan.model_dump(), digest, data_key)
+
+    def build(arguments: TrainingArguments) -> Trainer:
+        model = load_base(base, plan.quantisation, plan.training.precision, plan.training.cpu)
+        return CommitmentTrainer(model=committed_model(model, plan), args=arguments,
+                                 train_dataset=dataset, data_collator=collate,
+                                 schedule=plan.schedule)
+
+    def save(trainer: Trainer, folder: Path) -> None:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.model.save_pretrained(folder / "adapter")
+        if model.commitment is not None:
+            model.commitment.save(folder, digest)
+        (folder / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n")
+
+    return train_to_folder(output, key, plan.training, build, save)
+
+
+def load_committed(base: Path, folder: Path, quantisation: Quantisation,
+                   precision: Literal["f32", "bf16"] = "f32", cpu: bool = True) -> CommittedModel:
+    """What `train_commitment` left in `folder`, on its base, ready to be evaluated.
+
+    Raises ValueError when the commitment was trained on another base.
+    """
+    model = load_base(base, quantisation, precision, cpu)
+    commitment = None
+    if (folder / SETTINGS).is_file():
+        commitment = VariationalCommitment.load(folder).to(model.device)
+        if commitment.settings.base_sha256 != base_hash(base):
+            raise ValueError(f"{folder} was trained on another base than {base}: give that one")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        adapted = PeftModel.from_pretrained(model, folder / "adapter")
+    return CommittedModel(adapted, commitment).eval()

@@ -1,0 +1,148 @@
+"""A commitment that is learnt: the posterior of z*, its projection, and their file format.
+
+A prefix fixes the commitment and is read once: the hidden state h of its last real token gives
+q(z* | prefix) = N(μ(h), diag σ²(h)). The prior is N(0, I/k) as in the lab log (A1). The decoder,
+which never sees the prefix, gets λ · W_c z* after every chosen layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from lablog.files import atomic_write
+
+WEIGHTS, SETTINGS = "commitment.safetensors", "commitment.json"
+
+
+class CommitmentSettings(BaseModel):
+    """Shape of a learnt commitment: latent dimension k, the model's width d, the layers that
+    receive it (0-based, inclusive) and the strength λ; and the base model that it belongs to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    k: int = Field(ge=1)
+    width: int = Field(ge=1)
+    layers: tuple[int, int]
+    strength: float
+    base_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CommitmentSettings:
+        if self.k > self.width:
+            raise ValueError(f"k = {self.k} is larger than the model's width {self.width}: W_c "
+                             "could not tell all latents apart; choose k up to the width")
+        if not 0 <= self.layers[0] <= self.layers[1]:
+            raise ValueError(f"layers = {self.layers}: expected 0 <= first <= last")
+        return self
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z* | prefix) in units of the prior's standard deviation: mean and log variance [n, k]."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def kl(self) -> Tensor:
+        """KL(q ‖ prior) per latent dimension, nats [n, k]; the unit of z* cancels."""
+        return 0.5 * (self.mean**2 + self.log_variance.exp() - 1 - self.log_variance)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """z* [n, k] by reparameterisation with standard normal `noise` (drawn if None)."""
+        if noise is None:
+            noise = torch.randn_like(self.mean)
+        z = self.mean + (0.5 * self.log_variance).exp() * noise
+        return z / math.sqrt(self.mean.shape[-1])
+
+
+class VariationalCommitment(nn.Module):
+    """The variational head (h [d] → μ, log σ² [k]) and the projection W_c [d, k], float32.
+
+    W_c begins with variance 2/(d + k) (A1). μ begins as its transpose, so that head and projection
+    together already pass on what the hidden state holds, as an autoencoder with tied weights; σ
+    as e^-1 of the prior's.
+    """
+
+    def __init__(self, settings: CommitmentSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.head = nn.Linear(settings.width, 2 * settings.k)
+        self.projection = nn.Parameter(torch.empty(settings.width, settings.k))
+        with torch.no_grad():
+            nn.init.xavier_normal_(self.projection)
+            self.head.weight.zero_()
+            scale = 0.5 / math.sqrt(settings.width) / self.projection.std()
+            self.head.weight[: settings.k] = scale * self.projection.T
+            self.head.bias.zero_()
+            self.head.bias[settings.k :] = -2.0
+
+    def posterior(self, hidden: Tensor, mask: Tensor) -> Posterior:
+        """q for each prefix: hidden states [n, tokens, d], mask [n, tokens] (1 = real token).
+
+        Reads the last real token of each row, on whichever side the padding stands. Raises
+        ValueError for a row without real tokens.
+        """
+        if not bool(mask.any(dim=1).all()):
+            empty = (~mask.bool().any(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(f"the prefix of row(s) {empty} is empty: nothing fixes a commitment")
+        last = (torch.arange(mask.shape[1], device=mask.device) * mask.bool()).argmax(dim=1)
+        decisive = hidden[torch.arange(len(hidden), device=mask.device), last]
+        mean, log_variance = self.head(decisive.to(self.head.weight.dtype)).chunk(2, dim=-1)
+        return Posterior(mean, log_variance.clamp(-10, 4))
+
+    def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """`n` draws of z* ~ N(0, I/k), [n, k], drawn on the CPU for equal numbers everywhere."""
+        z = torch.randn(n, self.settings.k, generator=generator) / math.sqrt(self.settings.k)
+        return z.to(self.projection)
+
+    def direction(self, z: Tensor) -> Tensor:
+        """W_c z*, [..., d] for z [..., k]; what the native library and a control vector receive."""
+        return z @ self.projection.T
+
+    def addition(self, z: Tensor, mask: Tensor) -> Tensor:
+        """λ · W_c z* at the real positions of each row and 0 at padding, [n, tokens, d].
+
+        z: [n, k], or [n, tokens, k] for one that changes. The decoder's window begins behind the
+        decisive token, so every real position gets it.
+        """
+        direction = self.settings.strength * self.direction(z if z.ndim == 3 else z[:, None])
+        return direction * mask[:, :, None].to(direction)
+
+    def save(self, folder: Path, base_sha256: str) -> Path:
+        """Write ``commitment.safetensors`` and ``commitment.json`` into `folder`, atomically."""
+        settings = self.settings.model_copy(update={"base_sha256": base_sha256})
+        tensors = {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}
+        atomic_write(folder / WEIGHTS, save(tensors))
+        atomic_write(folder / SETTINGS, settings.model_dump_json(indent=1) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path) -> VariationalCommitment:
+        """Read what `save` wrote; ValueError or FileNotFoundError name the file and the fault."""
+        for name in (SETTINGS, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing: train the commitment first")
+        try:
+            settings = CommitmentSettings.model_validate(
+                json.loads((folder / SETTINGS).read_text())
+            )
+        except (ValidationError, ValueError) as error:
+            raise ValueError(f"{folder / SETTINGS} describes no commitment: {error}") from error
+        commitment = cls(settings)
+        try:
+            tensors = load_file(folder / WEIGHTS)
+            commitment.load_state_dict(tensors)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder / WEIGHTS} does not fit {SETTINGS}: {error}") from error
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            raise ValueError(f"{folder / WEIGHTS} holds values that are not finite")
+        return commitment
