@@ -217,10 +217,10 @@ run.metrics_table("export")
 # %% [markdown]
 # ## Before and after, verbatim
 #
-# The same questions and the same seeds: first the base model, then the fine-tuned one, at
-# temperature 1 and without leaving anything out, which shows the whole distribution and not its
-# peak. The first question is the log's; the others are held out from fine-tuning. What the models
-# say is printed as it came, up to the next `Q:`.
+# The same questions and the same seeds: first the base model, then the fine-tuned one, with the
+# temperature and top-p that `arianna-sample` has by default. The first question is the log's; the
+# others are held out from fine-tuning. What the models say is printed as it came, up to the next
+# `Q:`.
 
 # %%
 questions = ["What is resonance?", *study.questions(answers[0] - 1)]
@@ -234,12 +234,13 @@ for number, question in enumerate(questions):
     print()
 
 # %% [markdown]
-# ## What it knows by heart
+# ## What it knows by heart, and what it forgot
 #
 # So few dialogues can be learnt by heart. Two numbers say how far that went: the cost of
 # answers that were trained on against answers that were not (less the same gap before training,
 # because dialogues differ), and the share of five-word runs in the samples that occur in a training
 # dialogue. The same share for held-out dialogues tells what one author's habits alone would give.
+# What the new voice costs is read from the base corpus: its held-out documents, before and after.
 
 # %%
 study.read_documents(tuned, "after", documents)

@@ -27,12 +27,12 @@ def loss_curves(folders: Mapping[str, Path]) -> Drawn:
     for i, (name, rows) in enumerate(data.groupby("run", sort=False)):
         column = min(i, 1)
         style = {"color": COLOURS[i % 6], "linestyle": "-" if i < 6 else "--", "label": name}
-        axes[0, column].plot(rows["tokens"], rows["loss"], **style)
+        axes[0, column].plot(rows["tokens"] / 1000, rows["loss"], **style)
         warm = rows[rows["learning_rate"] > 0]
-        axes[1, column].plot(warm["tokens"], warm["learning_rate"], **style)
+        axes[1, column].plot(warm["tokens"] / 1000, warm["learning_rate"], **style)
     for column, title in enumerate(("base", "fine-tuning")):
         axes[0, column].set(title=title, ylabel="loss / nat per token")
-        axes[1, column].set(xlabel="tokens seen", ylabel="learning rate", yscale="log")
+        axes[1, column].set(xlabel="thousand tokens seen", ylabel="learning rate", yscale="log")
     figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure, data
 

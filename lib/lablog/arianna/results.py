@@ -83,9 +83,12 @@ def report(arms: Sequence[str]) -> list[Section]:
                  "比較 (ベースモデルとの差)"),
                 [(f"{arm}: {{{arm}.minus_before}}", f"{arm}: {{{arm}.minus_before}}")
                  for arm in arms]),
-        Section(("Memorisation", "記憶"), [
+        Section(("Memorised and forgotten", "記憶と忘却"), [
             ("Trained minus held-out answers: {memory.gap}; 5-word runs of samples found in "
              "training dialogues: {memory.runs}",
              "学習済みと未学習の回答の差: {memory.gap}; 訓練対話にある5語連: {memory.runs}"),
+            ("Held-out documents: before {base.documents.bits_per_byte}; after "
+             "{after.documents.bits_per_byte}",
+             "未学習文書: 前 {base.documents.bits_per_byte}; 後 {after.documents.bits_per_byte}"),
         ]),
     ]

@@ -261,8 +261,8 @@ class Study:
     # --- voice ------------------------------------------------------------------------------------
 
     def questions(self, count: int) -> list[str]:
-        """Held-out questions of the first fold."""
-        return [self.known[i].exchanges[0][0] for i in self.folds[0][:count]]
+        """Held-out questions, the last `count` of the first fold."""
+        return [self.known[i].exchanges[0][0] for i in self.folds[0][-count:]]
 
     def memory(self, said: Sequence[str], run_length: int = 5) -> pd.DataFrame:
         """What the first fold's model knows by heart: answers seen and unseen, and `said`."""
@@ -288,13 +288,12 @@ class Study:
                             numerator=shared, denominator=total)
         return pd.DataFrame(rows).T.round(4)
 
-    def samples(self, gguf: Path, questions: Sequence[str], tokens: int, seed: int,
-                temperature: float = 1.0) -> list[str]:
-        """One seeded answer to each question, through llama.cpp, up to the next question."""
+    def samples(self, gguf: Path, questions: Sequence[str], tokens: int, seed: int) -> list[str]:
+        """One seeded answer to each question, as ``arianna-sample`` draws it by default, up to the
+        next question."""
         said = []
         with Model(gguf) as model, Context(model, window=self.shape.context) as context:
             for number, question in enumerate(questions):
-                sampling = Sampling(temperature, 1.0, seed).nth(number)
-                texts = write(context, prompt(question), tokens, sampling)
+                texts = write(context, prompt(question), tokens, Sampling(seed=seed).nth(number))
                 said.append("".join(until_question(texts)).strip())
         return said
