@@ -100,7 +100,7 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
     record_personas(run, str(path), [], base, PLAN, 64)  # trained above
     assert run.record().metric("personas.gap").value == pytest.approx(
         np.mean(result.without) - np.mean(result.own))
-    assert f"held-out dialogues {len(held)}" in mandated(run.record(), [PERSONAS]).english
+    assert f"{60 - len(held)} trained on, {len(held)} held out" in mandated(run.record(), [PERSONAS]).english
 
 
 def test_no_file_is_reported_as_not_run(tmp_path):
@@ -108,4 +108,4 @@ def test_no_file_is_reported_as_not_run(tmp_path):
     record_personas(run, "", [], tmp_path, PLAN, 64)
     report = mandated(run.record(), [PERSONAS])
     assert "undefined (not run: personas is empty)" in report.english
-    assert "未学習の対話 0" in report.japanese
+    assert "学習 0, 未学習 0" in report.japanese

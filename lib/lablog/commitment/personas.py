@@ -141,13 +141,10 @@ def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path, p
 
 
 PERSONAS = Section(("Personas (a file of the user's)", "ペルソナ (利用者のファイル)"), [
-    ("held-out dialogues {personas.held_out}, trained on {personas.trained}; negative "
-     "log-likelihood per token: LoRA without z* {personas.without}, z* from the own persona "
-     "{personas.own}, from another's {personas.shuffled}",
-     "未学習の対話 {personas.held_out}, 学習に使用 {personas.trained}; トークン当たり負の対数尤度: "
-     "z*なしのLoRA {personas.without}, 本人のペルソナからの z* {personas.own}, "
-     "他人のペルソナから {personas.shuffled}"),
-    ("gap LoRA without z* - own persona {personas.gap}, another's persona - own persona "
-     "{personas.gap_shuffled}, KL {personas.kl}",
-     "差: z*なし - 本人 {personas.gap}, 他人 - 本人 {personas.gap_shuffled}, KL {personas.kl}"),
+    ("dialogues: {personas.trained} trained on, {personas.held_out} held out",
+     "対話数: 学習 {personas.trained}, 未学習 {personas.held_out}"),
+    ("negative log-likelihood per held-out token over that with z* from the own persona: LoRA "
+     "without z* {personas.gap}, z* from another's persona {personas.gap_shuffled}",
+     "未学習トークン当たりの負の対数尤度の差 (本人のペルソナからの z* を基準): "
+     "z*なしのLoRA {personas.gap}, 他人のペルソナから {personas.gap_shuffled}"),
 ])
