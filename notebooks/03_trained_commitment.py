@@ -37,6 +37,7 @@ free_bits: float = 0.0  # nats of KL that cost nothing
 steps: int = 24  # optimiser steps of each run
 batch: int = 4  # conversations in a step
 accumulation: int = 1  # micro-batches in a step
+window: int = 512  # tokens that a prefix or a chat may have
 checkpointing: bool = False  # recompute activations in the backward pass to save memory
 learning_rate: float = 3e-3  # peak, then cosine to zero
 seeds: list[int] = [1, 2]  # one training of z* and one of its control each
@@ -110,7 +111,7 @@ optimisation = training.TrainingSettings(
 )
 plan = Plan(
     k=k, strength=strength, quantisation=quantisation, schedule=schedule, training=optimisation,
-    gradient_checkpointing=checkpointing,
+    gradient_checkpointing=checkpointing, window=window,
     lora=LoraSettings(r=lora[0], alpha=lora[1], dropout=dropout, targets=targets or "all-linear"),
 )
 

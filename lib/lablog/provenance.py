@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from lablog.files import repository, sha256, sha256_of
 
-PACKAGES = ("accelerate", "gguf", "huggingface_hub", "llama-cpp-python", "matplotlib", "numpy",
-            "pandas", "papermill", "safetensors", "scipy", "sentencepiece", "torch",
-            "transformers")
+PACKAGES = ("accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "llama-cpp-python",
+            "matplotlib", "numpy", "pandas", "papermill", "peft", "safetensors", "scipy",
+            "sentencepiece", "torch", "transformers")
 
 
 class Strict(BaseModel):

@@ -88,6 +88,7 @@ class Plan(Strict):
     schedule: Schedule
     training: TrainingSettings
     quantisation: Quantisation
+    window: int = Field(512, ge=2)  # tokens that a prefix or a chat may have
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -139,8 +140,15 @@ class CommittedModel(nn.Module):
         return inside
 
     def posterior(self, ids: Tensor, mask: Tensor) -> Posterior:
-        """q(z* | prefix) of prefixes [n, tokens], padded on either side."""
+        """q(z* | prefix) of prefixes [n, tokens], padded on either side.
+
+        Raises ValueError for a prefix that is empty, or longer than the model's window.
+        """
         assert self.commitment is not None
+        window = self.base.config.max_position_embeddings
+        if ids.shape[1] > window:
+            raise ValueError(f"a prefix of {ids.shape[1]} tokens does not fit the model's window "
+                             f"of {window}: shorten it")
         hidden = self.base.get_decoder()(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,

@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from lablog.commitment import latent, probes
+from lablog.commitment.chats import from_hub
 from lablog.commitment.conversations import Conversation, Conversations, collate
 from lablog.commitment.qlora import (
     ACTIVE,
@@ -41,7 +42,7 @@ from lablog.text.dialogues import Draw, Split, Turn, generate, load_settings
 from lablog.text.tokenizer import Tokenizer
 
 Source = Literal["none", "prefix", "prior", "redrawn", "text"]
-CODE = ("conversations", "hooks", "qlora", "variational")  # on which the weights depend
+CODE = ("chats", "conversations", "hooks", "qlora", "variational")  # on which the weights depend
 EXCHANGES = 16  # more than a dialogue has
 
 
@@ -72,12 +73,16 @@ ARMS = {
 
 def training_data(base: Path, seed: int, plan: Plan, data: str, split: Split = "train",
                   count: int | None = None) -> Dataset[Conversation]:
-    """The conversations of one seed, as many as the plan sees: ``dialogues``, or chats."""
-    batch = plan.training.batch_size
+    """The conversations of one seed: ``dialogues`` (as many as the plan sees), or ``hub:NAME`` or
+    a local folder of chats, of which the held-out ones are the split ``test``."""
+    batch, tokenizer = plan.training.batch_size, Tokenizer(base / "tokenizer.model")
+    if data != "dialogues":
+        chats = from_hub(data.removeprefix("hub:"), tokenizer, plan.window,
+                         "train" if split == "train" else "test")
+        return Subset(chats, range(min(count or len(chats), len(chats))))
     return Conversations(
-        load_settings(), Tokenizer(base / "tokenizer.model"), seed,
-        count or plan.training.steps * batch, batch, split=split, word_weight=0.02, guesses=6,
-        recall_share=0.34,
+        load_settings(), tokenizer, seed, count or plan.training.steps * batch, batch,
+        word_weight=0.02, guesses=6, recall_share=0.34, split=split,
     )
 
 
@@ -204,7 +209,7 @@ def diagnose(model: CommittedModel, dataset: Dataset[Conversation], batch: int) 
     kls, means = [], []
     size: int = len(dataset)  # type: ignore[arg-type]  # Dataset does not say that it is sized
     for begin in range(0, size, batch):
-        inputs = collate([dataset[i] for i in range(begin, begin + batch)])
+        inputs = collate([dataset[i] for i in range(begin, min(begin + batch, size))])
         posterior = model.posterior(inputs["prefix_ids"], inputs["prefix_mask"])
         z = posterior.sample(torch.randn(
             posterior.mean.shape, generator=torch.Generator().manual_seed(begin)))

@@ -44,6 +44,11 @@ class Tokenizer:
         return int(self._model.bos_id())
 
     @property
+    def eos(self) -> int:
+        """Id of the token that ends a text."""
+        return int(self._model.eos_id())
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the model file: equal hashes tokenise equally."""
         return sha256(self.path)

@@ -1,0 +1,81 @@
+"""Chats from the Hub (Guanaco and its like) as conversations with a prefix (lab log A5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from lablog.commitment.conversations import Conversation, conversation
+from lablog.text.datasets import Item
+from lablog.text.tokenizer import Tokenizer
+
+TURN = re.compile(r"### (Human|Assistant):|(<s>)?\s*\[INST\]|\[/INST\]|</s>")
+
+
+def exchanges(text: str) -> list[tuple[str, str]]:
+    """Questions and answers of a chat in Guanaco's (``### Human: … ### Assistant: …``) or Llama
+    2's form (``[INST] … [/INST] …``); a last question without an answer is left out."""
+    parts: list[tuple[bool, str]] = []
+    marks = list(TURN.finditer(text))
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        said = text[mark.end() : following.start() if following else None].strip()
+        if said:
+            parts.append((mark.group().endswith(("Human:", "[INST]")), said))
+    return [(asked, answered) for (human, asked), (other, answered)
+            in pairwise(parts) if human and not other]
+
+
+class Chats(Dataset[Conversation]):
+    """Chats of two exchanges and more: the first is the prefix, the decoder sees the others.
+
+    A chat's weights add up to 1 (mean cross-entropy of the assistant's tokens). Chats that do not
+    fit `window` tokens are left out; ValueError when none is left.
+    """
+
+    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, window: int) -> None:
+        self.tokenizer = tokenizer
+        chats = (exchanges(text) for text in texts)
+        made = [(self.item(chat[:1]), self.item(chat[1:])) for chat in chats if len(chat) > 1]
+        self.chats = [pair for pair in made if max(len(item.ids) for item in pair) <= window]
+        if not self.chats:
+            raise ValueError(f"none of the chats has two exchanges or more, and at most {window} "
+                             "tokens: choose another data set or a longer window")
+
+    def item(self, chat: list[tuple[str, str]]) -> Item:
+        """Tokens of some exchanges in Llama 2's form, and weights of the answers."""
+        ids: list[int] = []
+        own: list[int] = []
+        for asked, answered in chat:
+            head = self.tokenizer.encode(f"[INST] {asked} [/INST]", bos=True)
+            said = [*self.tokenizer.encode(f" {answered}"), self.tokenizer.eos]
+            ids += head + said
+            own += [0] * len(head) + [1] * len(said)
+        return Item(np.array(ids, np.int32), np.array(own, np.float32) / np.float32(sum(own)))
+
+    def __len__(self) -> int:
+        return len(self.chats)
+
+    def __getitem__(self, index: int) -> Conversation:
+        prefix, rest = self.chats[index]
+        return conversation(prefix, [rest])
+
+
+def from_hub(name: str, tokenizer: Tokenizer, window: int, split: str) -> Chats:
+    """The column ``text`` of a data set on the Hub, or of a local folder of Parquet or JSON files.
+
+    Raises ValueError when it cannot be loaded or has no such column.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the data set {name!r} ({split}) cannot be loaded: {error}; check its "
+                         "name and the network, or give the path of a local copy") from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"the data set {name!r} has no column `text`, only {rows.column_names}")
+    return Chats(rows["text"], tokenizer, window)

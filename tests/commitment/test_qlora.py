@@ -1,0 +1,462 @@
+"""Training the commitment: the guards of lab log A5, resuming, and the log's configuration."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lablog.commitment import qlora, trained
+from lablog.commitment.chats import Chats, exchanges, from_hub
+from lablog.commitment.conversations import Conversations, collate, padded
+from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
+from lablog.commitment.reader import Reader
+from lablog.commitment.variational import CommitmentSettings, Posterior, VariationalCommitment
+from lablog.models.training import TrainingSettings
+from lablog.text.dialogues import generate, load_settings
+from lablog.text.tokenizer import Tokenizer
+
+DIALOGUES = load_settings()
+TRAINING = TrainingSettings(
+    steps=6, batch_size=2, learning_rate=1e-2, warmup_steps=1, schedule="cosine",
+    betas=(0.9, 0.98), weight_decay=0.0, precision="f32", threads=1, checkpoint_every=2,
+    log_every=2,
+)
+PLAN = Plan(
+    k=8, strength=3.0, layers=(1, 4), quantisation="nf4", training=TRAINING,
+    lora=LoraSettings(r=4, alpha=8, dropout=0.0, targets="all-linear"),
+    schedule=Schedule(beta=0.5, warmup=2, annealing=1, free_bits=0.1),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer(folder / "tokenizer.model")
+
+
+@pytest.fixture
+def model(folder: Path) -> CommittedModel:
+    torch.manual_seed(0)
+    base = qlora.load_base(folder, "none", "f32")
+    made = qlora.committed_model(base, PLAN)
+    with torch.no_grad():  # a fresh adapter adds nothing
+        for name, parameter in made.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return made
+
+
+def conversations(tokenizer: Tokenizer, count: int = 12, batch: int = 2) -> Conversations:
+    return Conversations(DIALOGUES, tokenizer, 0, count, batch, 0.02, 4, 0.5)
+
+
+def batch(tokenizer: Tokenizer, side: str = "right", of: int = 4) -> dict[str, torch.Tensor]:
+    data = conversations(tokenizer)
+    return collate([data[i] for i in range(of)], side)
+
+
+def loss(model: CommittedModel, inputs: dict[str, torch.Tensor], **options) -> float:
+    torch.manual_seed(1)
+    return model(**inputs, beta=0.5, **options)["loss"].item()
+
+
+# --- the loss and the injection -------------------------------------------------------------------
+
+
+def test_left_and_right_padding_give_the_same_loss(model, tokenizer):
+    right, left = batch(tokenizer), batch(tokenizer, "left")
+    assert (right["prefix_mask"] == 0).any()
+    assert (right["mask"] == 0).any()
+    assert loss(model, right) == pytest.approx(loss(model, left), rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_stands_at_padding_changes_nothing(model, tokenizer, side):
+    inputs = batch(tokenizer, side)
+    before = loss(model, inputs)
+    for ids, mask in (("prefix_ids", "prefix_mask"), ("input_ids", "mask")):
+        inputs[ids] = torch.where(inputs[mask] == 0, 77, inputs[ids])
+    assert loss(model, inputs) == pytest.approx(before, rel=1e-6)
+
+
+def test_the_commitment_reaches_every_real_position_and_no_other(model, tokenizer):
+    """Behind every chosen layer the residual stream differs by λ W_c z*, at padding not at all."""
+    inputs = batch(tokenizer, "left")
+    z = model.commitment.prior(4)
+    addition = model.commitment.addition(z, inputs["mask"])
+    real = inputs["mask"].bool()
+    expected = 3.0 * z @ model.commitment.projection.T
+    assert torch.equal(addition[~real], torch.zeros_like(addition[~real]))
+    torch.testing.assert_close(addition[real], expected.repeat_interleave(real.sum(1), dim=0))
+    options = {"attention_mask": inputs["attention"], "position_ids": inputs["position_ids"]}
+    streams: dict[bool, list[torch.Tensor]] = {}
+    for committed in (False, True):
+        seen = streams[committed] = []
+        blocks = model.base.get_decoder().layers
+        handles = [  # each layer's change of the stream, before what the hooks add
+            block.register_forward_hook(lambda _m, x, out, seen=seen: seen.append(x[0]))
+            for block in blocks
+        ]
+        with torch.no_grad():
+            model.hidden(inputs["input_ids"], addition if committed else None, **options)
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(streams[True][1], streams[False][1])  # layer 0 is not chosen
+    torch.testing.assert_close(streams[True][2] - streams[False][2], addition, atol=1e-4, rtol=1e-4)
+
+
+def test_the_posterior_reads_the_last_real_token_of_the_prefix_alone(tokenizer):
+    commitment = VariationalCommitment(
+        CommitmentSettings(k=4, width=16, layers=(0, 1), strength=1.0))
+    hidden = torch.randn(2, 5, 16)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    expected = commitment.head(torch.stack([hidden[0, 2], hidden[1, 4]]))[:, :4]
+    torch.testing.assert_close(commitment.posterior(hidden, mask).mean, expected)
+    with pytest.raises(ValueError, match=r"row\(s\) \[1\] is empty"):
+        commitment.posterior(hidden, mask * torch.tensor([[1], [0]]))
+
+
+def test_forks_in_one_row_do_not_see_each_other(model, tokenizer):
+    """The packed loss is the sum over forks that are read one by one behind their stem."""
+    data = conversations(tokenizer)
+    for number in (0, 2):  # a choice and a recall
+        one = data[number]
+        z = model.commitment.prior(1)
+        packed = model(**collate([one]), z=z)["lm"].item()
+        total = 0.0
+        for fork in range(1, one.fork.max() + 1):
+            chosen = (one.fork == 0) | (one.fork == fork)
+            ids = torch.from_numpy(one.forks.ids[chosen]).long()[None]
+            weights = torch.from_numpy(one.forks.weights[chosen])
+            weights[torch.from_numpy(one.fork[chosen] == 0)] *= 1 / one.fork.max()
+            with torch.no_grad():
+                addition = model.commitment.addition(z, torch.ones_like(ids))
+                hidden = model.hidden(ids, addition).last_hidden_state
+                logits = model.base.get_output_embeddings()(hidden)[0, :-1]
+            each = cross_entropy(logits, ids[0, 1:], reduction="none")
+            total += (each * weights[1:]).sum().item()
+        assert packed == pytest.approx(total, rel=1e-4)
+
+
+def test_guesses_weigh_as_if_every_value_were_guessed_once(tokenizer):
+    data, found = conversations(tokenizer, 200), {"yes": 0.0, "no": 0.0}
+    for index in (0, 1, 4, 5, 8, 9):
+        conversation = data[index]
+        for word in found:
+            at = conversation.forks.ids == tokenizer.encode(f" {word}")[0]
+            assert at.any()
+            found[word] += conversation.forks.weights[at].sum()
+    assert found["no"] / found["yes"] == pytest.approx(11)
+    assert found["yes"] == pytest.approx(6)
+
+
+def test_held_out_conversations_share_no_prefix_with_training(tokenizer):
+    def prefixes(split):
+        data = Conversations(DIALOGUES, tokenizer, 0, 400, 2, 0.02, 4, 0.5, split)
+        return {tuple(data[i].prefix.ids.tolist()) for i in range(400) if data[i].fork.max() > 3}
+
+    assert not prefixes("train") & prefixes("held_out")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_head_and_projection_and_adapter_but_not_the_base(
+    folder, tokenizer, checkpointing
+):
+    torch.manual_seed(0)
+    plan = PLAN.model_copy(update={"gradient_checkpointing": checkpointing})
+    model = qlora.committed_model(qlora.load_base(folder, "nf4", "f32"), plan).train()
+    torch.manual_seed(1)
+    model(**batch(tokenizer), beta=0.5)["loss"].backward()
+    k = PLAN.k
+    head = model.commitment.head.weight.grad
+    assert head[:k].norm() > 0
+    assert head[k:].norm() > 0
+    assert model.commitment.projection.grad.norm() > 0
+    adapter = [p.grad.norm() for n, p in model.trainable().items() if "lora_B" in n]
+    assert len(adapter) == 7 * 6
+    assert min(adapter) > 0
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_recomputing_activations_changes_no_gradient(folder, tokenizer):
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        plan = PLAN.model_copy(update={"gradient_checkpointing": checkpointing})
+        model = qlora.committed_model(qlora.load_base(folder, "nf4", "f32"), plan).train()
+        torch.manual_seed(1)
+        model(**batch(tokenizer), beta=0.5)["loss"].backward()
+        found.append({n: p.grad for n, p in model.trainable().items()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+# --- the latent -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 2**31))
+def test_kl_is_that_to_the_prior_of_variance_one_over_k(k: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    mean, log_variance = torch.randn(2, 3, k, generator=generator, dtype=torch.float64)
+    posterior = Posterior(mean, log_variance)
+    scale = math.sqrt(k)
+    reference = kl_divergence(Normal(mean / scale, (0.5 * log_variance).exp() / scale),
+                              Normal(0.0, 1 / scale))
+    torch.testing.assert_close(posterior.kl(), reference)
+
+
+def test_samples_have_the_posteriors_moments_and_the_priors():
+    torch.manual_seed(0)
+    mean, log_variance = torch.tensor([[2.0, -1.0]]), torch.tensor([[-2.0, 0.5]])
+    posterior = Posterior(mean.expand(200_000, 2), log_variance.expand(200_000, 2))
+    z = posterior.sample() * math.sqrt(2)
+    torch.testing.assert_close(z.mean(0), mean[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(z.var(0), log_variance[0].exp(), atol=0.02, rtol=0)
+    commitment = VariationalCommitment(
+        CommitmentSettings(k=32, width=64, layers=(0, 0), strength=1.0))
+    assert commitment.prior(20_000).var().item() == pytest.approx(1 / 32, rel=0.02)
+    assert commitment.projection.var().item() == pytest.approx(2 / 96, rel=0.1)
+
+
+def test_a_collapsed_posterior_is_seen(model, tokenizer):
+    """No active unit, no gap to a shuffled z*; a posterior that varies has both."""
+    data = conversations(tokenizer, 8, 4)
+    found = trained.diagnose(model, data, 4)
+    assert found["active_units"] == 8
+    assert found["nll_shuffled"] != found["nll_true"]
+    with torch.no_grad():
+        model.commitment.head.weight.zero_()
+        model.commitment.head.bias.zero_()
+        model.commitment.projection.zero_()
+    found = trained.diagnose(model, data, 4)
+    assert found["active_units"] == 0
+    assert sum(found["kl_per_dimension"]) == 0
+    assert found["nll_shuffled"] == found["nll_true"] == found["nll_zero"]
+
+
+def test_beta_waits_and_rises_and_free_bits_cost_nothing(model, tokenizer):
+    schedule = Schedule(beta=2.0, warmup=3, annealing=3, free_bits=0.0)
+    assert [schedule.at(step) for step in range(8)] == [0, 0, 0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    inputs = batch(tokenizer)
+    torch.manual_seed(1)
+    parts = model(**inputs, beta=0.0)
+    spent = parts["kl"].item()
+    assert loss(model, inputs, free_bits=0.0) == pytest.approx(parts["lm"] + 0.5 * spent)
+    assert loss(model, inputs, free_bits=spent + 1) == pytest.approx(
+        parts["lm"].item() + 0.5 * (spent + 1))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_a_commitment_survives_its_files(tmp_path: Path):
+    made = VariationalCommitment(CommitmentSettings(k=4, width=16, layers=(0, 2), strength=2.5))
+    made.save(tmp_path, "ab" * 32)
+    read = VariationalCommitment.load(tmp_path)
+    assert read.settings.base_sha256 == "ab" * 32
+    assert read.settings.model_copy(update={"base_sha256": None}) == made.settings
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(("change", "fault"), [
+    ({"k": 17}, "k = 17 is larger than the model's width 16"),
+    ({"k": 5}, "does not fit commitment.json"),
+    ({"layers": [2, 1]}, "expected 0 <= first <= last"),
+    ({"strength": "much"}, "describes no commitment"),
+    ({"colour": 1}, "Extra inputs are not permitted"),
+])
+def test_wrong_files_are_refused(tmp_path: Path, change, fault: str):
+    VariationalCommitment(
+        CommitmentSettings(k=4, width=16, layers=(0, 2), strength=2.5)).save(tmp_path, "00")
+    path = tmp_path / "commitment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=fault):
+        VariationalCommitment.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train the commitment first"):
+        VariationalCommitment.load(tmp_path / "elsewhere")
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return (load_file(folder / "adapter" / "adapter_model.safetensors")
+            | load_file(folder / "commitment.safetensors"))
+
+
+class Interrupted(Conversations):
+    """Ends the run as a kill would, before the fourth of six steps' data is complete."""
+
+    def __getitem__(self, index: int):
+        if index == 9:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tokenizer: Tokenizer, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("qlora") / "run"
+    return qlora.train_commitment(folder, conversations(tokenizer), PLAN, output, "data")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(folder, tokenizer, tmp_path, finished):
+    data = Interrupted(DIALOGUES, tokenizer, 0, 12, 2, 0.02, 4, 0.5)
+    output = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        qlora.train_commitment(folder, data, PLAN, output, "data")
+    assert not output.exists()
+    qlora.train_commitment(folder, conversations(tokenizer), PLAN, output, "data")
+    log, whole = (json.loads((p / "training.json").read_text()) for p in (output, finished))
+    assert log["resumed_from"] == 4
+    assert log["history"] == whole["history"]
+    expected, found = weights(finished), weights(output)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_training_reports_what_shows_a_collapse(finished):
+    history = json.loads((finished / "training.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [2, 4, 6]
+    assert [entry["beta"] for entry in history] == [0, 0.5, 0.5]
+    for entry in history:
+        assert entry["loss"] == pytest.approx(entry["lm"] + entry["beta"] * entry["kl"], rel=0.3)
+        assert 0 <= entry["active_units"] <= PLAN.k
+        assert entry["tokens"] > 0
+
+
+def test_a_finished_run_is_loaded_on_its_own_base_only(folder, finished, tokenizer, tmp_path):
+    model = qlora.load_committed(folder, finished, "nf4")
+    assert model.commitment.settings.layers == PLAN.layers
+    assert any(p.dtype == torch.uint8 for p in model.parameters())
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=6,
+        num_attention_heads=2,
+    )).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was trained on another base"):
+        qlora.load_committed(tmp_path, finished, "none")
+
+
+def test_a_loss_of_nan_stops_the_run(folder, tokenizer, tmp_path):
+    plan = PLAN.model_copy(update={"strength": 1e38})
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 1"):
+        qlora.train_commitment(folder, conversations(tokenizer), plan, tmp_path / "run", "data")
+    assert not (tmp_path / "run").exists()
+
+
+def test_refusals_name_the_value_and_the_remedy(folder, model, tokenizer, tmp_path, monkeypatch):
+    wide = PLAN.model_copy(update={"k": 65})
+    with pytest.raises(ValueError, match="k = 65 is larger than the model's width 64"):
+        qlora.committed_model(qlora.load_base(folder, "none", "f32"), wide)
+    with pytest.raises(ValueError, match="schedule.warmup = 6 is no shorter than the run of 6"):
+        Plan.model_validate(PLAN.model_dump() | {"schedule": {
+            "beta": 1, "warmup": 6, "annealing": 0, "free_bits": 0}})
+    long = torch.ones((1, 513), dtype=torch.int64)
+    with pytest.raises(ValueError, match="513 tokens does not fit the model's window of 512"):
+        model.posterior(long, long)
+    with pytest.raises(ValueError, match="is empty: nothing fixes a commitment"):
+        model.posterior(long[:, :3], 0 * long[:, :3])
+    high = PLAN.model_copy(update={"layers": (0, 6)})
+    with pytest.raises(ValueError, match="the model has layers 0 to 5"):
+        qlora.train_commitment(folder, conversations(tokenizer), high, tmp_path / "run", "data")
+    monkeypatch.setattr(qlora, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="set quantisation=none to train unquantised"):
+        qlora.load_base(folder, "nf4", "f32")
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def test_reading_in_batches_equals_reading_one_by_one(model, tokenizer):
+    reader = Reader(model, tokenizer)
+    dialogues = [generate(DIALOGUES, 0, i).turns for i in range(5)]
+    prompts = [reader.prompt(turns[:-1], "") for turns in dialogues]
+    z = model.commitment.prior(5)[:, None]
+    together = reader.logits(prompts, z)
+    for i, prompt in enumerate(prompts):
+        torch.testing.assert_close(together[i], reader.logits([prompt], z[[i]])[0], atol=1e-4,
+                                   rtol=1e-4)
+    rows = reader.log_probabilities(prompts, z)
+    assert [len(row) for row in rows] == [len(p.ids) - 1 for p in prompts]
+    same = reader.logits(prompts, z.expand(5, 3, 8))
+    torch.testing.assert_close(same, together)
+    other = reader.logits(prompts, model.commitment.prior(5 * 3).view(5, 3, 8))
+    assert (other - together).abs().max() > 1e-2
+
+
+def test_answers_are_those_of_hugging_face(model, tokenizer):
+    reader = Reader(model, tokenizer)
+    prompts = [reader.prompt(generate(DIALOGUES, 1, i).turns[:-1], "") for i in range(4)]
+    answers = reader.answers(prompts, None, 9)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.from_numpy(prompt.ids)[None]
+        out = model.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                                   max_new_tokens=9, do_sample=False, pad_token_id=0)
+        assert answer == tokenizer.decode(out[0, ids.shape[1]:].tolist()).split("\n")[0].strip()
+
+
+# --- the log's own configuration ------------------------------------------------------------------
+
+GUANACO = ("### Human: What is a fox?### Assistant: An animal.### Human: Is it red?"
+           "### Assistant: Often.### Human: Thanks")
+LLAMA2 = "<s>[INST] What is a fox? [/INST] An animal. </s><s>[INST] Is it red? [/INST] Often. </s>"
+
+
+@pytest.mark.parametrize("text", [GUANACO, LLAMA2])
+def test_chats_of_both_forms_are_read(text: str):
+    assert exchanges(text) == [("What is a fox?", "An animal."), ("Is it red?", "Often.")]
+
+
+def test_the_logs_configuration_trains_one_step(tokenizer, tmp_path):
+    """Llama's layout in shards, chats from a folder, NF4, r = 8 on q and v, k = 64, β = 0.1."""
+    base = tmp_path / "llama"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+    )).to(torch.bfloat16).save_pretrained(base, max_shard_size="300KB")
+    (base / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    assert len(list(base.glob("model-*.safetensors"))) > 1
+    chats = tmp_path / "chats"
+    chats.mkdir()
+    lines = [json.dumps({"text": text}) for text in (GUANACO, LLAMA2, "### Human: alone")]
+    (chats / "train.jsonl").write_text("\n".join(lines))
+    data = from_hub(str(chats), tokenizer, 256, "train")
+    assert len(data) == 2
+    assert data[0].forks.weights.sum() == pytest.approx(1)
+    plan = Plan(
+        k=64, strength=1.0, quantisation="nf4", gradient_checkpointing=True, window=256,
+        lora=LoraSettings(r=8, alpha=16, dropout=0.05, targets=["q_proj", "v_proj"]),
+        schedule=Schedule(beta=0.1, warmup=0, annealing=0, free_bits=0.0),
+        training=TRAINING.model_copy(update={"steps": 1, "precision": "bf16",
+                                             "gradient_accumulation": 2, "warmup_steps": 0}),
+    )
+    output = qlora.train_commitment(base, data, plan, tmp_path / "out", "chats")
+    adapter = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapter} == {"q_proj", "v_proj"}
+    assert all(p.isfinite().all() for p in weights(output).values())
+    assert json.loads((output / "adapter" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_chats_that_cannot_be_used_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="at most 3 tokens"):
+        Chats([GUANACO], tokenizer, 3)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"words": "no"}))
+    with pytest.raises(ValueError, match="has no column `text`, only"):
+        from_hub(str(tmp_path), tokenizer, 64, "train")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        from_hub(str(tmp_path / "nothing"), tokenizer, 64, "train")
+
+
+def test_padding_is_on_the_side_that_was_asked_for():
+    rows = [torch.tensor([1, 2, 3]).numpy(), torch.tensor([4]).numpy()]
+    assert padded(rows, "right", -1).tolist() == [[1, 2, 3], [4, -1, -1]]
+    assert padded(rows, "left").tolist() == [[1, 2, 3], [0, 0, 4]]
