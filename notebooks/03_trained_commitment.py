@@ -27,6 +27,7 @@ quantisation: str = "nf4"  # how the base lies in memory: nf4 (4 bits) or none
 precision: str = "f32"  # of the products: f32 or bf16
 device: str = "cpu"  # cpu or cuda
 k: int = 16  # latent dimension of z*
+layers: list[int] = []  # first and last layer that receive z*, from 0; empty: all
 strength: float = 10.0  # λ, the length of the injected direction before training
 lora: list[int] = [8, 16]  # rank and alpha of the low-rank adapters
 dropout: float = 0.0  # of the adapters
@@ -110,8 +111,8 @@ optimisation = training.TrainingSettings(
     checkpoint_every=max(steps // 4, 1), log_every=max(steps // 48, 1),
 )
 plan = Plan(
-    k=k, strength=strength, quantisation=quantisation, schedule=schedule, training=optimisation,
-    gradient_checkpointing=checkpointing, window=window,
+    k=k, strength=strength, layers=layers or None, quantisation=quantisation, schedule=schedule,
+    training=optimisation, gradient_checkpointing=checkpointing, window=window,
     lora=LoraSettings(r=lora[0], alpha=lora[1], dropout=dropout, targets=targets or "all-linear"),
 )
 
@@ -201,10 +202,20 @@ run.figure("latent_space", *results.latent_space(z.numpy(), named[0], "color"),
 # %% [markdown]
 # ## The same in llama.cpp
 #
-# What was trained is exported: adapter, head and $W_c$ as safetensors; the base as training saw
-# it, dequantised, and the adapter as GGUF. The export is read back, with the hash of every file
-# and of the base compared, and the patched llama.cpp repeats the probes under the same $z^*$. It
-# is given $\lambda$, $W_c z^*$ and the layers, and adds the vector by itself.
+# What was trained is exported, read back with the hash of every file and of the base compared,
+# and put to use in the patched llama.cpp:
+#
+# | file | holds | read by |
+# |---|---|---|
+# | `adapter/` | the low-rank adapter, safetensors | peft |
+# | `commitment.safetensors`, `.json` | head, $W_c$; $k$, $\lambda$, layers, base's hash | `lablog` |
+# | `base.gguf` | the base as training saw it: NF4, dequantised to f32 | any llama.cpp |
+# | `lora.gguf` | the adapter | any llama.cpp (`--lora`) |
+# | a control vector | one sampled $\lambda W_c z^*$ | any llama.cpp (`--control-vector`) |
+# | `export.json` | SHA-256 of all of them | the check on the way back |
+#
+# The patched llama.cpp repeats the probes under the same $z^*$: it is given $\lambda$,
+# $W_c z^*$ and the layers, and adds the vector by itself.
 #
 # Two things are compared. *Numbers*: the largest difference of any logit behind "is it X?", and
 # of $\sum_X P(\text{yes})$. *Behaviour*: the share of greedy answers that are the same text, the
@@ -224,7 +235,10 @@ run.metrics_table("native")
 
 # %% [markdown]
 # An unpatched llama.cpp can hold a sampled commitment too, as a control vector, if the layers that
-# receive it begin at 1: the format has no place for layer 0.
+# receive it begin at 1: the format has no place for layer 0. Given such a file it computes the
+# same logits as the patched one, to the last bit. By default all layers receive $z^*$, layer 0
+# among them, and the refusal below says what to do about it: `layers=[1,2]` trains a commitment
+# that any llama.cpp can carry. The adapter must be given beside it either way.
 
 # %%
 try:
@@ -235,14 +249,20 @@ except ValueError as refusal:
 # %% [markdown]
 # ## Personas from a file
 #
-# The same training takes real dialogues between people who were given personas, from a CSV file in
-# the layout of Synthetic-Persona-Chat. The second speaker's persona is the prefix, the dialogue
-# what follows, and one persona in five is held out. If $z^*$ carries something of a persona that
-# training never saw, the held-out dialogues are likelier under it than under the adapter trained
-# without $z^*$, and less likely under the $z^*$ of somebody else.
+# The same training takes real dialogues between people who were given personas: `personas` names a
+# CSV file in the layout of Synthetic-Persona-Chat, with the columns `user 1 personas`, `user 2
+# personas` and `Best Generated Conversation`, whose lines begin `User 1:` or `User 2:`. The second
+# speaker's persona is the prefix; the dialogue follows, cut to `window` tokens, with the loss on
+# the second speaker's turns. A row that cannot be used stops the run with its number: correct it,
+# or name it in `personas_leave_out`. Nothing is dropped in silence.
+#
+# One persona in five is held out. If $z^*$ carries something of a persona that training never saw,
+# the held-out dialogues are likelier under it than under the adapter trained without $z^*$, and
+# less likely under the $z^*$ of somebody else. The second comparison is the stricter one: the first
+# also changes when $z^*$ only disturbs.
 
 # %%
-record_personas(run, personas, personas_leave_out, base, plan, 512)
+record_personas(run, personas, personas_leave_out, base, plan)
 run.metrics_table("personas")
 
 # %% [markdown]

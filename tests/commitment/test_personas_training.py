@@ -74,7 +74,7 @@ def test_what_cannot_be_learnt_from_is_refused(base, path):
 
 
 def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, path, tmp_path):
-    result = measure_personas(path, [], base, PLAN, tmp_path, window=64)
+    result = measure_personas(path, [], base, PLAN, tmp_path)
     held = [d for d in read_personas(path) if d.split == "held_out"]
     assert result.trained == 60 - len(held)
     assert (result.kl > 0).all()
@@ -97,15 +97,16 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
         assert reported == pytest.approx(expected, abs=1e-5)
 
     run = Run("03_trained_commitment", "smoke", tmp_path, tmp_path, {})
-    record_personas(run, str(path), [], base, PLAN, 64)  # trained above
+    record_personas(run, str(path), [], base, PLAN)  # trained above
     assert run.record().metric("personas.gap").value == pytest.approx(
         np.mean(result.without) - np.mean(result.own))
-    assert f"held-out dialogues {len(held)}" in mandated(run.record(), [PERSONAS]).english
+    report = mandated(run.record(), [PERSONAS]).english
+    assert f"{60 - len(held)} trained on, {len(held)} held out" in report
 
 
 def test_no_file_is_reported_as_not_run(tmp_path):
     run = Run("03_trained_commitment", "smoke", tmp_path, tmp_path, {})
-    record_personas(run, "", [], tmp_path, PLAN, 64)
+    record_personas(run, "", [], tmp_path, PLAN)
     report = mandated(run.record(), [PERSONAS])
     assert "undefined (not run: personas is empty)" in report.english
-    assert "未学習の対話 0" in report.japanese
+    assert "学習 0, 未学習 0" in report.japanese

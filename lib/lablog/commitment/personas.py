@@ -78,15 +78,15 @@ class PersonaResult:
     trained: int  # dialogues in the training split
 
 
-def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Plan, artifacts: Path,
-                     window: int) -> PersonaResult:
+def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Plan,
+                     artifacts: Path) -> PersonaResult:
     """Train by `plan`, and LoRA alone by the same, on a file's dialogues; read those held out."""
     dialogues = read_personas(path, leave_out)
     tokenizer, seed = Tokenizer(base / "tokenizer.model"), plan.training.seed
     count = plan.training.steps * plan.training.batch_size * plan.training.gradient_accumulation
     split = [PersonaConversations([d for d in dialogues if d.split == name], tokenizer, seed,
-                                  count, window) for name in ("train", "held_out")]
-    data = key_of(sha256(path), sorted(leave_out), window)
+                                  count, plan.window) for name in ("train", "held_out")]
+    data = key_of(sha256(path), sorted(leave_out))
 
     def train(chosen: Plan) -> CommittedModel:
         name = key_of(chosen.model_dump(), base_hash(base), data)
@@ -113,8 +113,8 @@ def _likelihoods(model: CommittedModel, held: Sequence[Conversation],
             np.array([p["kl"].item() if "kl" in p else 0.0 for p in parts]))
 
 
-def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path, plan: Plan,
-                    window: int) -> None:
+def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path,
+                    plan: Plan) -> None:
     """Measure `file` (told from the root of the clone) and add ``personas.<measure>``.
 
     Without a file the measures are undefined, and say that nothing ran.
@@ -123,7 +123,7 @@ def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path, p
     if file:
         path = repository() / Path(file).expanduser()
         with run.stage("personas"):
-            result = measure_personas(path, leave_out, base, plan, run.artifacts, window)
+            result = measure_personas(path, leave_out, base, plan, run.artifacts)
         run.file(path)
     run.metric("personas.held_out", len(result.own) if result else 0, "count")
     run.metric("personas.trained", result.trained if result else 0, "count")
@@ -141,13 +141,10 @@ def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path, p
 
 
 PERSONAS = Section(("Personas (a file of the user's)", "ペルソナ (利用者のファイル)"), [
-    ("held-out dialogues {personas.held_out}, trained on {personas.trained}; negative "
-     "log-likelihood per token: LoRA without z* {personas.without}, z* from the own persona "
-     "{personas.own}, from another's {personas.shuffled}",
-     "未学習の対話 {personas.held_out}, 学習に使用 {personas.trained}; トークン当たり負の対数尤度: "
-     "z*なしのLoRA {personas.without}, 本人のペルソナからの z* {personas.own}, "
-     "他人のペルソナから {personas.shuffled}"),
-    ("gap LoRA without z* - own persona {personas.gap}, another's persona - own persona "
-     "{personas.gap_shuffled}, KL {personas.kl}",
-     "差: z*なし - 本人 {personas.gap}, 他人 - 本人 {personas.gap_shuffled}, KL {personas.kl}"),
+    ("dialogues: {personas.trained} trained on, {personas.held_out} held out",
+     "対話数: 学習 {personas.trained}, 未学習 {personas.held_out}"),
+    ("negative log-likelihood per held-out token over that with z* from the own persona: LoRA "
+     "without z* {personas.gap}, z* from another's persona {personas.gap_shuffled}",
+     "未学習トークン当たりの負の対数尤度の差 (本人のペルソナからの z* を基準): "
+     "z*なしのLoRA {personas.gap}, 他人のペルソナから {personas.gap_shuffled}"),
 ])
