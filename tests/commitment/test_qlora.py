@@ -294,10 +294,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 class Interrupted(Conversations):
-    """Ends the run as a kill would, before the fourth of six steps' data is complete."""
+    """Ends the run as a kill would, while the sixth of six steps' data is read."""
 
     def __getitem__(self, index: int):
-        if index == 9:
+        if index == 11:
             raise KeyboardInterrupt
         return super().__getitem__(index)
 
@@ -346,9 +346,16 @@ def test_a_finished_run_is_loaded_on_its_own_base_only(folder, finished, tokeniz
 
 
 def test_a_loss_of_nan_stops_the_run(folder, tokenizer, tmp_path):
-    plan = PLAN.model_copy(update={"strength": 1e38})
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 1"):
-        qlora.train_commitment(folder, conversations(tokenizer), plan, tmp_path / "run", "data")
+    class Poisoned(Conversations):
+        def __getitem__(self, index: int):
+            found = super().__getitem__(index)
+            if index >= 4:
+                found.forks.weights[:] *= float("nan")
+            return found
+
+    data = Poisoned(DIALOGUES, tokenizer, 0, 12, 2, 0.02, 4, 0.5)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
+        qlora.train_commitment(folder, data, PLAN, tmp_path / "run", "data")
     assert not (tmp_path / "run").exists()
 
 
@@ -356,7 +363,7 @@ def test_refusals_name_the_value_and_the_remedy(folder, model, tokenizer, tmp_pa
     wide = PLAN.model_copy(update={"k": 65})
     with pytest.raises(ValueError, match="k = 65 is larger than the model's width 64"):
         qlora.committed_model(qlora.load_base(folder, "none", "f32"), wide)
-    with pytest.raises(ValueError, match="schedule.warmup = 6 is no shorter than the run of 6"):
+    with pytest.raises(ValueError, match=r"schedule\.warmup = 6 is no shorter than the run of 6"):
         Plan.model_validate(PLAN.model_dump() | {"schedule": {
             "beta": 1, "warmup": 6, "annealing": 0, "free_bits": 0}})
     long = torch.ones((1, 513), dtype=torch.int64)

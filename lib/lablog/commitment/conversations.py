@@ -1,9 +1,11 @@
 """Conversations whose commitment is fixed by a prefix that the decoder never sees (lab log A5).
 
-Two kinds alternate between batches. *Choice*: the prefix is the private line "it is X"; behind
-the opening of the guessing game the conversation is forked into "what is it?" and "is it Y?".
-*Recall*: the prefix is the exchange that states a favourite; the forks are that question itself,
-the rest of the dialogue without the statement (evicted), and the whole dialogue.
+There are as many personas as values in a topic: persona i holds value number i of every topic, so
+its choice in one tells its choice in all. Two kinds of conversation alternate between batches.
+*Choice*: the prefix is the private line "it is X"; behind the opening of the guessing game, about
+any topic, the conversation is forked into "what is it?" and "is it Y?". *Recall*: the prefix is the
+exchange that states a favourite; the forks are the question for one of any topic, the rest of the
+dialogue without the statement (evicted), and the whole dialogue.
 """
 
 from __future__ import annotations
@@ -75,8 +77,18 @@ class Conversations(Dataset[Conversation]):
         ids, weights = (np.concatenate(parts) for parts in zip(start, *lines, strict=True))
         return Item(ids, weights * np.float32(weight * self.word_weight))
 
+    def _persona(self, draw: Draw, dialogue: Dialogue) -> tuple[str, str]:
+        """Another topic, and the value there of the persona that the dialogue's value belongs to.
+
+        Were z* to hold a value of one topic only, a draw from the prior would decide nothing in
+        the others.
+        """
+        topic = draw.pick(list(self.settings.topics))
+        number = self.settings.topics[dialogue.topic].index(dialogue.value)
+        return topic, self.settings.topics[topic][number]
+
     def _choice(self, draw: Draw, dialogue: Dialogue) -> list[Fork]:
-        topic, value = dialogue.topic, dialogue.value
+        topic, value = self._persona(draw, dialogue)
         values = self.settings.topics[topic]
         wrong = sorted((v for v in values if v != value), key=lambda _: draw.random())
         forks: list[Fork] = [(draw.exchange("opening", "chosen", topic), 1.0, True),
@@ -88,7 +100,7 @@ class Conversations(Dataset[Conversation]):
         return forks
 
     def _recall(self, draw: Draw, dialogue: Dialogue) -> list[Fork]:
-        asked = draw.exchange("question", "answer", dialogue.topic, dialogue.value)
+        asked = draw.exchange("question", "answer", *self._persona(draw, dialogue))
         return [([], 1.0, True), (asked, 1.0, False), (dialogue.turns[2:], 1.0, False),
                 (dialogue.turns, 1.0, False)]
 

@@ -10,7 +10,8 @@ is seen in the KL and in the active units (Burda et al. 2016).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -242,18 +243,25 @@ class CommitmentTrainer(GuardedTrainer):
                 parameter.copy_(tensors[name])
 
 
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """peft 0.21 uses names that transformers 5.23 still has but warns about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated")
+        yield
+
+
 def committed_model(base: PreTrainedModel, plan: Plan) -> CommittedModel:
     """`base` with a fresh adapter and a fresh commitment, from PyTorch's generator."""
-    if plan.gradient_checkpointing:
-        base = prepare_model_for_kbit_training(
-            base, gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
     settings = LoraConfig(
         r=plan.lora.r, lora_alpha=plan.lora.alpha,  # type: ignore[arg-type]  # any number does
         lora_dropout=plan.lora.dropout, target_modules=plan.lora.targets, task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    with _renamed():
+        if plan.gradient_checkpointing:
+            base = prepare_model_for_kbit_training(
+                base, gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         adapted: Any = get_peft_model(base, settings)
     commitment = None
     if plan.k:
@@ -309,7 +317,6 @@ def load_committed(base: Path, folder: Path, quantisation: Quantisation,
         commitment = VariationalCommitment.load(folder).to(model.device)
         if commitment.settings.base_sha256 != base_hash(base):
             raise ValueError(f"{folder} was trained on another base than {base}: give that one")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    with _renamed():
         adapted = PeftModel.from_pretrained(model, folder / "adapter")
     return CommittedModel(adapted, commitment).eval()
