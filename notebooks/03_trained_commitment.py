@@ -27,6 +27,7 @@ quantisation: str = "nf4"  # how the base lies in memory: nf4 (4 bits) or none
 precision: str = "f32"  # of the products: f32 or bf16
 device: str = "cpu"  # cpu or cuda
 k: int = 16  # latent dimension of z*
+layers: list[int] = []  # first and last layer that receive z*, from 0; empty: all
 strength: float = 10.0  # λ, the length of the injected direction before training
 lora: list[int] = [8, 16]  # rank and alpha of the low-rank adapters
 dropout: float = 0.0  # of the adapters
@@ -45,11 +46,15 @@ item_seed: int = 0  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
 texts: int = 8  # held-out dialogues to read
 draws: int = 48  # z* from the prior, for the pictures
+personas: str = ""  # CSV of dialogues with personas to train on too; empty: not run
+personas_leave_out: list[int] = []  # rows of that file to ignore, the header being row 1
 workers: int = 2  # processes that train and measure at a time, one thread each
 
 # %%
 from lablog import figures, record
-from lablog.commitment import trained, training_results as results
+from lablog.commitment import agreement, export, trained
+from lablog.commitment import training_results as results
+from lablog.commitment.personas import PERSONAS, record_personas
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.commitment.reader import Reader
 from lablog.models import source, training
@@ -105,8 +110,8 @@ optimisation = training.TrainingSettings(
     checkpoint_every=max(steps // 4, 1), log_every=max(steps // 48, 1),
 )
 plan = Plan(
-    k=k, strength=strength, quantisation=quantisation, schedule=schedule, training=optimisation,
-    gradient_checkpointing=checkpointing, window=window,
+    k=k, strength=strength, layers=layers or None, quantisation=quantisation, schedule=schedule,
+    training=optimisation, gradient_checkpointing=checkpointing, window=window,
     lora=LoraSettings(r=lora[0], alpha=lora[1], dropout=dropout, targets=targets or "all-linear"),
 )
 
@@ -194,6 +199,72 @@ run.figure("latent_space", *results.latent_space(z.numpy(), named[0], "color"),
            "the value that each leads the model to name.")
 
 # %% [markdown]
+# ## The same in llama.cpp
+#
+# What was trained is exported, read back with the hash of every file and of the base compared,
+# and put to use in the patched llama.cpp:
+#
+# | file | holds | read by |
+# |---|---|---|
+# | `adapter/` | the low-rank adapter, safetensors | peft |
+# | `commitment.safetensors`, `.json` | head, $W_c$; $k$, $\lambda$, layers, base | `lablog` |
+# | `base.gguf` | the base as training saw it: NF4, dequantised to f32 | any llama.cpp |
+# | `lora.gguf` | the adapter | any llama.cpp (`--lora`) |
+# | a control vector | one sampled $\lambda W_c z^*$ | any llama.cpp (`--control-vector`) |
+# | `export.json` | SHA-256 of all of them | the check on the way back |
+#
+# The patched llama.cpp repeats the probes under the same $z^*$: it is given $\lambda$,
+# $W_c z^*$ and the layers, and adds the vector by itself.
+#
+# Two things are compared. *Numbers*: the largest difference of any logit behind "is it X?", and
+# of $\sum_X P(\text{yes})$. *Behaviour*: the share of greedy answers that are the same text, the
+# share of answers that name the same value, and the probes themselves. PyTorch computes with the
+# dequantised weights in f32 here, because that is the function which was trained: evaluated in
+# 4 bits, `bitsandbytes` multiplies in bf16 on some CPUs, whatever was asked for.
+
+# %%
+exports = run.artifacts / f"{folders[seeds[0]].name}-export"
+with run.stage("export"):
+    export.export(folders[seeds[0]], base, exports)
+    exported = export.reimport(exports, base)
+with run.stage("llama.cpp"):
+    asked = trained.Probes(item_seed, items, 0)
+    agreement.record_agreement(run, agreement.compare(exported, base, asked, device))
+run.metrics_table("native")
+
+# %% [markdown]
+# An unpatched llama.cpp can hold a sampled commitment too, as a control vector, if the layers that
+# receive it begin at 1: the format has no place for layer 0. Given such a file it computes the
+# same logits as the patched one, to the last bit. By default all layers receive $z^*$, layer 0
+# among them, and the refusal below says what to do about it: `layers=[1,2]` trains a commitment
+# that any llama.cpp can carry. The adapter must be given beside it either way.
+
+# %%
+try:
+    print(exported.control_vector(z[0], exports.with_suffix(".control.gguf")).name)
+except ValueError as refusal:
+    print(refusal)
+
+# %% [markdown]
+# ## Personas from a file
+#
+# The same training takes real dialogues between people who were given personas: `personas` names a
+# CSV file in the layout of Synthetic-Persona-Chat, with the columns `user 1 personas`, `user 2
+# personas` and `Best Generated Conversation`, whose lines begin `User 1:` or `User 2:`. The second
+# speaker's persona is the prefix; the dialogue follows, cut to `window` tokens, with the loss on
+# the second speaker's turns. A row that cannot be used stops the run with its number: correct it,
+# or name it in `personas_leave_out`. Nothing is dropped in silence.
+#
+# One persona in five is held out. If $z^*$ carries something of a persona that training never saw,
+# the held-out dialogues are likelier under it than under the adapter trained without $z^*$, and
+# less likely under the $z^*$ of somebody else. The second comparison is the stricter one: the first
+# also changes when $z^*$ only disturbs.
+
+# %%
+record_personas(run, personas, personas_leave_out, base, plan)
+run.metrics_table("personas")
+
+# %% [markdown]
 # ## Findings
 #
 # In words, from the record:
@@ -205,7 +276,7 @@ print(results.findings(run.record()))
 # ## Report
 
 # %%
-run.finish(results.TRAINED)
+run.finish((*results.TRAINED, *agreement.NATIVE, PERSONAS))
 
 # %% [markdown]
 # ## What this does not show
@@ -216,5 +287,8 @@ run.finish(results.TRAINED)
 #   neither is certain of it. Σ P(yes) and the picture above tell how decided a draw is.
 # - A draw from the prior may contradict a text that already states another value; the held-out
 #   perplexity under the prior shows what that costs.
-# - The default model is small and knows one kind of talk. The profile `full` trains the log's
+# - Agreement of llama.cpp with PyTorch says that the exported files hold what was trained, not that
+#   a quantised GGUF of them, which most people would run, behaves the same.
+# - The default model is small and knows one kind of talk. On personas it starts from near nothing:
+#   its tokenizer spells most words of real dialogues in pieces. The profile `full` trains the log's
 #   configuration on Llama-2-7B-Chat, which needs a GPU of 24 GB for its size, not for its method.

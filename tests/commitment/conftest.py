@@ -14,15 +14,13 @@ from lablog.text.dialogues import generate, load_settings, render
 from lablog.text.tokenizer import train_tokenizer
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
+def random_llama(path: Path, vocabulary: int) -> Path:
     """Hugging Face folder of a Llama with six layers, wide enough a distribution to differ."""
-    path = tmp_path_factory.mktemp("random-llama")
     settings = load_settings()
     lines = {
         line for i in range(400) for line in render(generate(settings, 0, i).turns).splitlines()
     }
-    tokenizer = train_tokenizer(sorted(lines), 600, path / "tokenizer.model")
+    tokenizer = train_tokenizer(sorted(lines), vocabulary, path / "tokenizer.model")
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=6,
@@ -31,6 +29,18 @@ def folder(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A model whose tokenizer cuts some values in several tokens."""
+    return random_llama(tmp_path_factory.mktemp("random-llama"), 600)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A model whose tokenizer has a token for every value."""
+    return random_llama(tmp_path_factory.mktemp("random-base"), 1000)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Hugging Face folders to GGUF, by llama.cpp's own converter."""
+"""Hugging Face folders and LoRA adapters to GGUF, by llama.cpp's own converters."""
 
 from __future__ import annotations
 
@@ -27,18 +27,35 @@ def to_gguf(folder: Path, output: Path, dtype: Literal["f32", "f16", "q8_0"] = "
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
-    script = native_tree() / "convert_hf_to_gguf.py"
+    return _converted("convert_hf_to_gguf.py", folder, output, "--outtype", dtype)
+
+
+def lora_to_gguf(adapter: Path, base: Path, output: Path) -> Path:
+    """Convert the peft LoRA in `adapter`, of the model in the folder `base`, to a GGUF file (f32).
+
+    Raises FileNotFoundError if `adapter` has no safetensors (pickled weights are not read) or
+    the llama.cpp tree is missing, RuntimeError with the end of the converter's output if it fails.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise FileNotFoundError(f"{adapter} is not a peft adapter: it has no {name}")
+    return _converted("convert_lora_to_gguf.py", adapter, output, "--base", str(base))
+
+
+def _converted(script: str, source: Path, output: Path, *options: str) -> Path:
+    """Run a converter of the llama.cpp tree; `output` appears whole or not at all."""
+    tree = native_tree()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as room:
         made = Path(room) / "model.gguf"
-        command = [sys.executable, str(script), str(folder), "--outfile", str(made)]
+        command = [sys.executable, str(tree / script), str(source), "--outfile", str(made)]
         run = subprocess.run(
-            [*command, "--outtype", dtype], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False,
         )
         if run.returncode or not made.is_file():
             raise RuntimeError(
-                f"llama.cpp's converter failed on {folder} (exit status {run.returncode}):\n"
+                f"llama.cpp's converter failed on {source} (exit status {run.returncode}):\n"
                 + run.stdout[-2000:]
             )
         made.replace(output)

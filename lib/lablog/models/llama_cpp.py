@@ -106,9 +106,12 @@ class Commitment:
 
 
 class Model:
-    """A GGUF model in memory (close it, or use it as a context manager)."""
+    """A GGUF model in memory (close it, or use it as a context manager).
 
-    def __init__(self, path: Path, gpu_layers: int = 0) -> None:
+    lora: GGUF file of a LoRA adapter that all contexts of the model apply in full.
+    """
+
+    def __init__(self, path: Path, gpu_layers: int = 0, lora: Path | None = None) -> None:
         self.path = check_gguf(path)
         self._binding = bindings()
         parameters = self._binding.llama_model_default_params()
@@ -116,6 +119,14 @@ class Model:
         self._handle = self._binding.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._handle:
             raise EngineError(f"llama.cpp cannot load {path}: {_last_errors()}")
+        self._lora = None  # freed with the model
+        if lora is not None:
+            # Before any context is made: llama.cpp reserves room for the adapter's operations.
+            self._lora = self._binding.llama_adapter_lora_init(
+                self._handle, os.fsencode(check_gguf(lora)))
+            if not self._lora:
+                self.close()
+                raise EngineError(f"llama.cpp cannot apply {lora} to {path}: {_last_errors()}")
         self._vocab = self._binding.llama_model_get_vocab(self._handle)
         self.width: int = self._binding.llama_model_n_embd(self._handle)
         self.layers: int = self._binding.llama_model_n_layer(self._handle)
@@ -226,6 +237,10 @@ class Context:
                 f"llama.cpp made no context of {sequences} sequences of {window} tokens for "
                 f"{model.path}: {_last_errors()}"
             )
+        if model._lora:
+            adapters = (self._binding.llama_adapter_lora_p_ctypes * 1)(model._lora)
+            scale = (ctypes.c_float * 1)(1.0)
+            self._binding.llama_set_adapters_lora(self._handle, adapters, 1, scale)
         self._memory = self._binding.llama_get_memory(self._handle)
         self._batch = batch
         self.tokens: list[list[int]] = [[] for _ in range(sequences)]

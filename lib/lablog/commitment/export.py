@@ -1,0 +1,214 @@
+"""A trained commitment as files for other programs, and back (lab log A5).
+
+``commitment.safetensors`` + ``.json``   head and W_c, and what they are (`VariationalCommitment`)
+``adapter/``, ``plan.json``              LoRA in peft's format; how all of it was trained
+``base.gguf``                            the base model as training saw it: dequantised, f32
+``lora.gguf``                            LoRA for llama.cpp, to be applied to ``base.gguf``
+``export.json``                          SHA-256 of every file
+
+A sampled commitment also fits a GGUF control vector, in the community's layout (repeng; the
+``--control-vector`` of llama.cpp), if it leaves layer 0 alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lablog.commitment.qlora import CommittedModel, Plan, base_hash, load_base
+from lablog.commitment.variational import (
+    SETTINGS,
+    WEIGHTS,
+    CommitmentSettings,
+    VariationalCommitment,
+)
+from lablog.files import atomic_folder, atomic_write, sha256
+from lablog.models import convert
+from lablog.models.llama_cpp import Commitment, check_gguf
+
+MANIFEST = "export.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export whose files are whole and belong to its base model."""
+
+    folder: Path
+    settings: CommitmentSettings
+
+    @property
+    def base(self) -> Path:
+        """GGUF file of the base model."""
+        return self.folder / "base.gguf"
+
+    @property
+    def lora(self) -> Path:
+        """GGUF file of the LoRA."""
+        return self.folder / "lora.gguf"
+
+    def injected(self, z: torch.Tensor) -> list[Commitment]:
+        """What the patched llama.cpp is to add for each z* [n, k]."""
+        with torch.no_grad():
+            directions = VariationalCommitment.load(self.folder).direction(z).numpy()
+        return [Commitment(row, self.settings.strength, self.settings.layers) for row in directions]
+
+    def control_vector(self, z: torch.Tensor, path: Path) -> Path:
+        """One sampled commitment z* [k] as a control vector for any llama.cpp."""
+        kind = gguf.GGUFReader(self.lora).fields["general.architecture"].contents()
+        return write_control_vector(path, self.injected(z[None])[0], kind)
+
+
+def exact(trained: Path, base: Path) -> CommittedModel:
+    """A training result or an export in PyTorch, f32: `base` dequantised, and what was trained."""
+    adapted: Any = PeftModel.from_pretrained(dequantised(base, _plan(trained)), trained / "adapter")
+    commitment = VariationalCommitment.load(trained) if (trained / SETTINGS).is_file() else None
+    return CommittedModel(adapted, commitment).eval()
+
+
+def _plan(trained: Path) -> Plan:
+    return Plan.model_validate_json((trained / "plan.json").read_text())
+
+
+def export(trained: Path, base: Path, output: Path) -> Export:
+    """Write everything of the training result `trained` on the Hugging Face model `base`.
+
+    `output` appears whole or not at all. Raises ValueError if `trained` belongs to another base.
+    """
+    settings = _settings(trained, base)
+    with atomic_folder(output) as room, tempfile.TemporaryDirectory(dir=room.parent) as scratch:
+        for name in (SETTINGS, WEIGHTS, "plan.json"):
+            shutil.copyfile(trained / name, room / name)
+        shutil.copytree(trained / "adapter", room / "adapter")
+        folder = write_dequantised(base, _plan(trained), Path(scratch) / "base")
+        with ThreadPoolExecutor() as pool:  # mostly they import their libraries
+            model = pool.submit(convert.to_gguf, folder, room / "base.gguf")
+            lora = pool.submit(convert.lora_to_gguf, room / "adapter", base, room / "lora.gguf")
+            model.result(), lora.result()
+        files = sorted(path for path in room.rglob("*") if path.is_file())
+        hashes = {str(path.relative_to(room)): sha256(path) for path in files}
+        atomic_write(room / MANIFEST, json.dumps(hashes, indent=1) + "\n")
+    return Export(output, settings)
+
+
+def reimport(folder: Path, base: Path) -> Export:
+    """Open what `export` wrote, for the Hugging Face model `base`.
+
+    Raises FileNotFoundError or ValueError naming the file: missing, truncated or otherwise not as
+    it was exported, or trained on another base.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} holds no export: it has no {MANIFEST}")
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} is truncated ({error}): export again") from error
+    for name, stated in hashes.items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: export again")
+        if (actual := sha256(folder / name)) != stated:
+            raise ValueError(f"{folder / name} is truncated or changed: SHA-256 {actual}, exported "
+                             f"was {stated}; copy it again, or export again")
+    return Export(folder, _settings(folder, base))
+
+
+def _settings(folder: Path, base: Path) -> CommitmentSettings:
+    settings = VariationalCommitment.load(folder).settings
+    if settings.base_sha256 != (actual := base_hash(base)):
+        raise ValueError(f"{folder} was trained on the base model with SHA-256 "
+                         f"{settings.base_sha256}; {base} has {actual}: give that one")
+    return settings
+
+
+def write_dequantised(base: Path, plan: Plan, output: Path, adapter: Path | None = None) -> Path:
+    """Hugging Face folder of `dequantised` (f32), with the LoRA `adapter` merged if given."""
+    network: Any = dequantised(base, plan)
+    if adapter is not None:
+        network = PeftModel.from_pretrained(network, adapter).merge_and_unload()
+    with atomic_folder(output) as room:
+        network.save_pretrained(room)
+        for path in base.glob("tokenizer*"):
+            shutil.copyfile(path, room / path.name)
+    return output
+
+
+def dequantised(base: Path, plan: Plan) -> PreTrainedModel:
+    """`base` with its weights as training by `plan` saw them (rounded by NF4), in f32 on the CPU.
+
+    This is the function that QLoRA trains on. The 4-bit model itself computes another one in
+    evaluation: on CPUs with AVX-512 BF16 bitsandbytes then multiplies in bf16, whatever its
+    compute dtype.
+    """
+    network = load_base(base, plan.quantisation, plan.training.precision)
+    return (network.dequantize() if plan.quantisation == "nf4" else network).float().eval()
+
+
+ARCHITECTURE = "controlvector"
+
+
+def write_control_vector(path: Path, commitment: Commitment, model_hint: str) -> Path:
+    """Write λ · direction for each layer, whole or not at all; any llama.cpp loads it at scale 1.
+
+    model_hint: architecture of the model that it is for. Raises ValueError when layer 0 is in
+    range, which the layout cannot hold (``direction.N`` is applied at layer N ≥ 1).
+    """
+    first, last = commitment.layers
+    if first < 1:
+        raise ValueError(
+            f"layers = {commitment.layers}: a control vector cannot touch layer 0; train with "
+            "layers from 1 on, or use the commitment itself in the patched llama.cpp"
+        )
+    addition = commitment.strength * np.asarray(commitment.direction, np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as room:
+        writer = gguf.GGUFWriter(Path(room) / path.name, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", last - first + 1)
+        for layer in range(first, last + 1):
+            writer.add_tensor(f"direction.{layer}", addition.astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (Path(room) / path.name).replace(path)
+    return path
+
+
+def read_control_vector(path: Path) -> Commitment:
+    """The commitment (λ = 1) that a control vector holds.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, no control vector, or
+    holds different directions or a gap, which one commitment cannot express.
+    """
+    check_gguf(path)
+    try:
+        reader = gguf.GGUFReader(path)
+        # Where the sizes in the header exceed the file, numpy's views are short or impossible.
+        found = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
+        kind = reader.fields["general.architecture"].contents()
+    except (ValueError, IndexError, KeyError, struct.error) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): export it again") from error
+    names = {name.partition(".")[0] for name in found}
+    if kind != ARCHITECTURE or names != {"direction"}:
+        raise ValueError(f"{path} is no control vector: architecture {kind!r}, tensors "
+                         f"{sorted(names)}; expected {ARCHITECTURE!r} and direction.1, …")
+    layers = sorted(int(name.partition(".")[2]) for name in found)
+    rows = [found[f"direction.{layer}"] for layer in layers]
+    if layers != list(range(layers[0], layers[-1] + 1)) or layers[0] < 1 or any(
+        not np.array_equal(row, rows[0]) for row in rows
+    ):
+        raise ValueError(f"{path} differs between layers {layers}: one commitment adds the same "
+                         "vector in a range of layers; give the file to llama.cpp instead")
+    return Commitment(rows[0], 1.0, (layers[0], layers[-1]))
+

@@ -1,0 +1,150 @@
+"""Personas as commitments: conversations of a second source, a dialogue file of the user's.
+
+The prefix is the second speaker's persona, which the decoder never sees; the continuation is the
+dialogue, with the loss on the second speaker's turns. What the trained commitment is worth is told
+by the negative log-likelihood of held-out dialogues, whose personas do not occur in training,
+against LoRA trained on the same dialogues without z*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lablog.commitment.conversations import Conversation, Conversations, collate, conversation
+from lablog.commitment.export import exact
+from lablog.commitment.qlora import CommittedModel, Plan, base_hash, train_commitment
+from lablog.files import repository, sha256
+from lablog.intervals import over_seeds
+from lablog.models.training import key_of
+from lablog.record import Run
+from lablog.report import Section
+from lablog.text.datasets import Item
+from lablog.text.dialogues import load_settings
+from lablog.text.personas import PersonaDialogue, read_personas
+from lablog.text.tokenizer import Tokenizer
+
+
+class PersonaConversations(Dataset[Conversation]):
+    """`count` conversations: the dialogues in random order, again and again.
+
+    Of each dialogue the first `window` tokens are read. Raises ValueError for fewer than two
+    dialogues, and for one in whose window the second speaker says nothing.
+    """
+
+    def __init__(self, dialogues: Sequence[PersonaDialogue], tokenizer: Tokenizer, seed: int,
+                 count: int, window: int) -> None:
+        encode = Conversations(load_settings(), tokenizer, seed, 0, 1, 1.0, 2, 0.0).item
+        self.seed, self.count = seed, count
+        self.conversations = []
+        for dialogue in dialogues:
+            told = encode(dialogue.turns)
+            kept = Item(told.ids[:window], told.weights[:window])
+            if not kept.weights.any():
+                raise ValueError(f"User 2 with the persona {dialogue.persona!r} says nothing in "
+                                 f"the first {window} tokens: lengthen the window, or leave the "
+                                 "row out")
+            self.conversations.append(conversation(encode([dialogue.prefix]), [kept]))
+        if len(self.conversations) < 2:
+            raise ValueError(f"{len(self.conversations)} dialogue(s) in this split, needed are 2: "
+                             "about one persona in five is held out, so give a longer file")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        epoch, at = divmod(index, len(self.conversations))
+        order = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        return self.conversations[order.permutation(len(self.conversations))[at]]
+
+
+@dataclass(frozen=True)
+class PersonaResult:
+    """Negative log-likelihood of each held-out dialogue, nats per token of the second speaker.
+
+    With z* from its own persona, from the next dialogue's, and of LoRA alone; float64 [dialogues].
+    kl: KL(q ‖ prior) of each persona, nats [dialogues].
+    """
+
+    own: np.ndarray
+    shuffled: np.ndarray
+    without: np.ndarray
+    kl: np.ndarray
+    trained: int  # dialogues in the training split
+
+
+def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Plan,
+                     artifacts: Path) -> PersonaResult:
+    """Train by `plan`, and LoRA alone by the same, on a file's dialogues; read those held out."""
+    dialogues = read_personas(path, leave_out)
+    tokenizer, seed = Tokenizer(base / "tokenizer.model"), plan.training.seed
+    count = plan.training.steps * plan.training.batch_size * plan.training.gradient_accumulation
+    split = [PersonaConversations([d for d in dialogues if d.split == name], tokenizer, seed,
+                                  count, plan.window) for name in ("train", "held_out")]
+    data = key_of(sha256(path), sorted(leave_out))
+
+    def train(chosen: Plan) -> CommittedModel:
+        name = key_of(chosen.model_dump(), base_hash(base), data)
+        folder = artifacts / f"personas-{name}"
+        return exact(train_commitment(base, split[0], chosen, folder, data), base)
+
+    with_z, without = train(plan), train(plan.model_copy(update={"k": 0}))
+    held = split[1].conversations
+    moved = [replace(c, prefix=other.prefix)
+             for c, other in zip(held, held[1:] + held[:1], strict=True)]
+    own, kl = _likelihoods(with_z, held, seed)
+    return PersonaResult(own, _likelihoods(with_z, moved, seed)[0],
+                         _likelihoods(without, held, seed)[0], kl, len(split[0].conversations))
+
+
+@torch.inference_mode()
+def _likelihoods(model: CommittedModel, held: Sequence[Conversation],
+                 seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """NLL per token and KL of each conversation, under one z* from its posterior."""
+    torch.manual_seed(seed)
+    parts = [model(**collate([c])) for c in held]  # loss summed over the tokens
+    tokens = [c.forks.weights.sum() for c in held]
+    return (np.array([p["lm"].item() for p in parts]) / tokens,
+            np.array([p["kl"].item() if "kl" in p else 0.0 for p in parts]))
+
+
+def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path,
+                    plan: Plan) -> None:
+    """Measure `file` (told from the root of the clone) and add ``personas.<measure>``.
+
+    Without a file the measures are undefined, and say that nothing ran.
+    """
+    result = None
+    if file:
+        path = repository() / Path(file).expanduser()
+        with run.stage("personas"):
+            result = measure_personas(path, leave_out, base, plan, run.artifacts)
+        run.file(path)
+    run.metric("personas.held_out", len(result.own) if result else 0, "count")
+    run.metric("personas.trained", result.trained if result else 0, "count")
+    measures = {} if result is None else {
+        "own": result.own, "shuffled": result.shuffled, "without": result.without,
+        "gap": result.without - result.own, "gap_shuffled": result.shuffled - result.own,
+        "kl": result.kl}
+    for name in ("own", "shuffled", "without", "gap", "gap_shuffled", "kl"):
+        if name in measures:
+            interval = replace(over_seeds(measures[name].tolist()), method="t over dialogues")
+            run.metric(f"personas.{name}", float(measures[name].mean()), "nat", interval=interval,
+                       n=len(measures[name]))
+        else:
+            run.metric(f"personas.{name}", None, "nat", undefined="not run: personas is empty")
+
+
+PERSONAS = Section(("Personas (a file of the user's)", "ペルソナ (利用者のファイル)"), [
+    ("dialogues: {personas.trained} trained on, {personas.held_out} held out",
+     "対話数: 学習 {personas.trained}, 未学習 {personas.held_out}"),
+    ("negative log-likelihood per held-out token over that with z* from the own persona: LoRA "
+     "without z* {personas.gap}, z* from another's persona {personas.gap_shuffled}",
+     "未学習トークン当たりの負の対数尤度の差 (本人のペルソナからの z* を基準): "
+     "z*なしのLoRA {personas.gap}, 他人のペルソナから {personas.gap_shuffled}"),
+])
