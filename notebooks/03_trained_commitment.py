@@ -46,7 +46,6 @@ item_seed: int = 0  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
 texts: int = 8  # held-out dialogues to read
 draws: int = 48  # z* from the prior, for the pictures
-native_items: int = 4  # probes of each family that llama.cpp repeats
 personas: str = ""  # CSV of dialogues with personas to train on too; empty: not run
 personas_leave_out: list[int] = []  # rows of that file to ignore, the header being row 1
 workers: int = 2  # processes that train and measure at a time, one thread each
@@ -208,7 +207,7 @@ run.figure("latent_space", *results.latent_space(z.numpy(), named[0], "color"),
 # | file | holds | read by |
 # |---|---|---|
 # | `adapter/` | the low-rank adapter, safetensors | peft |
-# | `commitment.safetensors`, `.json` | head, $W_c$; $k$, $\lambda$, layers, base's hash | `lablog` |
+# | `commitment.safetensors`, `.json` | head, $W_c$; $k$, $\lambda$, layers, base | `lablog` |
 # | `base.gguf` | the base as training saw it: NF4, dequantised to f32 | any llama.cpp |
 # | `lora.gguf` | the adapter | any llama.cpp (`--lora`) |
 # | a control vector | one sampled $\lambda W_c z^*$ | any llama.cpp (`--control-vector`) |
@@ -229,8 +228,8 @@ with run.stage("export"):
     export.export(folders[seeds[0]], base, exports)
     exported = export.reimport(exports, base)
 with run.stage("llama.cpp"):
-    asked = trained.Probes(item_seed, native_items, 0)
-    agreement.record_agreement(run, agreement.compare(exported, base, asked))
+    asked = trained.Probes(item_seed, items, 0)
+    agreement.record_agreement(run, agreement.compare(exported, base, asked, device))
 run.metrics_table("native")
 
 # %% [markdown]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lablog.arianna import bench as arianna
+from lablog.commitment import bench as qlora
 from lablog.commitment import latent
 from lablog.cvfp import bench as cvfp
 from lablog.files import repository
@@ -188,12 +189,29 @@ def arianna_speed(run: Run) -> None:
         run.metric(f"arianna.{name}", value, unit)
 
 
+def qlora_speed(run: Run) -> None:
+    """A training step with the commitment over LoRA alone on the same tokens, 4 bits over f32, and
+    forked choices a second."""
+    base = source.hugging_face_folder("offline:laptop", repository() / "build/laptop/artifacts")
+    plain, committed = qlora.step(base, 0, "nf4"), qlora.step(base, 16, "nf4")
+    whole = qlora.step(base, 16, "none")
+    for name, reference, candidate in (
+        ("step.commitment_over_lora", plain, committed), ("step.nf4_over_f32", whole, committed)
+    ):
+        ratios = [1 / paired(reference, candidate, 1) for _ in range(20)]
+        run.metric(f"qlora.{name}", float(np.median(ratios)), "ratio", n=len(ratios),
+                   interval=bootstrap_percentile(ratios, 50))
+    run.metric("qlora.memory.nf4_over_f32",
+               qlora.memory(base, "nf4") / qlora.memory(base, "none"), "ratio")
+    run.metric("qlora.forks_per_s", qlora.ITEMS / _seconds(qlora.forks(base)), "items/s")
+
+
 def main() -> int:
     """Measure everything, write the record and print it."""
     folder = repository() / "build"
     parameters: dict[str, Any] = {}
     run = Run("bench", "bench", folder, folder / "bench", parameters)
-    for stage in (native_build, native_decode, cvfp_speed, arianna_speed):
+    for stage in (native_build, native_decode, qlora_speed, cvfp_speed, arianna_speed):
         with run.stage(stage.__name__):
             stage(run)
     record = run.record()

@@ -44,7 +44,7 @@ class NativeReader(Reader):
             if z is not None:
                 assert commitment is not None
                 with torch.no_grad():
-                    direction = commitment.direction(z[turn]).numpy()
+                    direction = commitment.direction(z[turn].to(self.device)).cpu().numpy()
                 settings = commitment.settings
                 self.context.commit(Commitment(direction, settings.strength, settings.layers))
             rows.append(self.context.decode({0: [ids[i] for i in group]}, logits)[0])
@@ -113,12 +113,17 @@ def agreement(native: Reader, reference: Reader, material: Probes,
     )
 
 
-def compare(exported: Export, base: Path, material: Probes,
+def compare(exported: Export, base: Path, material: Probes, device: str = "cpu",
             window: int = 512) -> dict[str, Agreement]:
-    """Exported files in llama.cpp against `exact` in PyTorch: z* from the ``prior``, ``prefix``."""
-    reference = Reader(exact(exported.folder, base), Tokenizer(base / "tokenizer.model"))
-    with (Model(exported.base, lora=exported.lora) as model,
-          Context(model, 1, window) as context):
+    """Exported files in llama.cpp against `exact` in PyTorch: z* from the ``prior``, ``prefix``.
+
+    device: ``cpu``, or ``cuda`` for both, which needs a llama.cpp built for it.
+    """
+    model = exact(exported.folder, base).to(device)
+    reference = Reader(model, Tokenizer(base / "tokenizer.model"))
+    layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
+    with (Model(exported.base, layers, exported.lora) as engine,
+          Context(engine, 1, window) as context):
         native = NativeReader(reference, context)
         return {"prior": agreement(native, reference, material, "prior"),
                 "prefix": agreement(native, reference, material, "prefix")}

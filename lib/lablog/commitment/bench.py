@@ -1,0 +1,82 @@
+"""Steps of QLoRA training and of its evaluation, to be timed by ``make bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lablog.commitment.conversations import Conversation, Conversations, collate
+from lablog.commitment.qlora import (
+    CommittedModel,
+    Plan,
+    Quantisation,
+    committed_model,
+    load_base,
+)
+from lablog.commitment.reader import Reader
+from lablog.commitment.trained import Probes
+from lablog.text.datasets import Item
+from lablog.text.dialogues import load_settings
+from lablog.text.tokenizer import Tokenizer
+
+ITEMS = 200
+
+
+def _plan(k: int, quantisation: Quantisation) -> Plan:
+    training = {"steps": 1, "batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 0,
+                "schedule": "cosine", "betas": (0.9, 0.98), "weight_decay": 0, "precision": "f32",
+                "checkpoint_every": 1, "log_every": 1}
+    return Plan.model_validate({
+        "k": k, "strength": 10, "quantisation": quantisation, "training": training,
+        "lora": {"r": 32, "alpha": 64, "dropout": 0, "targets": "all-linear"},
+        "schedule": {"beta": 0.3, "warmup": 0, "annealing": 0, "free_bits": 0},
+    })
+
+
+def _in_window(conversation: Conversation) -> Conversation:
+    """The same tokens with the prefix in the decoder's window, as LoRA alone would see them."""
+    prefix, forks = conversation.prefix, conversation.forks
+    item = Item(np.concatenate([prefix.ids, forks.ids]),
+                np.concatenate([0 * prefix.weights, forks.weights]))
+    return Conversation(prefix, item,
+                        np.concatenate([np.zeros(len(prefix.ids), np.int64), conversation.fork]))
+
+
+def step(base: Path, k: int, quantisation: Quantisation) -> Callable[[], None]:
+    """A function that takes one optimiser step; k = 0 is LoRA alone on the same tokens."""
+    plan = _plan(k, quantisation)
+    torch.manual_seed(0)
+    model = committed_model(load_base(base, quantisation, "f32"), plan).train()
+    optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4, fused=True)
+    data = Conversations(load_settings(), Tokenizer(base / "tokenizer.model"), 0, 64, 8, 0.02, 6,
+                         0.34)
+    shown = [data[i] if k else _in_window(data[i]) for i in range(24)]
+    batches = [collate(shown[i : i + 8]) for i in (0, 8, 16)]  # two of choices, one of recall
+
+    def run() -> None:
+        for batch in batches:
+            model(**batch, beta=0.3)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def memory(base: Path, quantisation: Quantisation) -> int:
+    """Bytes of the base's parameters."""
+    return int(load_base(base, quantisation, "f32").get_memory_footprint())
+
+
+def forks(base: Path) -> Callable[[], None]:
+    """A function that evaluates `ITEMS` forked choices with a z* from the prior for each."""
+    torch.manual_seed(0)
+    model: CommittedModel = committed_model(load_base(base, "nf4", "f32"), _plan(16, "nf4"))
+    reader, probes = Reader(model, Tokenizer(base / "tokenizer.model")), Probes(0, ITEMS, 1)
+
+    def run() -> None:
+        probes.fork(reader, "prior")
+
+    return run
