@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from arianna_exchanges import EXCHANGES
 
 from lablog.arianna.exports import export
 from lablog.files import data_file
 from lablog.models.training import ModelShape
 from lablog.text.tokenizer import train_tokenizer
 
-EXCHANGES = [
-    ("What is resonance?", "One string moves, and another answers."),
-    ("What is silence?", "A room that keeps what was said."),
-    ("Do you remember?", "Only as a path remembers feet."),
-]
 SHAPE = ModelShape(layers=6, width=288, heads=6, kv_heads=6, feed_forward=768, context=256,
                    tied_embeddings=True, initializer_range=0.04)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXCHANGES
+from arianna_exchanges import EXCHANGES
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -96,7 +96,7 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
         expected = -np.mean([rows[at - 1, ids[at]].item() for at in loss])
         assert reported == pytest.approx(expected, abs=1e-5)
 
-    run = Run("03_trained_commitment", "smoke", tmp_path, tmp_path, {})
+    run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
     record_personas(run, str(path), [], base, PLAN)  # trained above
     assert run.record().metric("personas.gap").value == pytest.approx(
         np.mean(result.without) - np.mean(result.own))
@@ -105,7 +105,7 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
 
 
 def test_no_file_is_reported_as_not_run(tmp_path):
-    run = Run("03_trained_commitment", "smoke", tmp_path, tmp_path, {})
+    run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
     record_personas(run, "", [], tmp_path, PLAN)
     report = mandated(run.record(), [PERSONAS])
     assert "undefined (not run: personas is empty)" in report.english

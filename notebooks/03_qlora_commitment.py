@@ -61,7 +61,7 @@ from lablog.models import source, training
 from lablog.text.tokenizer import Tokenizer
 
 figures.use_style()
-run = record.begin("03_trained_commitment", globals())
+run = record.begin("03_qlora_commitment", globals())
 
 # %% [markdown]
 # ## The base in 4 bits
