@@ -117,6 +117,16 @@ plan = Plan(
 # Right and wrong guesses are weighed as if every value had been guessed once. A decoder that is
 # calibrated then has $\sum_Y P(\text{yes} \mid Y) = 1$: not because it was told to, but because
 # exactly one of the guesses is right.
+#
+# What a prefix fixes is a *persona*: persona number $i$ holds value number $i$ of every topic, so
+# the prefix may speak of colours and the game be about cities. In a first version each prefix told
+# only about its own topic. The posterior then spread over all pairs of topic and value, and a
+# draw from the prior, which mostly fell to some other topic, decided nothing in this one.
+#
+# The prior must decide everywhere, also where no posterior has its mass. So, as $\beta$ rises, a
+# growing share of conversations gets a $z^*$ from the prior: it is cut into one cell for each
+# persona of the batch, where that persona's posterior is the densest, and each conversation
+# gets a draw from its own cell.
 
 # %%
 example = trained.training_data(base, seeds[0], plan, data, count=2 * batch[0])
