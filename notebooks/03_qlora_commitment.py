@@ -24,28 +24,20 @@
 model: str = "offline:smoke"  # offline:RECIPE, a path to a Hugging Face folder, or hub:OWNER/NAME
 data: str = "dialogues"  # what to train on: the project's dialogues, or hub:OWNER/NAME of chats
 quantisation: str = "nf4"  # how the base lies in memory: nf4 (4 bits) or none
-precision: str = "f32"  # of the products: f32 or bf16
-device: str = "cpu"  # cpu or cuda
-k: int = 16  # latent dimension of z*
+compute: list[str] = ["cpu", "f32"]  # device (cpu or cuda), and precision of products (f32 or bf16)
+k: int = 12  # latent dimension of z*
 layers: list[int] = []  # first and last layer that receive z*, from 0; empty: all
-strength: float = 10.0  # λ, the length of the injected direction before training
-lora: list[int] = [8, 16]  # rank and alpha of the low-rank adapters
-dropout: float = 0.0  # of the adapters
+strength: float = 20.0  # λ, the length of the injected direction before training
+lora: list[float] = [8, 16, 0.0]  # rank, alpha and dropout of the low-rank adapters
 targets: list[str] = []  # modules that get an adapter; empty: all linear layers
-beta: float = 0.3  # weight of the KL after annealing
-annealing: list[int] = [4, 8]  # steps at β = 0, and steps over which β rises
-free_bits: float = 0.0  # nats of KL that cost nothing
+schedule: list[float] = [0.1, 4, 8, 0.0, 0.5]  # β; steps at 0; steps of its rise; free nats; cells
 steps: int = 24  # optimiser steps of each run
-batch: int = 4  # conversations in a step
-accumulation: int = 1  # micro-batches in a step
-window: int = 512  # tokens that a prefix or a chat may have
+batch: list[int] = [12, 1]  # conversations in a micro-batch, and micro-batches in a step
 checkpointing: bool = False  # recompute activations in the backward pass to save memory
 learning_rate: float = 3e-3  # peak, then cosine to zero
 seeds: list[int] = [1, 2]  # one training of z* and one of its control each
-item_seed: int = 0  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
 texts: int = 8  # held-out dialogues to read
-draws: int = 48  # z* from the prior, for the pictures
 personas: str = ""  # CSV of dialogues with personas to train on too; empty: not run
 personas_leave_out: list[int] = []  # rows of that file to ignore, the header being row 1
 workers: int = 2  # processes that train and measure at a time, one thread each
@@ -102,17 +94,18 @@ run.metrics_table("memory")
 # are "yes". Only a prefix that the decoder never sees forces $z^*$ to carry the choice.
 
 # %%
-schedule = Schedule(beta=beta, warmup=annealing[0], annealing=annealing[1], free_bits=free_bits)
+device, precision = compute
 optimisation = training.TrainingSettings(
-    steps=steps, batch_size=batch, gradient_accumulation=accumulation, threads=1,
-    learning_rate=learning_rate, warmup_steps=steps // 16, schedule="cosine", betas=(0.9, 0.98),
-    weight_decay=0.0, precision=precision, cpu=device == "cpu",
-    checkpoint_every=max(steps // 4, 1), log_every=max(steps // 48, 1),
+    steps=steps, batch_size=batch[0], gradient_accumulation=batch[1], learning_rate=learning_rate,
+    warmup_steps=steps // 16, schedule="cosine", betas=(0.9, 0.98), weight_decay=0.0, threads=1,
+    precision=precision, cpu=device == "cpu", checkpoint_every=max(steps // 4, 1),
+    log_every=max(steps // 48, 1),
 )
 plan = Plan(
-    k=k, strength=strength, layers=layers or None, quantisation=quantisation, schedule=schedule,
-    training=optimisation, gradient_checkpointing=checkpointing, window=window,
-    lora=LoraSettings(r=lora[0], alpha=lora[1], dropout=dropout, targets=targets or "all-linear"),
+    k=k, strength=strength, layers=layers or None, quantisation=quantisation,
+    training=optimisation, gradient_checkpointing=checkpointing,
+    schedule=dict(zip(Schedule.model_fields, schedule, strict=True)),
+    lora=LoraSettings(r=lora[0], alpha=lora[1], dropout=lora[2], targets=targets or "all-linear"),
 )
 
 # %% [markdown]
@@ -124,9 +117,19 @@ plan = Plan(
 # Right and wrong guesses are weighed as if every value had been guessed once. A decoder that is
 # calibrated then has $\sum_Y P(\text{yes} \mid Y) = 1$: not because it was told to, but because
 # exactly one of the guesses is right.
+#
+# What a prefix fixes is a *persona*: persona number $i$ holds value number $i$ of every topic, so
+# the prefix may speak of colours and the game be about cities. In a first version each prefix told
+# only about its own topic. The posterior then spread over all pairs of topic and value, and a
+# draw from the prior, which mostly fell to some other topic, decided nothing in this one.
+#
+# The prior must decide everywhere, also where no posterior has its mass. So, as $\beta$ rises, a
+# growing share of conversations gets a $z^*$ from the prior: it is cut into one cell for each
+# persona of the batch, where that persona's posterior is the densest, and each conversation
+# gets a draw from its own cell.
 
 # %%
-example = trained.training_data(base, seeds[0], plan, data, count=2 * batch)
+example = trained.training_data(base, seeds[0], plan, data, count=2 * batch[0])
 tokenizer = Tokenizer(base / "tokenizer.model")
 for index in (0, len(example) - 1):
     print("prefix, for the posterior alone:", tokenizer.decode(example[index].prefix.ids.tolist()))
@@ -143,7 +146,7 @@ for index in (0, len(example) - 1):
 # %%
 with run.stage("study"):
     rows, folders = trained.study(base, plan, data, seeds, run.artifacts,
-                                  (item_seed, items, texts), workers)
+                                  (0, items, texts), workers)
 history = results.record_training(run, folders)
 run.figure("training", *results.training_curves(history),
            "Loss on the model's own words, KL of the posterior and its weight, for each seed.")
@@ -178,13 +181,13 @@ run.figure("arms", *results.arms(rows),
 with run.stage("diagnostics"):
     models = {seed: load_committed(base, folder, quantisation, precision, device == "cpu")
               for seed, folder in folders.items()}
-    unseen = trained.training_data(base, item_seed, plan, data, "held_out", 8 * batch)
-    found = {seed: trained.diagnose(one, unseen, batch) for seed, one in models.items()}
+    unseen = trained.training_data(base, 0, plan, data, "held_out", 8 * batch[0])
+    found = {seed: trained.diagnose(one, unseen, batch[0]) for seed, one in models.items()}
 results.record_diagnostics(run, found)
 run.metrics_table("latent")
 
 # %%
-z, named = trained.choices(Reader(models[seeds[0]], tokenizer), draws, item_seed)
+z, named = trained.choices(Reader(models[seeds[0]], tokenizer), 4 * items, 0)
 run.figure("latent_use", *results.latent_use(found[seeds[0]]["kl_per_dimension"], named),
            "Left: nats that each dimension of z* carries. Right: which choice a draw from the "
            "prior commits to, in every topic (first seed).")
@@ -229,7 +232,7 @@ with run.stage("export"):
     export.export(folders[seeds[0]], base, exports)
     exported = export.reimport(exports, base)
 with run.stage("llama.cpp"):
-    asked = trained.Probes(item_seed, min(items, 24), 0)  # one conversation at a time: slow
+    asked = trained.Probes(0, min(items, 24), 0)  # one conversation at a time: slow
     agreement.record_agreement(run, agreement.compare(exported, base, asked, device))
 run.metrics_table("native")
 

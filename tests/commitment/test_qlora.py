@@ -226,6 +226,29 @@ def test_samples_have_the_posteriors_moments_and_the_priors():
     assert commitment.projection.var().item() == pytest.approx(2 / 96, rel=0.1)
 
 
+def test_draws_from_the_priors_cells_belong_to_their_rows():
+    torch.manual_seed(0)
+    posterior = Posterior(4 * torch.eye(5), torch.zeros(5, 5))
+    for _ in range(20):
+        z = posterior.sample_cells(1.0) * math.sqrt(5)
+        distance = torch.cdist(z, posterior.mean)
+        assert distance.argmin(dim=1).tolist() == list(range(5))
+    far = Posterior(torch.tensor([[0.0], [1e3]]), torch.zeros(2, 1))
+    assert far.sample_cells(1.0)[1] > 9e2  # no draw falls into the second cell
+    many = Posterior(torch.full((500, 1), 3.0), torch.full((500, 1), -4.0))
+    assert many.sample_cells(0.0).mean().item() == pytest.approx(3.0, abs=0.01)
+
+
+def test_a_batch_holds_every_persona_once(tokenizer):
+    data = conversations(tokenizer, 24, 12)
+    topics = [list(values) for values in DIALOGUES.topics.values()]
+    found = []
+    for index in range(24):
+        words = tokenizer.decode(data[index].prefix.ids.tolist())
+        found += [values.index(v) for values in topics for v in values if f" {v}" in words]
+    assert found == [*range(12), *range(12)]
+
+
 def test_a_collapsed_posterior_is_seen(model, tokenizer):
     """No active unit, no gap to a shuffled z*; a posterior that varies has both."""
     data = conversations(tokenizer, 8, 4)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,9 @@ class Conversation:
 
 
 class Conversations(Dataset[Conversation]):
-    """`count` conversations, in batches of one kind; a pure function of its arguments.
+    """`size` conversations, in batches of one kind; a pure function of its arguments.
+
+    Conversation number i is of persona i mod N: a batch of N holds each persona once.
 
     Only combinations of phrasing and value that the dialogues' `split` holds occur.
     The loss is on the assistant's turns: 1 on values, yes and no, `word_weight` on other words. Of
@@ -48,24 +51,29 @@ class Conversations(Dataset[Conversation]):
     so that a calibrated decoder has Σ_Y P(yes | Y) = 1.
     """
 
-    def __init__(self, settings: DialogueSettings, tokenizer: Tokenizer, seed: int, count: int,
+    def __init__(self, settings: DialogueSettings, tokenizer: Tokenizer, seed: int, size: int,
                  batch: int, word_weight: float, guesses: int, recall_share: float,
                  split: Split = "train") -> None:
-        self.settings, self.seed, self.count, self.batch = settings, seed, count, batch
+        self.settings, self.seed, self.size, self.batch = settings, seed, size, batch
         self.guesses, self.recall_share, self.split = guesses, recall_share, split
         self.tokenizer = tokenizer
         lines = DialogueDataset(settings, tokenizer, seed, 0, 1, 0.0, 1 / word_weight)
         self.encode, self.word_weight = lines.encode, word_weight
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     def __getitem__(self, index: int) -> Conversation:
         share, number = self.recall_share, index // self.batch
         recall = int((number + 1) * share) > int(number * share)
         draw = Draw(self.settings, self.seed, STREAM, index)
-        dialogue = generate(self.settings, self.seed, index, self.split,
-                            "favourite" if recall else "compare", "probe" if recall else "simple")
+        for attempt in count():
+            dialogue = generate(self.settings, self.seed, index + attempt * self.size, self.split,
+                                "favourite" if recall else "compare",
+                                "probe" if recall else "simple")
+            values = self.settings.topics[dialogue.topic]
+            if values.index(dialogue.value) == index % len(values):
+                break
         prefix = dialogue.turns[: 2 if recall else 1]
         forks = self._recall(draw, dialogue) if recall else self._choice(draw, dialogue)
         return conversation(self.item(prefix), [self.item(*fork) for fork in forks])

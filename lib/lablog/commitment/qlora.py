@@ -64,16 +64,22 @@ class LoraSettings(Strict):
 
 class Schedule(Strict):
     """β is 0 for `warmup` steps, then rises linearly to `beta` over `annealing` steps;
-    `free_bits` nats of KL (summed over the latent, mean over the batch) cost nothing."""
+    `free_bits` nats of KL (summed over the latent, mean over the batch) cost nothing. Along with β
+    the share of conversations rises whose z* is drawn from the prior's `cells`."""
 
     beta: float = Field(ge=0)
     warmup: int = Field(ge=0)
     annealing: int = Field(ge=0)
     free_bits: float = Field(ge=0)
+    cells: float = Field(0.0, ge=0, le=1)
 
     def at(self, step: int) -> float:
         """β at a 0-based optimiser step."""
-        return self.beta * min(1.0, max(0.0, (step - self.warmup + 1) / (self.annealing + 1)))
+        return self.beta * self.risen(step)
+
+    def risen(self, step: int) -> float:
+        """How far the schedule has risen at a 0-based optimiser step, 0 to 1."""
+        return min(1.0, max(0.0, (step - self.warmup + 1) / (self.annealing + 1)))
 
 
 class Plan(Strict):
@@ -89,7 +95,7 @@ class Plan(Strict):
     schedule: Schedule
     training: TrainingSettings
     quantisation: Quantisation
-    window: int = Field(512, ge=2)  # tokens that a prefix or a chat may have
+    window: int = Field(1024, ge=2)  # tokens that a prefix or a chat may have
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -166,7 +172,8 @@ class CommittedModel(nn.Module):
 
     def forward(self, prefix_ids: Tensor, prefix_mask: Tensor, input_ids: Tensor, mask: Tensor,
                 weights: Tensor, position_ids: Tensor, attention: Tensor, beta: float = 0.0,
-                free_bits: float = 0.0, z: Tensor | None = None) -> dict[str, Tensor]:
+                free_bits: float = 0.0, cells: float = 0.0,
+                z: Tensor | None = None) -> dict[str, Tensor]:
         """Loss, its parts ``lm`` and ``kl`` (nats per conversation), and the posterior's means.
 
         With `z` [n, k] that is injected, the prefix is not read, and the loss is ``lm``.
@@ -176,7 +183,8 @@ class CommittedModel(nn.Module):
             addition = self.commitment.addition(z, mask)
         elif self.commitment is not None:
             posterior = self.posterior(prefix_ids, prefix_mask)
-            addition = self.commitment.addition(posterior.sample(), mask)
+            drawn = posterior.sample_cells(cells) if cells else posterior.sample()
+            addition = self.commitment.addition(drawn, mask)
             parts = {"kl": posterior.kl().sum(dim=1).mean(), "means": posterior.mean.detach()}
         hidden = self.hidden(input_ids, addition, attention_mask=attention,
                              position_ids=position_ids, use_cache=False).last_hidden_state
@@ -206,8 +214,9 @@ class CommitmentTrainer(GuardedTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:
-        beta = self.schedule.at(self.state.global_step)
-        parts = model(**inputs, beta=beta, free_bits=self.schedule.free_bits)
+        schedule, step = self.schedule, self.state.global_step
+        parts = model(**inputs, beta=schedule.at(step), free_bits=schedule.free_bits,
+                      cells=schedule.cells * schedule.risen(step))
         tokens = inputs["mask"].sum() + inputs["prefix_mask"].sum()
         self.seen.append(
             {"tokens": tokens} | {n: part.detach() for n, part in parts.items() if n != "loss"}

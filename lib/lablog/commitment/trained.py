@@ -276,12 +276,10 @@ def measure(name: str, base: Path, folders: Mapping[str, Path], quantisation: Qu
     return result
 
 
-def in_processes(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], workers: int,
-                 description: str) -> list[Any]:
-    """Results of independent calls, in order, `workers` at a time in processes of their own."""
-    context = multiprocessing.get_context("spawn")
-    with (ProcessPoolExecutor(workers, mp_context=context) as pool,
-          progress(len(calls), description, "run") as bar):
+def _together(pool: ProcessPoolExecutor, description: str,
+              calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Results of independent calls, in order, each in one of the pool's processes."""
+    with progress(len(calls), description, "run") as bar:
         futures = [pool.submit(function, *arguments) for function, arguments in calls]
         for future in futures:
             future.add_done_callback(lambda _: bar.update())
@@ -305,11 +303,14 @@ def study(base: Path, plan: Plan, data: str, seeds: Sequence[int], artifacts: Pa
                          [version(name) for name in ("torch", "transformers", "peft")])
             folders[seed, model] = artifacts / f"qlora-{model}-{seed}-{key}"
             calls.append((train_seed, (base, mine, data, folders[seed, model])))
-    in_processes(calls, workers, "training")
     measured = [
         (measure, (name, base, {m: folders[seed, m] for m in ("commitment", "lora")},
                    plan.quantisation, seed, size))
         for name, arm in ARMS.items() for seed in (seeds if arm.model != "base" else seeds[:1])
     ]
-    rows = pd.DataFrame(in_processes(measured, workers, "probes"))
+    # One thread each: several small models at a time are faster than one on several threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        _together(pool, "training", calls)
+        rows = pd.DataFrame(_together(pool, "probes", measured))
     return rows, {seed: folders[seed, "commitment"] for seed in seeds}

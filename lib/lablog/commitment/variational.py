@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lablog.files import atomic_write
 
+CANDIDATES = 16  # draws from the prior for each cell
 WEIGHTS, SETTINGS = "commitment.safetensors", "commitment.json"
 
 
@@ -62,6 +63,25 @@ class Posterior:
             noise = torch.randn_like(self.mean)
         z = self.mean + (0.5 * self.log_variance).exp() * noise
         return z / math.sqrt(self.mean.shape[-1])
+
+
+    def sample_cells(self, share: float) -> Tensor:
+        """z* [n, k], for a random `share` of the rows drawn from the prior instead.
+
+        The prior is cut into as many cells as there are rows: z* belongs to the row under whose
+        posterior it is most probable. A decoder that learns on those draws decides for one row
+        wherever the prior leads, also where the posteriors overlap or leave gaps. The rows must be
+        all the commitments that there are, each once; a cell without a draw keeps its posterior.
+        """
+        n, k = self.mean.shape
+        with torch.no_grad():
+            draws = torch.randn(CANDIDATES * n, k, device=self.mean.device)
+            distance = (draws[:, None] - self.mean) ** 2 / self.log_variance.exp()
+            inside = (-0.5 * (distance + self.log_variance)).sum(dim=2).argmax(dim=1)[:, None]
+            inside = inside == torch.arange(n, device=inside.device)
+            used = inside.any(dim=0) & (torch.rand(n, device=inside.device) < share)
+            cells = draws[inside.int().argmax(dim=0)] / math.sqrt(k)
+        return torch.where(used[:, None], cells, self.sample())
 
 
 class VariationalCommitment(nn.Module):
