@@ -237,7 +237,7 @@ study.methods
 # %%
 run.figure(
     "jacobi",
-    *study.exactness(200, 60),
+    *study.exactness(200, 40),
     "Tokens within 1e-4 of the loop after so many Jacobi passes; dotted: one token a pass.",
 )
 

@@ -131,14 +131,14 @@ class Study:
             self.history.append(results.record_history(self.run, name, result))
 
     def read_validation(self) -> None:
-        """A rollout of the validation text by every network, and parallel passes after it."""
+        """A rollout of the validation text by every network, then parallel passes by the compared."""
         with self.run.stage("validation"):
-            for name, block in self.blocks.items():
-                first = self.read(name, "validation")
-                self.contexts[name]["validation"] = first
+            for name in self.blocks:
+                self.contexts[name]["validation"] = self.read(name, "validation")
+            for name in self.compared:
                 self.frozen[name] = iterate_passes(
-                    block, self.validation, self.settings.iterations - 1, "parallel",
-                    self.settings.convergence_threshold, first,
+                    self.blocks[name], self.validation, self.settings.iterations - 1, "parallel",
+                    self.settings.convergence_threshold, self.contexts[name]["validation"],
                 )
                 results.record_passes(self.run, f"{name}.validation.parallel", self.frozen[name])
 
