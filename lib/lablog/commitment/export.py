@@ -27,7 +27,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lablog.commitment.qlora import CommittedModel, Plan, base_hash, load_base
+from lablog.commitment.qlora import CommittedModel, Plan, base_hash, load_base, renamed
 from lablog.commitment.variational import (
     SETTINGS,
     WEIGHTS,
@@ -72,7 +72,9 @@ class Export:
 
 def exact(trained: Path, base: Path) -> CommittedModel:
     """A training result or an export in PyTorch, f32: `base` dequantised, and what was trained."""
-    adapted: Any = PeftModel.from_pretrained(dequantised(base, _plan(trained)), trained / "adapter")
+    network: Any = dequantised(base, _plan(trained))
+    with renamed():
+        adapted: Any = PeftModel.from_pretrained(network, trained / "adapter")
     commitment = VariationalCommitment.load(trained) if (trained / SETTINGS).is_file() else None
     return CommittedModel(adapted, commitment).eval()
 
@@ -135,7 +137,8 @@ def write_dequantised(base: Path, plan: Plan, output: Path, adapter: Path | None
     """Hugging Face folder of `dequantised` (f32), with the LoRA `adapter` merged if given."""
     network: Any = dequantised(base, plan)
     if adapter is not None:
-        network = PeftModel.from_pretrained(network, adapter).merge_and_unload()
+        with renamed():
+            network = PeftModel.from_pretrained(network, adapter).merge_and_unload()
     with atomic_folder(output) as room:
         network.save_pretrained(room)
         for path in base.glob("tokenizer*"):

@@ -253,8 +253,8 @@ class CommitmentTrainer(GuardedTrainer):
 
 
 @contextmanager
-def _renamed() -> Iterator[None]:
-    """peft 0.21 uses names that transformers 5.23 still has but warns about."""
+def renamed() -> Iterator[None]:
+    """Quiet where peft 0.21 uses names that transformers 5.23 still has but warns about."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated")
         yield
@@ -266,7 +266,7 @@ def committed_model(base: PreTrainedModel, plan: Plan) -> CommittedModel:
         r=plan.lora.r, lora_alpha=plan.lora.alpha,  # type: ignore[arg-type]  # any number does
         lora_dropout=plan.lora.dropout, target_modules=plan.lora.targets, task_type="CAUSAL_LM",
     )
-    with _renamed():
+    with renamed():
         if plan.gradient_checkpointing:
             base = prepare_model_for_kbit_training(
                 base, gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -326,6 +326,6 @@ def load_committed(base: Path, folder: Path, quantisation: Quantisation,
         commitment = VariationalCommitment.load(folder).to(model.device)
         if commitment.settings.base_sha256 != base_hash(base):
             raise ValueError(f"{folder} was trained on another base than {base}: give that one")
-    with _renamed():
+    with renamed():
         adapted = PeftModel.from_pretrained(model, folder / "adapter")
     return CommittedModel(adapted, commitment).eval()
