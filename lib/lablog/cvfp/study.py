@@ -131,7 +131,7 @@ class Study:
             self.history.append(results.record_history(self.run, name, result))
 
     def read_validation(self) -> None:
-        """A rollout of the validation text by all networks, then parallel passes by the compared."""
+        """A rollout of the validation text by all, then parallel passes by the compared."""
         with self.run.stage("validation"):
             for name in self.blocks:
                 self.contexts[name]["validation"] = self.read(name, "validation")
