@@ -260,5 +260,5 @@ run.finish(results.report(list(study.compared["arm"])))
 # - The learning rate of the main fine-tuning was chosen on short runs with these dialogues.
 # - Bits per byte measure prediction. Whether an answer is worth reading is for the reader of the
 #   samples to say.
-# - Outside the full profile the base model has seen a tenth of the log's tokens; what fine-tuning
-#   does to a better base model may differ, and so may the effect of the batch size.
+# - Outside the full profile the base model has seen a small part of the log's tokens; what
+#   fine-tuning does to a better base model may differ, and so may the effect of the batch size.

@@ -401,7 +401,11 @@ def train_to_folder(
             "resumed_from": resumed,
             "wall_seconds": time.monotonic() - wall,
             "cpu_seconds": time.process_time() - cpu,
-            "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+            # Without times, so that a resumed run has the history of an uninterrupted one.
+            "history": [
+                {name: value for name, value in entry.items() if not name.startswith("train_")}
+                for entry in trainer.state.log_history if "loss" in entry
+            ],
         }
         done = work / "done"
         shutil.rmtree(done, ignore_errors=True)
