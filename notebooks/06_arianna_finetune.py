@@ -131,9 +131,8 @@ run.metrics_table("base")
 # - a loss that is not a number stops, names the step, and leaves the last good checkpoint;
 # - held-out dialogues that occur in the training text stop the run.
 #
-# Chapter 7 plants these faults again. The dialogues are divided into folds; each fold's answers
-# are read by the model that did not see them. *Bare* puts the same answer behind the bare
-# question, without `Q:` and `A:`.
+# The dialogues are divided into folds; each fold's answers are read by the model that did not see
+# them. *Bare* puts the same answer behind the bare question, without `Q:` and `A:`.
 
 # %%
 main = Arm(tune_rate, batch[0], tune_steps)
@@ -147,7 +146,7 @@ run.figure(
 )
 
 # %% [markdown]
-# The intervals above overlap because dialogues differ from one another. The question is about the
+# The intervals above are as wide as dialogues differ from one another. The question is about the
 # same dialogues before and after, so the differences are what is judged: bits of both conditions
 # are subtracted dialogue by dialogue, and dialogues are resampled.
 

@@ -225,7 +225,9 @@ class Study:
                     results.record_bits(self.run, f"{arm.name}.minus_small",
                                         found[arm] - found[small], sizes)
         self.compared = pd.DataFrame(rows)
-        return self.compared.drop(columns="arm").round(4)
+        shown = self.compared.drop(columns="arm").round(4)
+        shown["learning rate"] = [f"{arm.rate:g}" for _, arm in arms]  # 1e-05 rounds to nothing
+        return shown.set_index(["batch", "learning rate"])
 
     def arms(self, rates: Sequence[float], claimed: Sequence[float]) -> list[tuple[str, Arm]]:
         """The main arm at other `rates`, and twice the batch at the `claimed` ones."""
