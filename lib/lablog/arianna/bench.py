@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy
 from lablog.models import convert
 from lablog.models.llama_cpp import Context, Model, Sampling, stream
 from lablog.models.training import ModelShape
-from lablog.text import docstrings, packing
+from lablog.text import packing
+from lablog.text.corpora import base_documents
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 Row = tuple[str, float, str]
@@ -138,7 +139,7 @@ def generation(size: Size, tokenizer: Tokenizer, folder: Path) -> Iterator[Row]:
 def run(size: Size | None = None) -> list[Row]:
     """All measurements as (name, value, unit), names without the room's."""
     size = size or Size()
-    documents = docstrings.documents(size.packages)
+    documents = base_documents("docstrings", size.packages)
     megabytes = sum(len(document.encode()) for document in documents) / 1e6
     rows = []
     with tempfile.TemporaryDirectory() as name:
