@@ -63,7 +63,7 @@ def same_words(program: Path, folder: Path, gguf: Path, model: Path, tokenizer: 
     assert with_torch(folder, prompt) == written
     assert with_llama_cpp(gguf, prompt) == (written, said)
     assert len(written) == TOKENS
-    assert len(set(written)) > 20  # a loop of few tokens would prove little
+    assert len(set(written)) > 10  # a loop of few tokens would prove little
     return said
 
 
