@@ -26,7 +26,8 @@ def export(folder: Path, artifacts: Path) -> dict[str, Path]:
     paths = {kind: target / name for kind, name in FILES.items()}
     llama2c.from_hugging_face(folder, paths["llama2c"], paths["tokenizer"])
     with atomic_folder(paths["huggingface"]) as copy:
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        shutil.copytree(folder, copy, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("tensorboard", "key"))
     convert.to_gguf(folder, paths["f32"], "f32")
     convert.quantize(paths["f32"], paths["f16"], "f16")
     convert.quantize(paths["f32"], paths["q8_0"], "q8_0")
