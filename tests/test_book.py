@@ -14,7 +14,7 @@ import pytest
 from clone import contents
 from filelock import FileLock, Timeout
 
-from lablog import book, figures
+from lablog import book, figures, speed
 from lablog.book import BookError
 from lablog.provenance import Machine, Source
 from lablog.record import FigureFile, Metric, Record, ReportText
@@ -109,7 +109,7 @@ def pages(html: Path) -> list[Path]:
 
 def test_the_book_has_chapters_results_and_instructions(made: tuple[Path, Path]):
     html = made[1]
-    for name in ("index.html", "intro.html", "results.html", "reproduce.html",
+    for name in ("index.html", "intro.html", "results.html", "speed.html", "reproduce.html",
                  f"notebooks/{NAME}.html", "notebooks/02_beta.html"):
         assert (html / name).is_file(), name
     chapter = (html / "notebooks" / f"{NAME}.html").read_text()
@@ -119,6 +119,45 @@ def test_the_book_has_chapters_results_and_instructions(made: tuple[Path, Path])
     for piece in ("value 50.0%", "値 50.0%", "abcdef0123", "with uncommitted changes", "12 s",
                   "300 MiB", "Some CPU", "2 threads", "3.11.7", "seeds 1, 2"):
         assert piece in results, piece
+
+
+def test_the_page_of_speed_shows_every_measure_its_target_and_the_picture(
+    made: tuple[Path, Path]
+):
+    html = made[1]
+    text = (html / "speed.html").read_text()
+    record = speed.latest()
+    for metric in record.metrics:
+        assert metric.name in text
+    assert record.source.commit[:10] in text
+    assert "at least 0.70" in text
+    assert any("tokens_per_s" in source for source in Links(text).loaded)
+
+
+def test_the_picture_of_speed_has_a_bar_for_each_mode():
+    record = speed.latest()
+    modes = {f"arianna.{work}.{mode}.tokens_per_s": value for work, mode, value in (
+        ("train", "f32", 2000.0), ("train", "bf16_compiled", 4000.0), ("generate", "pytorch", 100.0)
+    )}
+    metrics = [Metric(name=name, value=value, unit="tokens/s") for name, value in modes.items()]
+    figures.use_style()
+    drawn, data = speed.rates(record.model_copy(update={"metrics": tuple(metrics)}))
+    assert [len(axes.patches) for axes in drawn.axes] == [2, 1]
+    assert [bar.get_width() for axes in drawn.axes for bar in axes.patches] == [*modes.values()]
+    assert data["mode"].tolist() == ["f32", "bf16 compiled", "pytorch"]
+    plt.close(drawn)
+
+
+def test_a_clones_own_speed_is_shown_before_the_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    published = speed.latest()
+    monkeypatch.setattr(speed, "repository", lambda: tmp_path)
+    for place, seconds in (("book/records", 1.0), ("build", 2.0)):
+        record = published.model_copy(update={"seconds": seconds})
+        (tmp_path / place).mkdir(parents=True)
+        record.write(tmp_path / place / "bench.json")
+        assert speed.latest().seconds == seconds
 
 
 def test_every_figure_links_its_data(made: tuple[Path, Path]):

@@ -1,7 +1,7 @@
 """Builds the book from executed notebooks, records and figures.
 
 The book executes nothing. Chapters are the notebooks that have a result in the profile's folder;
-the page of results is rendered from their records.
+the pages of results and of speed are rendered from records.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock
 
+from lablog import speed
 from lablog.files import atomic_write, repository, sha256_of
 from lablog.record import Record
 from lablog.report import IN_PROSE, reject_judgements
@@ -53,7 +54,9 @@ def _inputs(folder: Path) -> str:
     pages = [path for path in (root / "book").rglob("*") if path.is_file()]
     results = [path for kind in ("records", "notebooks", "figures")
                for path in (folder / kind).rglob("*") if path.is_file()]
-    ours = sha256_of([*pages, root / "pyproject.toml", Path(__file__)], root)
+    own = [root / "pyproject.toml", Path(__file__), Path(speed.__file__)]
+    bench = [path for path in [root / "build/bench.json"] if path.is_file()]
+    ours = sha256_of([*pages, *own, *bench], root)
     return f"{ours} {sha256_of(results, folder)}\n"
 
 
@@ -84,6 +87,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
         name = f"{record.notebook}.ipynb"
         shutil.copyfile(folder / "notebooks" / name, source / "notebooks" / name)
     (source / "results.md").write_text(results_page(records))
+    (source / "speed.md").write_text(speed.page(speed.latest(), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)
     for chapter in (source / "notebooks").glob("*.ipynb"):

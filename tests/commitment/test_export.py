@@ -27,6 +27,7 @@ from lablog.commitment.qlora import (
     base_hash,
     committed_model,
     load_base,
+    load_committed,
 )
 from lablog.commitment.reader import Reader
 from lablog.commitment.trained import Probes
@@ -76,7 +77,7 @@ def exported(trained, base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(exported, base):
-    return exporting.exact(exported.folder, base)
+    return load_committed(base, exported.folder, exact=True)
 
 
 @pytest.fixture(scope="module")

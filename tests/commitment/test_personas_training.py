@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from lablog.commitment.export import exact
 from lablog.commitment.personas import (
     PERSONAS,
     PersonaConversations,
     measure_personas,
     record_personas,
 )
-from lablog.commitment.qlora import LoraSettings, Plan, Schedule
+from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.models.training import TrainingSettings
 from lablog.record import Run
 from lablog.report import mandated
@@ -82,7 +81,7 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
 
     (control,) = (plan.parent for plan in tmp_path.glob("personas-*/plan.json")
                   if json.loads(plan.read_text())["k"] == 0)
-    network, tokenizer = exact(control, base).base, Tokenizer(base / "tokenizer.model")
+    network, tokenizer = load_committed(base, control).base, Tokenizer(base / "tokenizer.model")
     for dialogue, reported in zip(held, result.without, strict=True):
         ids, loss = [1], []
         for turn in dialogue.turns:

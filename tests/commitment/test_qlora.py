@@ -18,7 +18,13 @@ from lablog.commitment.chats import Chats, exchanges, from_hub
 from lablog.commitment.conversations import Conversations, collate, padded
 from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
 from lablog.commitment.reader import Reader
-from lablog.commitment.variational import CommitmentSettings, Posterior, VariationalCommitment
+from lablog.commitment.variational import (
+    MEMORY,
+    Cells,
+    CommitmentSettings,
+    Posterior,
+    VariationalCommitment,
+)
 from lablog.models.training import TrainingSettings
 from lablog.text.dialogues import generate, load_settings
 from lablog.text.tokenizer import Tokenizer
@@ -34,6 +40,8 @@ PLAN = Plan(
     lora=LoraSettings(r=4, alpha=8, dropout=0.0, targets="all-linear"),
     schedule=Schedule(beta=0.5, warmup=2, annealing=1, free_bits=0.1),
 )
+WITH_CELLS = PLAN.model_copy(update={
+    "schedule": PLAN.schedule.model_copy(update={"cells": 0.5})})
 
 
 @pytest.fixture(scope="module")
@@ -226,17 +234,59 @@ def test_samples_have_the_posteriors_moments_and_the_priors():
     assert commitment.projection.var().item() == pytest.approx(2 / 96, rel=0.1)
 
 
+def cells_of(mean: torch.Tensor, log_variance: torch.Tensor) -> tuple[Cells, Posterior]:
+    """Cells that have seen one batch, and the batch."""
+    posterior, cells = Posterior(mean, log_variance), Cells(*mean.shape)
+    cells.follow(posterior)
+    return cells, posterior
+
+
 def test_draws_from_the_priors_cells_belong_to_their_rows():
     torch.manual_seed(0)
-    posterior = Posterior(4 * torch.eye(5), torch.zeros(5, 5))
+    cells, posterior = cells_of(4 * torch.eye(5), torch.zeros(5, 5))
     for _ in range(20):
-        z = posterior.sample_cells(1.0) * math.sqrt(5)
+        z = cells.sample(posterior, 1.0) * math.sqrt(5)
         distance = torch.cdist(z, posterior.mean)
         assert distance.argmin(dim=1).tolist() == list(range(5))
-    far = Posterior(torch.tensor([[0.0], [1e3]]), torch.zeros(2, 1))
-    assert far.sample_cells(1.0)[1] > 9e2  # no draw falls into the second cell
-    many = Posterior(torch.full((500, 1), 3.0), torch.full((500, 1), -4.0))
-    assert many.sample_cells(0.0).mean().item() == pytest.approx(3.0, abs=0.01)
+    cells, far = cells_of(torch.tensor([[0.0], [1e3]]), torch.zeros(2, 1))
+    assert cells.sample(far, 1.0)[1] > 9e2  # no draw falls into the second cell
+    cells, many = cells_of(torch.full((500, 1), 3.0), torch.full((500, 1), -4.0))
+    assert cells.sample(many, 0.0).mean().item() == pytest.approx(3.0, abs=0.01)
+
+
+def test_cells_are_cut_along_running_means_not_along_a_batch():
+    """A prefix that differs from its commitment's others moves no border."""
+    torch.manual_seed(0)
+    cells, usual = cells_of(torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1))
+    for _ in range(2 * MEMORY):
+        cells.follow(usual)
+    odd = Posterior(torch.tensor([[-1.0], [-0.5]]), torch.zeros(2, 1))
+    cells.follow(odd)
+    assert cells.mean.flatten().tolist() == pytest.approx([-1.0, 1.0 - 1.5 / MEMORY])
+    drawn = torch.cat([cells.sample(odd, 1.0) for _ in range(200)], dim=1)
+    assert drawn[0].max() < 0.02
+    assert drawn[1].min() > -0.02
+    with pytest.raises(ValueError, match="a batch of 3 conversations cannot hold each of 2"):
+        cells.follow(Posterior(torch.zeros(3, 1), torch.zeros(3, 1)))
+
+
+def test_cells_follow_in_training_alone(folder, tokenizer):
+    torch.manual_seed(0)
+    model = qlora.committed_model(qlora.load_base(folder, "none", "f32"), WITH_CELLS).eval()
+    inputs = batch(tokenizer, of=PLAN.training.batch_size)
+    model(**inputs, cells=0.5)
+    assert model.commitment.cells.batches == 0
+    model.train()(**inputs, cells=0.5)
+    assert model.commitment.cells.batches == 1
+    assert "cells.mean" in model.state().keys() - model.trainable().keys()
+
+
+@pytest.mark.parametrize(("data", "batch"), [("dialogues", 4), ("chats", 12)])
+def test_cells_that_do_not_fit_the_data_are_refused(folder, data, batch):
+    training = PLAN.training.model_copy(update={"batch_size": batch})
+    chosen = WITH_CELLS.model_copy(update={"training": training})
+    with pytest.raises(ValueError, match=f"micro-batches of {batch} .*set the schedule's cells"):
+        trained.training_data(folder, 0, chosen, data)
 
 
 def test_a_batch_holds_every_persona_once(tokenizer):
@@ -328,16 +378,16 @@ class Interrupted(Conversations):
 @pytest.fixture(scope="module")
 def finished(folder: Path, tokenizer: Tokenizer, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("qlora") / "run"
-    return qlora.train_commitment(folder, conversations(tokenizer), PLAN, output, "data")
+    return qlora.train_commitment(folder, conversations(tokenizer), WITH_CELLS, output, "data")
 
 
 def test_a_killed_run_resumes_to_the_same_bits(folder, tokenizer, tmp_path, finished):
     data = Interrupted(DIALOGUES, tokenizer, 0, 12, 2, 0.02, 4, 0.5)
     output = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        qlora.train_commitment(folder, data, PLAN, output, "data")
+        qlora.train_commitment(folder, data, WITH_CELLS, output, "data")
     assert not output.exists()
-    qlora.train_commitment(folder, conversations(tokenizer), PLAN, output, "data")
+    qlora.train_commitment(folder, conversations(tokenizer), WITH_CELLS, output, "data")
     log, whole = (json.loads((p / "training.json").read_text()) for p in (output, finished))
     assert log["resumed_from"] == 4
     assert log["history"] == whole["history"]
@@ -357,15 +407,14 @@ def test_training_reports_what_shows_a_collapse(finished):
 
 
 def test_a_finished_run_is_loaded_on_its_own_base_only(folder, finished, tokenizer, tmp_path):
-    model = qlora.load_committed(folder, finished, "nf4")
+    model = qlora.load_committed(folder, finished)
     assert model.commitment.settings.layers == PLAN.layers
-    assert any(p.dtype == torch.uint8 for p in model.parameters())
     LlamaForCausalLM(LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=6,
         num_attention_heads=2,
     )).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="was trained on another base"):
-        qlora.load_committed(tmp_path, finished, "none")
+        qlora.load_committed(tmp_path, finished)
 
 
 def test_a_loss_of_nan_stops_the_run(folder, tokenizer, tmp_path):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lablog.commitment import probes
-from lablog.commitment.export import Export, exact
+from lablog.commitment.export import Export
+from lablog.commitment.qlora import load_committed
 from lablog.commitment.reader import Prompt, Reader
 from lablog.commitment.trained import Probes
 from lablog.intervals import wilson
@@ -115,11 +116,11 @@ def agreement(native: Reader, reference: Reader, material: Probes,
 
 def compare(exported: Export, base: Path, material: Probes, device: str = "cpu",
             window: int = 512) -> dict[str, Agreement]:
-    """Exported files in llama.cpp against `exact` in PyTorch: z* from the ``prior``, ``prefix``.
+    """Exported files in llama.cpp against PyTorch, dequantised: z* from the ``prior``, ``prefix``.
 
     device: ``cpu``, or ``cuda`` for both, which needs a llama.cpp built for it.
     """
-    model = exact(exported.folder, base).to(device)
+    model = load_committed(base, exported.folder, exact=True).to(device)
     reference = Reader(model, Tokenizer(base / "tokenizer.model"))
     layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
     with (Model(exported.base, layers, exported.lora) as engine,

@@ -25,9 +25,8 @@ import gguf
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
-from lablog.commitment.qlora import CommittedModel, Plan, base_hash, load_base, renamed
+from lablog.commitment.qlora import Plan, base_hash, dequantised, plan_of, renamed
 from lablog.commitment.variational import (
     SETTINGS,
     WEIGHTS,
@@ -70,19 +69,6 @@ class Export:
         return write_control_vector(path, self.injected(z[None])[0], kind)
 
 
-def exact(trained: Path, base: Path) -> CommittedModel:
-    """A training result or an export in PyTorch, f32: `base` dequantised, and what was trained."""
-    network: Any = dequantised(base, _plan(trained))
-    with renamed():
-        adapted: Any = PeftModel.from_pretrained(network, trained / "adapter")
-    commitment = VariationalCommitment.load(trained) if (trained / SETTINGS).is_file() else None
-    return CommittedModel(adapted, commitment).eval()
-
-
-def _plan(trained: Path) -> Plan:
-    return Plan.model_validate_json((trained / "plan.json").read_text())
-
-
 def export(trained: Path, base: Path, output: Path) -> Export:
     """Write everything of the training result `trained` on the Hugging Face model `base`.
 
@@ -93,7 +79,7 @@ def export(trained: Path, base: Path, output: Path) -> Export:
         for name in (SETTINGS, WEIGHTS, "plan.json"):
             shutil.copyfile(trained / name, room / name)
         shutil.copytree(trained / "adapter", room / "adapter")
-        folder = write_dequantised(base, _plan(trained), Path(scratch) / "base")
+        folder = write_dequantised(base, plan_of(trained), Path(scratch) / "base")
         with ThreadPoolExecutor() as pool:  # mostly they import their libraries
             model = pool.submit(convert.to_gguf, folder, room / "base.gguf")
             lora = pool.submit(convert.lora_to_gguf, room / "adapter", base, room / "lora.gguf")
@@ -144,17 +130,6 @@ def write_dequantised(base: Path, plan: Plan, output: Path, adapter: Path | None
         for path in base.glob("tokenizer*"):
             shutil.copyfile(path, room / path.name)
     return output
-
-
-def dequantised(base: Path, plan: Plan) -> PreTrainedModel:
-    """`base` with its weights as training by `plan` saw them (rounded by NF4), in f32 on the CPU.
-
-    This is the function that QLoRA trains on. The 4-bit model itself computes another one in
-    evaluation: on CPUs with AVX-512 BF16 bitsandbytes then multiplies in bf16, whatever its
-    compute dtype.
-    """
-    network = load_base(base, plan.quantisation, plan.training.precision)
-    return (network.dequantize() if plan.quantisation == "nf4" else network).float().eval()
 
 
 ARCHITECTURE = "controlvector"

@@ -16,9 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lablog.commitment.conversations import Conversation, Conversations, collate, conversation
-from lablog.commitment.export import exact
-from lablog.commitment.qlora import CommittedModel, Plan, base_hash, train_commitment
+from lablog.commitment.conversations import Conversation, Conversations, conversation
+from lablog.commitment.qlora import (
+    CommittedModel,
+    Plan,
+    base_hash,
+    load_committed,
+    train_commitment,
+)
 from lablog.files import repository, sha256
 from lablog.intervals import over_seeds
 from lablog.models.training import key_of
@@ -80,7 +85,11 @@ class PersonaResult:
 
 def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Plan,
                      artifacts: Path) -> PersonaResult:
-    """Train by `plan`, and LoRA alone by the same, on a file's dialogues; read those held out."""
+    """Train by `plan`, and LoRA alone by the same, on a file's dialogues; read those held out.
+
+    Without `cells`: a batch does not hold every persona that there is.
+    """
+    plan = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"cells": 0.0})})
     dialogues = read_personas(path, leave_out)
     tokenizer, seed = Tokenizer(base / "tokenizer.model"), plan.training.seed
     count = plan.training.steps * plan.training.batch_size * plan.training.gradient_accumulation
@@ -91,7 +100,7 @@ def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Pla
     def train(chosen: Plan) -> CommittedModel:
         name = key_of(chosen.model_dump(), base_hash(base), data)
         folder = artifacts / f"personas-{name}"
-        return exact(train_commitment(base, split[0], chosen, folder, data), base)
+        return load_committed(base, train_commitment(base, split[0], chosen, folder, data))
 
     with_z, without = train(plan), train(plan.model_copy(update={"k": 0}))
     held = split[1].conversations
@@ -107,7 +116,7 @@ def _likelihoods(model: CommittedModel, held: Sequence[Conversation],
                  seed: int) -> tuple[np.ndarray, np.ndarray]:
     """NLL per token and KL of each conversation, under one z* from its posterior."""
     torch.manual_seed(seed)
-    parts = [model(**collate([c])) for c in held]  # loss summed over the tokens
+    parts = [model(**model.collated([c])) for c in held]  # loss summed over the tokens
     tokens = [c.forks.weights.sum() for c in held]
     return (np.array([p["lm"].item() for p in parts]) / tokens,
             np.array([p["kl"].item() if "kl" in p else 0.0 for p in parts]))

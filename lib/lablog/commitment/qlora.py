@@ -10,7 +10,7 @@ is seen in the KL and in the active units (Burda et al. 2016).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,7 +65,8 @@ class LoraSettings(Strict):
 class Schedule(Strict):
     """β is 0 for `warmup` steps, then rises linearly to `beta` over `annealing` steps;
     `free_bits` nats of KL (summed over the latent, mean over the batch) cost nothing. Along with β
-    the share of conversations rises whose z* is drawn from the prior's `cells`."""
+    the share of conversations rises whose z* is drawn from the prior's `cells`, which needs a batch
+    that holds every commitment once."""
 
     beta: float = Field(ge=0)
     warmup: int = Field(ge=0)
@@ -176,14 +177,18 @@ class CommittedModel(nn.Module):
                 z: Tensor | None = None) -> dict[str, Tensor]:
         """Loss, its parts ``lm`` and ``kl`` (nats per conversation), and the posterior's means.
 
-        With `z` [n, k] that is injected, the prefix is not read, and the loss is ``lm``.
+        With `z` [n, k] that is injected, the prefix is not read, and the loss is ``lm``. `cells`
+        is the share of rows whose z* comes from the prior's `Cells`, which follow in training.
         """
         addition, parts = None, {}
         if self.commitment is not None and z is not None:
             addition = self.commitment.addition(z, mask)
         elif self.commitment is not None:
             posterior = self.posterior(prefix_ids, prefix_mask)
-            drawn = posterior.sample_cells(cells) if cells else posterior.sample()
+            regions = self.commitment.cells
+            if regions is not None and self.training:
+                regions.follow(posterior)
+            drawn = regions.sample(posterior, cells) if regions and cells else posterior.sample()
             addition = self.commitment.addition(drawn, mask)
             parts = {"kl": posterior.kl().sum(dim=1).mean(), "means": posterior.mean.detach()}
         hidden = self.hidden(input_ids, addition, attention_mask=attention,
@@ -198,9 +203,19 @@ class CommittedModel(nn.Module):
         total = lm + beta * parts["kl"].clamp(min=free_bits) if "kl" in parts else lm
         return {"loss": total, "lm": lm.detach(), **parts}
 
+    def collated(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        """What `forward` takes, on the model's device."""
+        return {n: part.to(self.base.device) for n, part in collate(conversations).items()}
+
     def trainable(self) -> dict[str, Tensor]:
         """Everything that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: `trainable`, and what the cells have seen."""
+        regions = self.commitment.cells if self.commitment is not None else None
+        seen = {} if regions is None else dict(regions.named_buffers())
+        return self.trainable() | {f"cells.{name}": buffer for name, buffer in seen.items()}
 
 
 class CommitmentTrainer(GuardedTrainer):
@@ -238,18 +253,18 @@ class CommitmentTrainer(GuardedTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = self.accelerator.unwrap_model(self.model).trainable()
+        tensors = self.accelerator.unwrap_model(self.model).state()
         save_file({n: t.detach().contiguous() for n, t in tensors.items()},
                   folder / "model.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        trainable = self.accelerator.unwrap_model(model or self.model).trainable()
-        if tensors.keys() != trainable.keys():
+        state = self.accelerator.unwrap_model(model or self.model).state()
+        if tensors.keys() != state.keys():
             raise ValueError(f"{resume_from_checkpoint} holds other parameters than the model")
         with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(tensors[name])
+            for name, tensor in state.items():
+                tensor.copy_(tensors[name])
 
 
 @contextmanager
@@ -277,7 +292,7 @@ def committed_model(base: PreTrainedModel, plan: Plan) -> CommittedModel:
         layers = plan.layers or (0, base.config.num_hidden_layers - 1)
         commitment = VariationalCommitment(CommitmentSettings(
             k=plan.k, width=base.config.hidden_size, layers=layers, strength=plan.strength
-        )).to(base.device)
+        ), plan.training.batch_size if plan.schedule.cells else 0).to(base.device)
     return CommittedModel(adapted, commitment)
 
 
@@ -314,18 +329,41 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
     return train_to_folder(output, key, plan.training, build, save)
 
 
-def load_committed(base: Path, folder: Path, quantisation: Quantisation,
-                   precision: Literal["f32", "bf16"] = "f32", cpu: bool = True) -> CommittedModel:
-    """What `train_commitment` left in `folder`, on its base, ready to be evaluated.
+def plan_of(trained: Path) -> Plan:
+    """How the training result or export in folder `trained` was trained."""
+    return Plan.model_validate_json((trained / "plan.json").read_text())
 
-    Raises ValueError when the commitment was trained on another base.
+
+def dequantised(base: Path, plan: Plan) -> PreTrainedModel:
+    """`base` with its weights as training by `plan` saw them (rounded by NF4), in f32 on the CPU.
+
+    This is the function that QLoRA trains on. The 4-bit model itself computes another one in
+    evaluation: on CPUs with AVX-512 BF16 bitsandbytes then multiplies in bf16, whatever its
+    compute dtype.
     """
-    model = load_base(base, quantisation, precision, cpu)
-    commitment = None
-    if (folder / SETTINGS).is_file():
-        commitment = VariationalCommitment.load(folder).to(model.device)
+    network = load_base(base, plan.quantisation, plan.training.precision)
+    return (network.dequantize() if plan.quantisation == "nf4" else network).float().eval()
+
+
+def load_to_read(base: Path, plan: Plan) -> PreTrainedModel:
+    """`base` as probes read it: `dequantised` on the CPU, as training had it on a GPU."""
+    if plan.training.cpu:
+        return dequantised(base, plan)
+    return load_base(base, plan.quantisation, plan.training.precision, cpu=False).eval()
+
+
+def load_committed(base: Path, trained: Path, exact: bool = False) -> CommittedModel:
+    """A training result or an export on its base, ready to be read.
+
+    The base is `load_to_read`'s; with `exact` it is `dequantised` on any machine. Raises
+    ValueError when the commitment was trained on another base.
+    """
+    plan, commitment = plan_of(trained), None
+    model = (dequantised if exact else load_to_read)(base, plan)
+    if (trained / SETTINGS).is_file():
+        commitment = VariationalCommitment.load(trained).to(model.device)
         if commitment.settings.base_sha256 != base_hash(base):
-            raise ValueError(f"{folder} was trained on another base than {base}: give that one")
+            raise ValueError(f"{trained} was trained on another base than {base}: give that one")
     with renamed():
-        adapted = PeftModel.from_pretrained(model, folder / "adapter")
+        adapted = PeftModel.from_pretrained(model, trained / "adapter")
     return CommittedModel(adapted, commitment).eval()

@@ -21,15 +21,14 @@ from torch.utils.data import Dataset, Subset
 
 from lablog.commitment import latent, probes
 from lablog.commitment.chats import from_hub
-from lablog.commitment.conversations import Conversation, Conversations, collate
+from lablog.commitment.conversations import Conversation, Conversations
 from lablog.commitment.qlora import (
     ACTIVE,
     CommittedModel,
     Plan,
-    Quantisation,
     base_hash,
-    load_base,
     load_committed,
+    load_to_read,
     train_commitment,
 )
 from lablog.commitment.reader import Prompt, Reader
@@ -74,8 +73,18 @@ ARMS = {
 def training_data(base: Path, seed: int, plan: Plan, data: str, split: Split = "train",
                   count: int | None = None) -> Dataset[Conversation]:
     """The conversations of one seed: ``dialogues`` (as many as the plan sees), or ``hub:NAME`` or
-    a local folder of chats, of which the held-out ones are the split ``test``."""
+    a local folder of chats, of which the held-out ones are the split ``test``.
+
+    Raises ValueError where the schedule's `cells` do not fit the data.
+    """
     batch, tokenizer = plan.training.batch_size, Tokenizer(base / "tokenizer.model")
+    known = len(next(iter(load_settings().topics.values()))) if data == "dialogues" else None
+    if plan.schedule.cells and batch != known:
+        raise ValueError(
+            f"cells = {plan.schedule.cells:g} with micro-batches of {batch} conversations of "
+            f"{data}: cells need every commitment once in a micro-batch "
+            f"({known or 'unknown'} of them); set the schedule's cells to 0"
+        )
     if data != "dialogues":
         chats = from_hub(data.removeprefix("hub:"), tokenizer, plan.window,
                          "train" if split == "train" else "test")
@@ -209,10 +218,11 @@ def diagnose(model: CommittedModel, dataset: Dataset[Conversation], batch: int) 
     kls, means = [], []
     size: int = len(dataset)  # type: ignore[arg-type]  # Dataset does not say that it is sized
     for begin in range(0, size, batch):
-        inputs = collate([dataset[i] for i in range(begin, min(begin + batch, size))])
+        inputs = model.collated([dataset[i] for i in range(begin, min(begin + batch, size))])
         posterior = model.posterior(inputs["prefix_ids"], inputs["prefix_mask"])
-        z = posterior.sample(torch.randn(
-            posterior.mean.shape, generator=torch.Generator().manual_seed(begin)))
+        noise = torch.randn(
+            posterior.mean.shape, generator=torch.Generator().manual_seed(begin))
+        z = posterior.sample(noise.to(posterior.mean))
         for name, used in (("true", z), ("shuffled", z.roll(1, dims=0)), ("zero", 0 * z)):
             losses[name].append(model(**inputs, z=used)["lm"].item())
         kls.append(posterior.kl())
@@ -223,15 +233,15 @@ def diagnose(model: CommittedModel, dataset: Dataset[Conversation], batch: int) 
             **{f"nll_{name}": float(np.mean(values)) for name, values in losses.items()}}
 
 
-def arm_model(arm: Arm, base: Path, folders: Mapping[str, Path], quantisation: Quantisation,
+def arm_model(arm: Arm, base: Path, folders: Mapping[str, Path], plan: Plan,
               seed: int) -> CommittedModel:
     """The model of an arm; `folders` holds what was trained, by the name of the model.
 
     The untrained W_c is the native sampler's, and its λ gives it the trained one's mean length.
     """
     if arm.model in ("lora", "commitment"):
-        return load_committed(base, folders[arm.model], quantisation)
-    model = load_base(base, quantisation, "f32")
+        return load_committed(base, folders[arm.model])
+    model = load_to_read(base, plan)
     if arm.model == "base":
         return CommittedModel(model)
     trained = VariationalCommitment.load(folders["commitment"])
@@ -241,20 +251,20 @@ def arm_model(arm: Arm, base: Path, folders: Mapping[str, Path], quantisation: Q
     untrained = VariationalCommitment(settings.model_copy(update={"strength": strength}))
     with torch.no_grad():
         untrained.projection.copy_(sampled)
-    return CommittedModel(model, untrained)
+    return CommittedModel(model, untrained.to(model.device))
 
 
-def measure(name: str, base: Path, folders: Mapping[str, Path], quantisation: Quantisation,
-            seed: int, size: tuple[int, int, int]) -> dict[str, Any]:
+def measure(name: str, base: Path, folders: Mapping[str, Path], plan: Plan, seed: int,
+            size: tuple[int, int, int]) -> dict[str, Any]:
     """One row of the table for one seed; `size`: seed and number of the probes, held-out texts."""
     seed_everything(seed, threads=1)
     arm, material = ARMS[name], Probes(*size)
-    reader = Reader(arm_model(arm, base, folders, quantisation, seed),
+    reader = Reader(arm_model(arm, base, folders, plan, seed),
                     Tokenizer(base / "tokenizer.model"))
     recall, fork = material.recall(reader, arm.source), material.fork(reader, arm.source)
     rows = material.language(reader, arm.source)
     plain = material.language(
-        Reader(CommittedModel(load_base(base, quantisation, "f32")), reader.tokenizer), "none"
+        Reader(CommittedModel(load_to_read(base, plan)), reader.tokenizer), "none"
     )
     loss = torch.cat([-found.gather(1, targets[:, None])[:, 0] for found, targets in rows])
     drift = torch.cat([(found.exp() * (found - before)).sum(dim=1)
@@ -305,7 +315,7 @@ def study(base: Path, plan: Plan, data: str, seeds: Sequence[int], artifacts: Pa
             calls.append((train_seed, (base, mine, data, folders[seed, model])))
     measured = [
         (measure, (name, base, {m: folders[seed, m] for m in ("commitment", "lora")},
-                   plan.quantisation, seed, size))
+                   plan, seed, size))
         for name, arm in ARMS.items() for seed in (seeds if arm.model != "base" else seeds[:1])
     ]
     # One thread each: several small models at a time are faster than one on several threads.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lablog.files import atomic_write
 
 CANDIDATES = 16  # draws from the prior for each cell
+MEMORY = 50  # batches over which the cells' running means reach back
 WEIGHTS, SETTINGS = "commitment.safetensors", "commitment.json"
 
 
@@ -65,23 +66,52 @@ class Posterior:
         return z / math.sqrt(self.mean.shape[-1])
 
 
-    def sample_cells(self, share: float) -> Tensor:
-        """z* [n, k], for a random `share` of the rows drawn from the prior instead.
+class Cells(nn.Module):
+    """The prior, cut into one cell for each of the `n` commitments that there are.
 
-        The prior is cut into as many cells as there are rows: z* belongs to the row under whose
-        posterior it is most probable. A decoder that learns on those draws decides for one row
-        wherever the prior leads, also where the posteriors overlap or leave gaps. The rows must be
-        all the commitments that there are, each once; a cell without a draw keeps its posterior.
+    A draw lies in the cell of the commitment under whose posterior it is most probable. A decoder
+    that learns on such draws decides for one commitment wherever the prior leads, also where the
+    posteriors overlap or leave gaps. The posteriors that cut are running means over batches:
+    prefixes of one commitment differ in topic and wording, and cut along those of a single batch,
+    a draw near a border would belong to another cell in every batch.
+    """
+
+    mean: Tensor
+    log_variance: Tensor
+    batches: Tensor
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        for name, start in (("mean", torch.zeros(n, k)), ("log_variance", torch.zeros(n, k)),
+                            ("batches", torch.zeros((), dtype=torch.int64))):
+            self.register_buffer(name, start, persistent=False)
+
+    @torch.no_grad()
+    def follow(self, posterior: Posterior) -> None:
+        """Take a batch, row i of commitment i, into the running means.
+
+        Raises ValueError for a batch that does not hold every commitment once.
         """
+        if len(posterior.mean) != len(self.mean):
+            raise ValueError(f"a batch of {len(posterior.mean)} conversations cannot hold each of "
+                             f"{len(self.mean)} commitments once: set schedule.cells to 0")
+        self.batches += 1
+        share = max(1 / self.batches.item(), 1 / MEMORY)
+        self.mean.lerp_(posterior.mean, share)
+        self.log_variance.lerp_(posterior.log_variance, share)
+
+    def sample(self, posterior: Posterior, share: float) -> Tensor:
+        """z* [n, k] from `posterior`, for a random `share` of the rows from the prior in the row's
+        cell instead; a cell without a draw keeps its posterior."""
         n, k = self.mean.shape
         with torch.no_grad():
             draws = torch.randn(CANDIDATES * n, k, device=self.mean.device)
             distance = (draws[:, None] - self.mean) ** 2 / self.log_variance.exp()
-            inside = (-0.5 * (distance + self.log_variance)).sum(dim=2).argmax(dim=1)[:, None]
-            inside = inside == torch.arange(n, device=inside.device)
-            used = inside.any(dim=0) & (torch.rand(n, device=inside.device) < share)
+            nearest = (-0.5 * (distance + self.log_variance)).sum(dim=2).argmax(dim=1)[:, None]
+            inside = nearest == torch.arange(n, device=nearest.device)
+            used = inside.any(dim=0) & (torch.rand(n, device=nearest.device) < share)
             cells = draws[inside.int().argmax(dim=0)] / math.sqrt(k)
-        return torch.where(used[:, None], cells, self.sample())
+        return torch.where(used[:, None], cells, posterior.sample())
 
 
 class VariationalCommitment(nn.Module):
@@ -89,12 +119,14 @@ class VariationalCommitment(nn.Module):
 
     W_c begins with variance 2/(d + k) (A1). μ begins as its transpose, so that head and projection
     together already pass on what the hidden state holds, as an autoencoder with tied weights; σ
-    as e^-1 of the prior's.
+    as e^-1 of the prior's. `cells`: how many commitments there are, for training on `Cells`; they
+    are not saved.
     """
 
-    def __init__(self, settings: CommitmentSettings) -> None:
+    def __init__(self, settings: CommitmentSettings, cells: int = 0) -> None:
         super().__init__()
         self.settings = settings
+        self.cells = Cells(cells, settings.k) if cells else None
         self.head = nn.Linear(settings.width, 2 * settings.k)
         self.projection = nn.Parameter(torch.empty(settings.width, settings.k))
         with torch.no_grad():
