@@ -126,8 +126,10 @@ plan = Plan(
 #
 # The prior must decide everywhere, also where no posterior has its mass. So, as $\beta$ rises, a
 # growing share of conversations gets a $z^*$ from the prior: it is cut into one cell for each
-# persona of the batch, where that persona's posterior is the densest, and each conversation
-# gets a draw from its own cell.
+# persona, where that persona's posterior is the densest, and each conversation gets a draw from its
+# own cell. The posteriors that cut are running means over batches. Cut along the posteriors of one
+# batch alone, one draw in seven belonged to another persona in the next batch, and a decoder cannot
+# learn a border that moves.
 
 # %%
 example = trained.training_data(base, seeds[0], plan, data, count=2 * batch[0])

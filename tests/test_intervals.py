@@ -63,6 +63,13 @@ def test_t_interval_is_mean_plus_minus_t_standard_errors(count: int, data: st.Da
     assert interval.method == f"t over {count} seeds"
 
 
+def test_an_interval_of_a_share_stays_a_share():
+    free, cut = over_seeds([0.0, 0.1]), over_seeds([0.0, 0.1], within=(0.0, 1.0))
+    assert free.low < 0
+    assert (cut.low, cut.high) == (0.0, free.high)
+    assert over_seeds([0.9, 1.0], within=(0.0, 1.0)).high == 1.0
+
+
 @pytest.mark.parametrize("function", [over_seeds, geometric_over_seeds])
 def test_one_seed_has_no_interval(function):
     for values in ([], [1.0]):

@@ -11,3 +11,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "kernels-community" not in record.getMessage()
 )
+
+# Weights in 4 bits are dequantised on purpose, to f32, wherever probes are read on a CPU.
+logging.getLogger("transformers.integrations.bitsandbytes").addFilter(
+    lambda record: "modules are dequantized" not in record.getMessage()
+)

@@ -28,14 +28,19 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
     return Interval(float(result.low), float(result.high), "Wilson score", level)
 
 
-def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Student's t interval of the mean over independent seeds; needs at least two."""
+def over_seeds(values: Sequence[float], level: float = 0.95,
+               within: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+    """Student's t interval of the mean over independent seeds; needs at least two.
+
+    It is cut at the bounds `within` which the quantity lies by definition (0 and 1 for a share).
+    """
     if len(values) < 2:
         raise ValueError(f"{len(values)} value(s): an interval over seeds needs at least two seeds")
     array = np.asarray(values, dtype=float)
     half = float(stats.t.ppf((1 + level) / 2, len(array) - 1) * stats.sem(array))
     centre = float(array.mean())
-    return Interval(centre - half, centre + half, f"t over {len(array)} seeds", level)
+    low, high = max(centre - half, within[0]), min(centre + half, within[1])
+    return Interval(low, high, f"t over {len(array)} seeds", level)
 
 
 def geometric_over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:

@@ -91,7 +91,7 @@ def training_data(base: Path, seed: int, plan: Plan, data: str, split: Split = "
         return Subset(chats, range(min(count or len(chats), len(chats))))
     return Conversations(
         load_settings(), tokenizer, seed, count or plan.training.steps * batch, batch,
-        word_weight=0.02, guesses=6, recall_share=0.34, split=split,
+        word_weight=0.02, guesses=4, recall_share=0.25, split=split,
     )
 
 

@@ -61,7 +61,8 @@ def record_training(run: Run, folders: Mapping[int, Path]) -> pd.DataFrame:
 def _over_seeds(run: Run, name: str, values: Sequence[float] | pd.Series,
                 seeds: tuple[int, ...], unit: str, **counts: Any) -> None:
     values = [float(value) for value in values]
-    interval = over_seeds(values) if len(values) > 1 else None
+    within = (0.0, 1.0) if unit == "fraction" else (-np.inf, np.inf)
+    interval = over_seeds(values, within=within) if len(values) > 1 else None
     run.metric(name, float(np.mean(values)), unit, seeds=seeds, interval=interval, **counts)
 
 
