@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launched import in_two_processes
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -101,6 +102,33 @@ class Slow(TrainerCallback):
 
 t.train(t.Tokenizer(Path(sys.argv[1])), Path(sys.argv[2]), callbacks=[Slow()])
 """
+
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+import test_training as t
+
+tokenizer, output = t.Tokenizer(Path(sys.argv[1])), Path(sys.argv[2])
+plan = t.PLAN.model_copy(update={"gradient_accumulation": 1})
+t.train_causal_lm(t.SHAPE, t.dataset(tokenizer), plan, output, tokenizer=tokenizer.path,
+                  data_key="d")
+assert (output / "training.json").is_file()  # in every process, when the call returns
+"""
+
+
+def test_two_processes_train_what_one_does_with_twice_the_accumulation(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+):
+    output = tmp_path / "room" / "model"
+    printed = in_two_processes(LAUNCHED, tmp_path / "script.py", tokenizer.path, output)
+    assert "step/s" in printed
+    logs = [json.loads((path / "training.json").read_text()) for path in (output, trained)]
+    assert [log["processes"] for log in logs] == [2, 1]
+    assert {path.name for path in output.parent.iterdir()} == {"model", ".model.lock"}
+    found, expected = (load_file(path / "model.safetensors") for path in (output, trained))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_a_killed_training_resumes_to_identical_weights(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import in_two_processes
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import cross_entropy
@@ -394,6 +395,27 @@ def test_a_killed_run_resumes_to_the_same_bits(folder, tokenizer, tmp_path, fini
     expected, found = weights(finished), weights(output)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[3]).parent))
+import test_qlora as t
+
+folder, output = Path(sys.argv[1]), Path(sys.argv[2])
+data = t.conversations(t.Tokenizer(folder / "tokenizer.model"), 24)
+t.qlora.train_commitment(folder, data, t.WITH_CELLS, output, "data")
+"""
+
+
+def test_the_commitment_trains_in_two_processes(folder, tmp_path):
+    output = tmp_path / "run"
+    in_two_processes(LAUNCHED, tmp_path / "script.py", folder, output, Path(__file__))
+    log = json.loads((output / "training.json").read_text())
+    assert log["processes"] == 2
+    assert [entry["step"] for entry in log["history"]] == [2, 4, 6]
+    assert qlora.load_committed(folder, output).commitment.settings.layers == PLAN.layers
 
 
 def test_training_reports_what_shows_a_collapse(finished):

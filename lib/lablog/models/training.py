@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
@@ -141,7 +142,8 @@ class Progress(TrainerCallback):
     """A bar with rate, remaining time, tokens per second (padding included) and loss."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = progress(state.max_steps, "training", "step", done=state.global_step)
+        self.bar = progress(state.max_steps, "training", "step", done=state.global_step,
+                            show=state.is_local_process_zero)
         self.start, self.before = time.monotonic(), state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -161,7 +163,10 @@ class Complete(TrainerCallback):
     """Marks a checkpoint once all of its files are written, unless a weight is not finite."""
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero and all(
+            bool(weight.isfinite().all()) for weight in model.parameters()
+        ):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
 
 
@@ -353,6 +358,9 @@ def train_to_folder(
 ) -> Path:
     """Train what `build` makes and `save` it; `output` appears whole or not at all.
 
+    Under ``accelerate launch`` every process calls it; the first one alone writes. A step then sees
+    the micro-batches of all processes.
+
     `key` names everything that decides the result; see `train_causal_lm` for checkpoints, resuming
     and errors. ``training.json`` (with `about`) and TensorBoard's events are added to what `save`
     writes.
@@ -360,62 +368,80 @@ def train_to_folder(
     check_schedule(settings)
     work = output.parent / f".{output.name}.work"
     output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.parent / f".{output.name}.lock"):
-        for folder in (output, work):
-            found = folder / "key"
-            if found.is_file() and found.read_text() != key:
-                raise ValueError(
-                    f"{folder} was made with other settings, data or tokenizer (key "
-                    f"{found.read_text()}, expected {key}): delete it or choose another output"
-                )
+    processes = PartialState(cpu=settings.cpu)
+    main = processes.is_main_process
+    with FileLock(output.parent / f".{output.name}.lock") if main else nullcontext():
+        if main:
+            _refuse_foreign(key, output, work)
+        processes.wait_for_everyone()
         if output.is_dir():
             return output
-        atomic_write(work / "key", key)
+        processes.wait_for_everyone()
+        if main:
+            atomic_write(work / "key", key)
+            for partial in set(work.glob("checkpoint-*")):
+                if not (partial / "complete").is_file():
+                    shutil.rmtree(partial)
+        processes.wait_for_everyone()
         disable_progress_bar()  # those of reading and writing weights, of no use in a log
         seed_everything(settings.seed, settings.threads)
         trainer = build(_arguments(settings, work))
+        if not main:  # one start for all, but noise of its own for each process
+            torch.manual_seed(settings.seed + processes.process_index)
         model: Any = trainer.model
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()
                   if weight.requires_grad}
         last = last_good(work)
-        for partial in set(work.glob("checkpoint-*")):
-            if not (partial / "complete").is_file():
-                shutil.rmtree(partial)
         resumed = int(last.name[11:]) if last else 0
-        board = SummaryWriter(str(work / "tensorboard"), purge_step=resumed + 1)
-        trainer.add_callback(TensorBoardCallback(board))
+        if main:
+            board = SummaryWriter(str(work / "tensorboard"), purge_step=resumed + 1)
+            trainer.add_callback(TensorBoardCallback(board))
         trainer.add_callback(Fresh(resumed))
         wall, cpu = time.monotonic(), time.process_time()
         with _disk_full_named(work):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-        saved = last_good(work) or work
-        state = [saved / name for name in ("model.safetensors", "optimizer.pt")]
-        log = {
-            "key": key,
-            **(about or {}),
-            "settings": settings.model_dump(),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens": trainer.state.num_input_tokens_seen,
-            "relative_update": relative_update(before, dict(model.named_parameters())),
-            "checkpoint_bytes": sum(path.stat().st_size for path in state if path.is_file()),
-            "resumed_from": resumed,
-            "wall_seconds": time.monotonic() - wall,
-            "cpu_seconds": time.process_time() - cpu,
-            # Without times, so that a resumed run has the history of an uninterrupted one.
-            "history": [
-                {name: value for name, value in entry.items() if not name.startswith("train_")}
-                for entry in trainer.state.log_history if "loss" in entry
-            ],
-        }
-        done = work / "done"
-        shutil.rmtree(done, ignore_errors=True)
-        save(trainer, done)
-        shutil.move(work / "tensorboard", done / "tensorboard")
-        atomic_write(done / "training.json", json.dumps(log, indent=1) + "\n")
-        atomic_write(done / "key", key)
-        done.replace(output)
-        shutil.rmtree(work)
+        if main:
+            saved = last_good(work) or work
+            state = [saved / name for name in ("model.safetensors", "optimizer.pt")]
+            log = {
+                "key": key,
+                **(about or {}),
+                "settings": settings.model_dump(),
+                "processes": processes.num_processes,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "tokens": trainer.state.num_input_tokens_seen,
+                "relative_update": relative_update(before, dict(model.named_parameters())),
+                "checkpoint_bytes": sum(path.stat().st_size for path in state if path.is_file()),
+                "resumed_from": resumed,
+                "wall_seconds": time.monotonic() - wall,
+                "cpu_seconds": time.process_time() - cpu,
+                # Without times, so that a resumed run has the history of an uninterrupted one.
+                "history": [
+                    {n: value for n, value in entry.items() if not n.startswith("train_")}
+                    for entry in trainer.state.log_history if "loss" in entry
+                ],
+            }
+            done = work / "done"
+            shutil.rmtree(done, ignore_errors=True)
+            save(trainer, done)
+            shutil.move(work / "tensorboard", done / "tensorboard")
+            atomic_write(done / "training.json", json.dumps(log, indent=1) + "\n")
+            atomic_write(done / "key", key)
+            done.replace(output)
+            shutil.rmtree(work)
+        processes.wait_for_everyone()
     return output
+
+
+def _refuse_foreign(key: str, *folders: Path) -> None:
+    """Raise ValueError if one of `folders` was made from other settings, data or tokenizer."""
+    for folder in folders:
+        found = folder / "key"
+        if found.is_file() and found.read_text() != key:
+            raise ValueError(
+                f"{folder} was made with other settings, data or tokenizer (key "
+                f"{found.read_text()}, expected {key}): delete it or choose another output"
+            )
 
 
 def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
