@@ -37,7 +37,6 @@ checkpointing: bool = False  # recompute activations in the backward pass to sav
 learning_rate: float = 3e-3  # peak, then cosine to zero
 seeds: list[int] = [1, 2]  # one training of z* and one of its control each
 items: int = 12  # probes of each family
-probe_seed: int = 5  # of probes and held-out dialogues
 texts: int = 8  # held-out dialogues to read
 personas: str = ""  # CSV of dialogues with personas to train on too; empty: not run
 personas_leave_out: list[int] = []  # rows of that file to ignore, the header being row 1
@@ -149,7 +148,7 @@ for index in (0, len(example) - 1):
 # %%
 with run.stage("study"):
     rows, folders = trained.study(base, plan, data, seeds, run.artifacts,
-                                  (probe_seed, items, texts), workers)
+                                  (trained.PROBES, items, texts), workers)
 history = results.record_training(run, folders)
 run.figure("training", *results.training_curves(history),
            "Loss on the model's own words, KL of the posterior and its weight, for each seed.")
@@ -188,13 +187,13 @@ run.figure("arms", *results.arms(rows),
 # %%
 with run.stage("diagnostics"):
     models = {seed: load_committed(base, folder) for seed, folder in folders.items()}
-    unseen = trained.training_data(base, probe_seed, plan, data, "held_out", 8 * batch[0])
+    unseen = trained.training_data(base, trained.PROBES, plan, data, "held_out", 8 * batch[0])
     found = {seed: trained.diagnose(one, unseen, batch[0]) for seed, one in models.items()}
 results.record_diagnostics(run, found)
 run.metrics_table("latent")
 
 # %%
-z, named = trained.choices(Reader(models[seeds[0]], tokenizer), 4 * items, probe_seed)
+z, named = trained.choices(Reader(models[seeds[0]], tokenizer), 4 * items, trained.PROBES)
 run.figure("latent_use", *results.latent_use(found[seeds[0]]["kl_per_dimension"], named),
            "Left: nats that each dimension of z* carries. Right: which choice a draw from the "
            "prior commits to, in every topic (first seed).")
@@ -238,7 +237,7 @@ with run.stage("export"):
     export.export(folders[seeds[0]], base, exports)
     exported = export.reimport(exports, base)
 with run.stage("llama.cpp"):
-    asked = trained.Probes(probe_seed, min(items, 24), 0)  # one conversation at a time: slow
+    asked = trained.Probes(trained.PROBES, min(items, 24), 0)  # one conversation at a time: slow
     agreement.record_agreement(run, agreement.compare(exported, base, asked, device))
 run.metrics_table("native")
 
