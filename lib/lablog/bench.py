@@ -193,8 +193,8 @@ def qlora_speed(run: Run) -> None:
     """A training step with the commitment over LoRA alone on the same tokens, 4 bits over f32, and
     forked choices a second."""
     base = source.hugging_face_folder("offline:laptop", repository() / "build/laptop/artifacts")
-    plain, committed = qlora.step(base, 0, "nf4"), qlora.step(base, 16, "nf4")
-    whole = qlora.step(base, 16, "none")
+    plain, committed = qlora.step(base, 0, "nf4"), qlora.step(base, 12, "nf4")
+    whole = qlora.step(base, 12, "none")
     for name, reference, candidate in (
         ("step.commitment_over_lora", plain, committed), ("step.nf4_over_f32", whole, committed)
     ):

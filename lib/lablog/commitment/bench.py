@@ -22,16 +22,16 @@ from lablog.text.datasets import Item
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
-ITEMS = 200
+ITEMS, BATCH = 200, 12
 
 
 def _plan(k: int, quantisation: Quantisation) -> Plan:
-    training = {"steps": 1, "batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 0,
+    training = {"steps": 1, "batch_size": BATCH, "learning_rate": 3e-3, "warmup_steps": 0,
                 "schedule": "cosine", "betas": (0.9, 0.98), "weight_decay": 0, "precision": "f32",
                 "checkpoint_every": 1, "log_every": 1}
     return Plan.model_validate({
         "k": k, "strength": 10, "quantisation": quantisation, "training": training,
-        "lora": {"r": 32, "alpha": 64, "dropout": 0, "targets": "all-linear"},
+        "lora": {"r": 16, "alpha": 32, "dropout": 0, "targets": "all-linear"},
         "schedule": {"beta": 0.3, "warmup": 0, "annealing": 0, "free_bits": 0},
     })
 
@@ -51,10 +51,11 @@ def step(base: Path, k: int, quantisation: Quantisation) -> Callable[[], None]:
     torch.manual_seed(0)
     model = committed_model(load_base(base, quantisation, "f32"), plan).train()
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4, fused=True)
-    data = Conversations(load_settings(), Tokenizer(base / "tokenizer.model"), 0, 64, 8, 0.02, 6,
-                         0.34)
-    shown = [data[i] if k else _in_window(data[i]) for i in range(24)]
-    batches = [collate(shown[i : i + 8]) for i in (0, 8, 16)]  # two of choices, one of recall
+    count = 4 * BATCH  # as in notebook 03: three batches of choices, one of recall
+    data = Conversations(load_settings(), Tokenizer(base / "tokenizer.model"), 0, count, BATCH,
+                         0.02, 4, 0.25)
+    shown = [data[i] if k else _in_window(data[i]) for i in range(count)]
+    batches = [collate(shown[i : i + BATCH]) for i in range(0, count, BATCH)]
 
     def run() -> None:
         for batch in batches:
@@ -73,7 +74,7 @@ def memory(base: Path, quantisation: Quantisation) -> int:
 def forks(base: Path) -> Callable[[], None]:
     """A function that evaluates `ITEMS` forked choices with a z* from the prior for each."""
     torch.manual_seed(0)
-    model: CommittedModel = committed_model(load_base(base, "nf4", "f32"), _plan(16, "nf4"))
+    model: CommittedModel = committed_model(load_base(base, "nf4", "f32"), _plan(12, "nf4"))
     reader, probes = Reader(model, Tokenizer(base / "tokenizer.model")), Probes(0, ITEMS, 1)
 
     def run() -> None:
