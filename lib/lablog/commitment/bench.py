@@ -15,6 +15,7 @@ from lablog.commitment.qlora import (
     Quantisation,
     committed_model,
     load_base,
+    load_to_read,
 )
 from lablog.commitment.reader import Reader
 from lablog.commitment.trained import Probes
@@ -74,7 +75,8 @@ def memory(base: Path, quantisation: Quantisation) -> int:
 def forks(base: Path) -> Callable[[], None]:
     """A function that evaluates `ITEMS` forked choices with a z* from the prior for each."""
     torch.manual_seed(0)
-    model: CommittedModel = committed_model(load_base(base, "nf4", "f32"), _plan(12, "nf4"))
+    plan = _plan(12, "nf4")
+    model: CommittedModel = committed_model(load_to_read(base, plan), plan)
     reader, probes = Reader(model, Tokenizer(base / "tokenizer.model")), Probes(0, ITEMS, 1)
 
     def run() -> None:
