@@ -147,11 +147,19 @@ for index in (0, len(example) - 1):
 
 # %%
 with run.stage("study"):
-    rows, folders = trained.study(base, plan, data, seeds, run.artifacts,
-                                  (trained.PROBES, items, texts), workers)
+    rows, runs = trained.study(base, plan, data, seeds, run.artifacts,
+                               (trained.PROBES, items, texts), workers)
+folders = {seed: runs[seed, "commitment"] for seed in seeds}
 history = results.record_training(run, folders)
 run.figure("training", *results.training_curves(history),
            "Loss on the model's own words, KL of the posterior and its weight, for each seed.")
+
+# %% [markdown]
+# What each run cost, with as many at a time as `workers` says. A token counts once, whether it is
+# in the prefix or in a fork.
+
+# %%
+run.figure("budget", *results.budget(runs), "Tokens and time of each training.")
 
 # %% [markdown]
 # ## Does it commit?

@@ -298,8 +298,10 @@ def _together(pool: ProcessPoolExecutor, description: str,
 
 
 def study(base: Path, plan: Plan, data: str, seeds: Sequence[int], artifacts: Path,
-          size: tuple[int, int, int], workers: int) -> tuple[pd.DataFrame, dict[int, Path]]:
-    """Train z* and its control for every seed, measure every arm; rows, and the trained folders.
+          size: tuple[int, int, int], workers: int,
+          ) -> tuple[pd.DataFrame, dict[tuple[int, str], Path]]:
+    """Train z* and its control for every seed, measure every arm; rows, and the trained folders
+    by seed and by ``commitment`` or ``lora``.
 
     Trained folders lie in `artifacts` under the digest of all that decides them and are reused.
     """
@@ -324,4 +326,4 @@ def study(base: Path, plan: Plan, data: str, seeds: Sequence[int], artifacts: Pa
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         _together(pool, "training", calls)
         rows = pd.DataFrame(_together(pool, "probes", measured))
-    return rows, {seed: folders[seed, "commitment"] for seed in seeds}
+    return rows, folders

@@ -39,6 +39,24 @@ def record_memory(run: Run, base: Path, quantisation: str) -> None:
         run.metric(f"memory.{name}", size, "byte")
 
 
+def budget(folders: Mapping[tuple[int, str], Path]) -> Drawn:
+    """What each training cost: steps, tokens (prefixes included) and seconds, by seed and model."""
+    rows = []
+    for (seed, model), folder in folders.items():
+        log = json.loads((folder / "training.json").read_text())
+        rows.append({"seed": seed, "model": model, "steps": log["settings"]["steps"],
+                     "tokens": sum(entry["tokens"] for entry in log["history"]),
+                     "seconds": round(log["wall_seconds"], 1)})
+    data = pd.DataFrame(rows)
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 0.3 * len(data) + 1), sharey=True)
+    labels = [f"{row.model}, seed {row.seed}" for row in data.itertuples()]
+    for axes, name, unit in zip(panels, ("tokens", "seconds"), (1e6, 60), strict=True):
+        axes.barh(labels, data[name] / unit, color=COLOURS[name == "seconds"])
+        axes.set(xlabel="million tokens" if name == "tokens" else "minutes")
+    panels[0].invert_yaxis()
+    return figure, data
+
+
 def record_training(run: Run, folders: Mapping[int, Path]) -> pd.DataFrame:
     """Steps, tokens and KL of each seed's run; returns the history, one row per log entry."""
     rows = []
