@@ -153,6 +153,8 @@ def test_a_clones_own_speed_is_shown_before_the_published(
 ):
     published = speed.latest()
     monkeypatch.setattr(speed, "repository", lambda: tmp_path)
+    assert speed.latest() is None
+    assert "Nothing has been measured" in speed.page(None, tmp_path)
     for place, seconds in (("book/records", 1.0), ("build", 2.0)):
         record = published.model_copy(update={"seconds": seconds})
         (tmp_path / place).mkdir(parents=True)

@@ -27,10 +27,13 @@ TITLES = {"native": "llama.cpp with a commitment", "qlora": "Training the commit
           "cvfp": "CVFP", "arianna": "Arianna"}
 
 
-def latest() -> Record:
-    """This clone's ``build/bench.json``, or the published one."""
-    own = repository() / "build/bench.json"
-    return Record.read(own if own.is_file() else repository() / "book/records/bench.json")
+def latest() -> Record | None:
+    """This clone's ``build/bench.json``, else the published one, else none."""
+    for place in ("build/bench.json", "book/records/bench.json"):
+        path = repository() / place
+        if path.is_file():
+            return Record.read(path)
+    return None
 
 
 def rates(record: Record) -> tuple[Figure, pd.DataFrame]:
@@ -54,19 +57,23 @@ def rates(record: Record) -> tuple[Figure, pd.DataFrame]:
     return drawn, data
 
 
-def page(record: Record, folder: Path) -> str:
+def page(record: Record | None, folder: Path) -> str:
     """Markdown of the page; its picture and the numbers behind it are written into `folder`."""
-    machine = record.machine
     parts = [
         "# Speed\n",
         "Measured by `make bench`, as ratios within one process wherever there is something to "
         "compare with: a median over pairs that run in turns. A clone that has run it shows its "
         "own numbers here, others the published ones.\n",
+    ]
+    if record is None:
+        return "\n".join([*parts, "Nothing has been measured yet.\n"])
+    machine = record.machine
+    parts.append(
         f"Commit `{record.source.commit[:10]}`"
         f"{' with uncommitted changes' if record.source.dirty else ''}, on {machine.cpu} with "
         f"{machine.threads} threads ({machine.device}), PyTorch "
-        f"{machine.packages.get('torch', 'none')}.\n",
-    ]
+        f"{machine.packages.get('torch', 'none')}.\n"
+    )
     for room, title in TITLES.items():
         here = [metric for metric in record.metrics if metric.name.startswith(f"{room}.")]
         if not here:
