@@ -127,6 +127,16 @@ def test_values_are_uniform_given_the_split():
         assert max(count.values()) < 310
 
 
+def test_a_dialogue_may_be_asked_for_by_its_value():
+    for index in range(60):
+        drawn = generate(SETTINGS, 4, index, kind="compare")
+        values = SETTINGS.topics[drawn.topic]
+        number = values.index(drawn.value)
+        assert generate(SETTINGS, 4, index, kind="compare", number=number) == drawn
+        asked = generate(SETTINGS, 4, index, "held_out", "favourite", number=index % 12)
+        assert asked.value == SETTINGS.topics[asked.topic][index % 12]
+
+
 def test_building_blocks_take_a_phrasing_or_draw_one():
     draw = Draw(SETTINGS, 0, 9)
     user, assistant = draw.exchange("opening", "chosen", "animal", phrasing=0)

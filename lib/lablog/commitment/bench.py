@@ -24,6 +24,7 @@ from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
 ITEMS, BATCH = 200, 12
+TARGETS = ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # as in notebook 03, laptop
 
 
 def _plan(k: int, quantisation: Quantisation) -> Plan:
@@ -32,7 +33,7 @@ def _plan(k: int, quantisation: Quantisation) -> Plan:
                 "checkpoint_every": 1, "log_every": 1}
     return Plan.model_validate({
         "k": k, "strength": 10, "quantisation": quantisation, "training": training,
-        "lora": {"r": 16, "alpha": 32, "dropout": 0, "targets": "all-linear"},
+        "lora": {"r": 16, "alpha": 32, "dropout": 0, "targets": TARGETS},
         "schedule": {"beta": 0.3, "warmup": 0, "annealing": 0, "free_bits": 0},
     })
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -67,13 +66,10 @@ class Conversations(Dataset[Conversation]):
         share, number = self.recall_share, index // self.batch
         recall = int((number + 1) * share) > int(number * share)
         draw = Draw(self.settings, self.seed, STREAM, index)
-        for attempt in count():
-            dialogue = generate(self.settings, self.seed, index + attempt * self.size, self.split,
-                                "favourite" if recall else "compare",
-                                "probe" if recall else "simple")
-            values = self.settings.topics[dialogue.topic]
-            if values.index(dialogue.value) == index % len(values):
-                break
+        persona = index % min(map(len, self.settings.topics.values()))
+        dialogue = generate(self.settings, self.seed, index, self.split,
+                            "favourite" if recall else "compare",
+                            "probe" if recall else "simple", persona)
         prefix = dialogue.turns[: 2 if recall else 1]
         forks = self._recall(draw, dialogue) if recall else self._choice(draw, dialogue)
         return conversation(self.item(prefix), [self.item(*fork) for fork in forks])

@@ -191,7 +191,10 @@ class CommittedModel(nn.Module):
             drawn = regions.sample(posterior, cells) if regions and cells else posterior.sample()
             addition = self.commitment.addition(drawn, mask)
             parts = {"kl": posterior.kl().sum(dim=1).mean(), "means": posterior.mean.detach()}
-        hidden = self.hidden(input_ids, addition, attention_mask=attention,
+        # What is added to the scores; made once, where each layer would make it of a mask.
+        scores = torch.zeros(attention.shape, dtype=self.base.dtype, device=attention.device)
+        scores.masked_fill_(~attention, float("-inf"))
+        hidden = self.hidden(input_ids, addition, attention_mask=scores,
                              position_ids=position_ids, use_cache=False).last_hidden_state
         # Each token predicts the next; where nothing is to be learnt no logits are made.
         ahead = weights.roll(-1, dims=1)

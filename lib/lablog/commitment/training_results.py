@@ -193,7 +193,7 @@ def arms(rows: pd.DataFrame) -> Drawn:
         if measure == "yes_sum":
             axes.axvspan(0.8, 1.25, color=GREY, alpha=0.2)
         else:
-            axes.set_xlim(-0.03, 1.03)
+            axes.set(xlim=(-0.03, 1.03), xticks=(0, 0.5, 1), xticklabels=("0", "0.5", "1"))
     return figure, rows[["arm", "seed", *LABELS]]
 
 

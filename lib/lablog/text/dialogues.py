@@ -260,12 +260,14 @@ def generate(
     split: Split = "train",
     kind: Kind | None = None,
     form: Form = "training",
+    number: int | None = None,
 ) -> Dialogue:
     """Dialogue number `index` of a split.
 
-    `kind` None draws it from ``mix``. The probe form of a favourite has one statement,
-    ``probe_gap`` distractors and one question; the simple form of a comparison is the private
-    statement, one guess and "what is it?". Of the other kinds all forms are the same.
+    `kind` None draws it from ``mix``, `number` None which of its topic's values it is about. The
+    probe form of a favourite has one statement, ``probe_gap`` distractors and one question; the
+    simple form of a comparison is the private statement, one guess and "what is it?". Of the other
+    kinds all forms are the same.
     """
     draw = Draw(settings, seed, 0 if split == "train" else 1, index)
     if kind is None:
@@ -274,7 +276,8 @@ def generate(
         kind = kinds[int(np.searchsorted(edges, at, side="right"))]
     topic = draw.pick(list(settings.topics))
     count = len(getattr(settings, FIRST[kind]))
-    number = draw.integer(0, len(settings.topics[topic]) - 1)
+    drawn = draw.integer(0, len(settings.topics[topic]) - 1)
+    number = drawn if number is None else number
     if split == "held_out":
         opening = -number % count
     else:
