@@ -141,10 +141,12 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@$(PY) -m lablog.bench
 
-publish: ## copy this profile's records and the README's figure into book/records/
+SHOWN := 02_lambda_calibration/heat.svg 03_qlora_commitment/arms.svg
+publish: ## copy this profile's records and the README's figures into book/records/
 	@mkdir -p book/records/$(PROFILE)
 	@cp build/$(PROFILE)/records/*.json book/records/$(PROFILE)/
-	@cp build/$(PROFILE)/figures/02_lambda_calibration/heat.svg book/records/$(PROFILE)/
+	@for figure in $(SHOWN); do test ! -e build/$(PROFILE)/figures/$$figure \
+	  || cp build/$(PROFILE)/figures/$$figure book/records/$(PROFILE)/; done
 	@test ! -e build/bench.json || cp build/bench.json book/records/
 
 clean: ## remove results and book, keep environment and native library
