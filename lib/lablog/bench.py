@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lablog.arianna import bench as arianna
 from lablog.commitment import bench as qlora
@@ -191,19 +192,23 @@ def arianna_speed(run: Run) -> None:
 
 def qlora_speed(run: Run) -> None:
     """A training step with the commitment over LoRA alone on the same tokens, 4 bits over f32, and
-    forked choices a second."""
+    forked choices a second; with one thread, as chapter 3 trains several such models at a time."""
     base = source.hugging_face_folder("offline:laptop", repository() / "build/laptop/artifacts")
     plain, committed = qlora.step(base, 0, "nf4"), qlora.step(base, 12, "nf4")
-    whole = qlora.step(base, 12, "none")
-    for name, reference, candidate in (
-        ("step.commitment_over_lora", plain, committed), ("step.nf4_over_f32", whole, committed)
+    whole, threads = qlora.step(base, 12, "none"), torch.get_num_threads()
+    for name, reference, candidate, used in (
+        ("step.commitment_over_lora.all_threads", plain, committed, threads),
+        ("step.commitment_over_lora", plain, committed, 1),
+        ("step.nf4_over_f32", whole, committed, 1),
     ):
+        torch.set_num_threads(used)
         ratios = [1 / paired(reference, candidate, 1) for _ in range(20)]
         run.metric(f"qlora.{name}", float(np.median(ratios)), "ratio", n=len(ratios),
                    interval=bootstrap_percentile(ratios, 50))
     run.metric("qlora.memory.nf4_over_f32",
                qlora.memory(base, "nf4") / qlora.memory(base, "none"), "ratio")
     run.metric("qlora.forks_per_s", qlora.ITEMS / _seconds(qlora.forks(base)), "items/s")
+    torch.set_num_threads(threads)
 
 
 def main() -> int:
