@@ -295,6 +295,7 @@ class Terminal:
         environment = os.environ | {"TERM": "dumb", "PYTHONPATH": str(repository() / "lib")}
         self.pid, self.file = pty.fork()
         if not self.pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in background
             os.execve(sys.executable,
                       [sys.executable, "-m", "lablog.arianna", *map(str, arguments)], environment)
         self.seen = ""
