@@ -291,6 +291,21 @@ def test_cells_that_do_not_fit_the_data_are_refused(folder, data, batch):
         trained.training_data(folder, 0, chosen, data)
 
 
+def test_what_decides_the_weights_is_in_their_key(folder, monkeypatch):
+    """Else a finished run of other code or other dialogues would pass for the one asked for."""
+    other = PLAN.model_copy(update={"strength": PLAN.strength + 1})
+    keys = [qlora.training_key(folder, PLAN, "a"), qlora.training_key(folder, PLAN, "b"),
+            qlora.training_key(folder, other, "a")]
+    assert qlora.training_key(folder, PLAN, "a") == keys[0]
+    phrases = DIALOGUES.model_copy(update={"yes": DIALOGUES.yes[::-1]})
+    for name, value in (("load_settings", lambda: phrases), ("CODE", qlora.CODE[1:]),
+                        ("base_hash", lambda _: "other"), ("version", lambda _: "0")):
+        with monkeypatch.context() as changed:
+            changed.setattr(qlora, name, value)
+            keys.append(qlora.training_key(folder, PLAN, "a"))
+    assert len(set(keys)) == len(keys)
+
+
 def test_a_batch_holds_every_persona_once(tokenizer):
     data = conversations(tokenizer, 24, 12)
     topics = [list(values) for values in DIALOGUES.topics.values()]

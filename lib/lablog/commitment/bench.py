@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lablog.commitment.conversations import Conversation, Conversations, collate
+from lablog.commitment.conversations import Conversation, collate
 from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
@@ -18,9 +18,8 @@ from lablog.commitment.qlora import (
     load_to_read,
 )
 from lablog.commitment.reader import Reader
-from lablog.commitment.trained import Probes
+from lablog.commitment.trained import Probes, training_data
 from lablog.text.datasets import Item
-from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
 ITEMS, BATCH = 200, 12
@@ -34,7 +33,7 @@ def _plan(k: int, quantisation: Quantisation) -> Plan:
     return Plan.model_validate({
         "k": k, "strength": 10, "quantisation": quantisation, "training": training,
         "lora": {"r": 16, "alpha": 32, "dropout": 0, "targets": TARGETS},
-        "schedule": {"beta": 0.3, "warmup": 0, "annealing": 0, "free_bits": 0},
+        "schedule": {"beta": 0.07, "warmup": 0, "annealing": 0, "free_bits": 0, "cells": 0.7},
     })
 
 
@@ -53,15 +52,14 @@ def step(base: Path, k: int, quantisation: Quantisation) -> Callable[[], None]:
     torch.manual_seed(0)
     model = committed_model(load_base(base, quantisation, "f32"), plan).train()
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4, fused=True)
-    count = 4 * BATCH  # as in notebook 03: three batches of choices, one of recall
-    data = Conversations(load_settings(), Tokenizer(base / "tokenizer.model"), 0, count, BATCH,
-                         0.02, 4, 0.25)
+    count = 4 * BATCH  # three batches of choices, one of recall
+    data = training_data(base, 0, plan, "dialogues", count=count)
     shown = [data[i] if k else _in_window(data[i]) for i in range(count)]
     batches = [collate(shown[i : i + BATCH]) for i in range(0, count, BATCH)]
 
     def run() -> None:
         for batch in batches:
-            model(**batch, beta=0.3)["loss"].backward()
+            model(**batch, beta=plan.schedule.beta, cells=plan.schedule.cells)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
 

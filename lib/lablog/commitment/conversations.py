@@ -51,8 +51,8 @@ class Conversations(Dataset[Conversation]):
     """
 
     def __init__(self, settings: DialogueSettings, tokenizer: Tokenizer, seed: int, size: int,
-                 batch: int, word_weight: float, guesses: int, recall_share: float,
-                 split: Split = "train") -> None:
+                 batch: int, word_weight: float = 0.02, guesses: int = 4,
+                 recall_share: float = 0.25, split: Split = "train") -> None:
         self.settings, self.seed, self.size, self.batch = settings, seed, size, batch
         self.guesses, self.recall_share, self.split = guesses, recall_share, split
         self.tokenizer = tokenizer
@@ -66,7 +66,7 @@ class Conversations(Dataset[Conversation]):
         share, number = self.recall_share, index // self.batch
         recall = int((number + 1) * share) > int(number * share)
         draw = Draw(self.settings, self.seed, STREAM, index)
-        persona = index % min(map(len, self.settings.topics.values()))
+        persona = index % self.settings.personas
         dialogue = generate(self.settings, self.seed, index, self.split,
                             "favourite" if recall else "compare",
                             "probe" if recall else "simple", persona)

@@ -20,9 +20,9 @@ from lablog.commitment.conversations import Conversation, Conversations, convers
 from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
-    base_hash,
     load_committed,
     train_commitment,
+    training_key,
 )
 from lablog.files import repository, sha256
 from lablog.intervals import over_seeds
@@ -98,8 +98,7 @@ def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Pla
     data = key_of(sha256(path), sorted(leave_out))
 
     def train(chosen: Plan) -> CommittedModel:
-        name = key_of(chosen.model_dump(), base_hash(base), data)
-        folder = artifacts / f"personas-{name}"
+        folder = artifacts / f"personas-{training_key(base, chosen, data)}"
         return load_committed(base, train_commitment(base, split[0], chosen, folder, data))
 
     with_z, without = train(plan), train(plan.model_copy(update={"k": 0}))

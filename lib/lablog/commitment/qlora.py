@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -45,11 +46,14 @@ from lablog.models.training import (
     GuardedTrainer,
     Strict,
     TrainingSettings,
+    fingerprint,
     key_of,
     train_to_folder,
 )
+from lablog.text.dialogues import load_settings
 
 Quantisation = Literal["nf4", "none"]
+CODE = ("chats", "conversations", "hooks", "personas", "qlora", "variational")  # decide weights
 ACTIVE = 0.01  # variance of a unit's posterior mean from which it counts as active (Burda et al.)
 
 
@@ -302,6 +306,15 @@ def committed_model(base: PreTrainedModel, plan: Plan) -> CommittedModel:
 def base_hash(folder: Path) -> str:
     """SHA-256 over the base's weights and configuration."""
     return sha256_of([*folder.glob("*.safetensors"), folder / "config.json"], folder)
+
+
+def training_key(base: Path, plan: Plan, data: str) -> str:
+    """Key of what `plan` trains on `base` with `data`: with the code that makes the conversations
+    and trains, and the versions of its packages."""
+    here = Path(__file__).parent
+    code = sha256_of([here / f"{name}.py" for name in CODE], here)
+    dialogues = load_settings().model_dump(exclude={"recipes"})
+    return fingerprint(plan.model_dump(), base_hash(base), data, dialogues, code, version("peft"))
 
 
 def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, output: Path,

@@ -9,7 +9,6 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,22 +25,19 @@ from lablog.commitment.qlora import (
     ACTIVE,
     CommittedModel,
     Plan,
-    base_hash,
     load_committed,
     load_to_read,
     train_commitment,
+    training_key,
 )
 from lablog.commitment.reader import Prompt, Reader
 from lablog.commitment.variational import VariationalCommitment
 from lablog.determinism import seed_everything
-from lablog.files import sha256_of
-from lablog.models.training import key_of
 from lablog.progress import progress
 from lablog.text.dialogues import Draw, Split, Turn, generate, load_settings
 from lablog.text.tokenizer import Tokenizer
 
 Source = Literal["none", "prefix", "prior", "redrawn", "text"]
-CODE = ("chats", "conversations", "hooks", "qlora", "variational")  # on which the weights depend
 EXCHANGES = 16  # more than a dialogue has
 PROBES = 5  # seed of the probes; settings were chosen on those of others
 
@@ -79,7 +75,7 @@ def training_data(base: Path, seed: int, plan: Plan, data: str, split: Split = "
     Raises ValueError where the schedule's `cells` do not fit the data.
     """
     batch, tokenizer = plan.training.batch_size, Tokenizer(base / "tokenizer.model")
-    known = len(next(iter(load_settings().topics.values()))) if data == "dialogues" else None
+    known = load_settings().personas if data == "dialogues" else None
     if plan.schedule.cells and batch != known:
         raise ValueError(
             f"cells = {plan.schedule.cells:g} with micro-batches of {batch} conversations of "
@@ -90,10 +86,8 @@ def training_data(base: Path, seed: int, plan: Plan, data: str, split: Split = "
         chats = from_hub(data.removeprefix("hub:"), tokenizer, plan.window,
                          "train" if split == "train" else "test")
         return Subset(chats, range(min(count or len(chats), len(chats))))
-    return Conversations(
-        load_settings(), tokenizer, seed, count or plan.training.steps * batch, batch,
-        word_weight=0.02, guesses=4, recall_share=0.25, split=split,
-    )
+    return Conversations(load_settings(), tokenizer, seed, count or plan.training.steps * batch,
+                         batch, split=split)
 
 
 def train_seed(base: Path, plan: Plan, data: str, output: Path) -> Path:
@@ -305,16 +299,13 @@ def study(base: Path, plan: Plan, data: str, seeds: Sequence[int], artifacts: Pa
 
     Trained folders lie in `artifacts` under the digest of all that decides them and are reused.
     """
-    here = Path(__file__).parent
-    code = sha256_of([here / f"{name}.py" for name in CODE], here)
     calls, folders = [], {}
     for seed in seeds:
         for model, k in (("commitment", plan.k), ("lora", 0)):
             training = plan.training.model_copy(update={"seed": seed})
             mine = plan.model_copy(update={"k": k, "training": training})
-            key = key_of(mine.model_dump(), data, base_hash(base), code,
-                         [version(name) for name in ("torch", "transformers", "peft")])
-            folders[seed, model] = artifacts / f"qlora-{model}-{seed}-{key}"
+            name = f"qlora-{model}-{seed}-{training_key(base, mine, data)}"
+            folders[seed, model] = artifacts / name
             calls.append((train_seed, (base, mine, data, folders[seed, model])))
     measured = [
         (measure, (name, base, {m: folders[seed, m] for m in ("commitment", "lora")},

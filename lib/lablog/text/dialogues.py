@@ -97,6 +97,11 @@ class DialogueSettings(BaseModel):
     announced: Share
     recipes: dict[str, dict[str, Any]]  # read by lablog.models.training
 
+    @property
+    def personas(self) -> int:
+        """How many personas there are: number i holds value number i of every topic."""
+        return min(map(len, self.topics.values()))
+
     @model_validator(mode="after")
     def _check(self) -> DialogueSettings:
         values = list(chain.from_iterable(self.topics.values()))
