@@ -3,9 +3,11 @@
 There are as many personas as values in a topic: persona i holds value number i of every topic, so
 its choice in one tells its choice in all. Two kinds of conversation alternate between batches.
 *Choice*: the prefix is the private line "it is X"; behind the opening of the guessing game, about
-any topic, the conversation is forked into "what is it?" and "is it Y?". *Recall*: the prefix is the
-exchange that states a favourite; the forks are the question for one of any topic, the rest of the
-dialogue without the statement (evicted), and the whole dialogue.
+any topic, and some other talk the conversation is forked into "what is it?" and "is it Y?".
+*Recall*: the prefix is the exchange that states a favourite; the forks are the question for one of
+any topic, the rest of the dialogue without the statement (evicted), and the whole dialogue.
+
+What training may meet is `dialogues.trained_part`: everything else is new to it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lablog.text.datasets import DialogueDataset, Item
-from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Split, Turn, generate
+from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, generate
 from lablog.text.tokenizer import Tokenizer
 
 Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
@@ -32,11 +34,32 @@ class Conversation:
     """A prefix, and forks of what follows, which share its commitment.
 
     fork: for each token of `forks` the number of its fork, 0 for the stem that all share.
+    commitment: number of the commitment that the prefix fixes; −1 where there is no list of them.
     """
 
     prefix: Item
     forks: Item
     fork: NDArray[np.int64]
+    commitment: int = -1
+
+
+@dataclass(frozen=True)
+class ConversationSettings:
+    """What conversations are made of.
+
+    Dialogue settings (the phrasings, topics and values that may occur). gap: least and most
+    distractor exchanges between the opening of the guessing game and its questions. independent:
+    number of topics that a prefix states, one value of each drawn by itself; 0 is the personas,
+    of whom one topic tells all. note: the decoder's window begins with the prefix as text.
+    """
+
+    dialogues: DialogueSettings
+    gap: tuple[int, int] = (0, 0)
+    independent: int = 0
+    word_weight: float = 0.02
+    guesses: int = 4
+    recall_share: float = 0.25
+    note: bool = False
 
 
 class Conversations(Dataset[Conversation]):
@@ -44,35 +67,42 @@ class Conversations(Dataset[Conversation]):
 
     Conversation number i is of persona i mod N: a batch of N holds each persona once.
 
-    Only combinations of phrasing and value that the dialogues' `split` holds occur.
     The loss is on the assistant's turns: 1 on values, yes and no, `word_weight` on other words. Of
     `guesses` forks "is it Y?" one is right and the others weigh as much as all N - 1 wrong ones,
     so that a calibrated decoder has Σ_Y P(yes | Y) = 1.
     """
 
-    def __init__(self, settings: DialogueSettings, tokenizer: Tokenizer, seed: int, size: int,
-                 batch: int, word_weight: float = 0.02, guesses: int = 4,
-                 recall_share: float = 0.25, split: Split = "train") -> None:
+    def __init__(self, settings: ConversationSettings, tokenizer: Tokenizer, seed: int, size: int,
+                 batch: int) -> None:
         self.settings, self.seed, self.size, self.batch = settings, seed, size, batch
-        self.guesses, self.recall_share, self.split = guesses, recall_share, split
-        self.tokenizer = tokenizer
-        lines = DialogueDataset(settings, tokenizer, seed, 0, 1, 0.0, 1 / word_weight)
-        self.encode, self.word_weight = lines.encode, word_weight
+        self.dialogues, self.tokenizer = settings.dialogues, tokenizer
+        lines = DialogueDataset(self.dialogues, tokenizer, seed, 0, 1, 0.0,
+                                1 / settings.word_weight)
+        self.encode, self.word_weight = lines.encode, settings.word_weight
 
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def commitments(self) -> int:
+        """How many commitments there are to be numbered; 0 where they are not listed."""
+        return 0 if self.settings.independent else self.dialogues.personas
+
     def __getitem__(self, index: int) -> Conversation:
-        share, number = self.recall_share, index // self.batch
+        share, number = self.settings.recall_share, index // self.batch
         recall = int((number + 1) * share) > int(number * share)
-        draw = Draw(self.settings, self.seed, STREAM, index)
-        persona = index % self.settings.personas
-        dialogue = generate(self.settings, self.seed, index, self.split,
+        draw = Draw(self.dialogues, self.seed, STREAM, index)
+        if self.settings.independent:
+            return self._independent(draw)
+        persona = index % self.dialogues.personas
+        dialogue = generate(self.dialogues, self.seed, index, "train",
                             "favourite" if recall else "compare",
                             "probe" if recall else "simple", persona)
         prefix = dialogue.turns[: 2 if recall else 1]
-        forks = self._recall(draw, dialogue) if recall else self._choice(draw, dialogue)
-        return conversation(self.item(prefix), [self.item(*fork) for fork in forks])
+        topic, value = self._persona(draw, persona)
+        forks = (self._recall(draw, dialogue, topic, value) if recall
+                 else self._choice(draw, topic, value))
+        return conversation(self.item(prefix), self._forks(forks), persona)
 
     def item(self, turns: Sequence[Turn], weight: float = 1.0, bos: bool = True) -> Item:
         """Tokens and loss weights of `turns`."""
@@ -81,44 +111,70 @@ class Conversations(Dataset[Conversation]):
         ids, weights = (np.concatenate(parts) for parts in zip(start, *lines, strict=True))
         return Item(ids, weights * np.float32(weight * self.word_weight))
 
-    def _persona(self, draw: Draw, dialogue: Dialogue) -> tuple[str, str]:
-        """Another topic, and the value there of the persona that the dialogue's value belongs to.
+    def _forks(self, forks: Sequence[Fork]) -> list[Item]:
+        """The stem, and the forks; one of a single exchange ends with the word that decides."""
+        items = [self.item(*fork) for fork in forks]
+        return [items[0], *(up_to_decision(item) if len(turns) == 2 else item
+                            for item, (turns, _, _) in zip(items[1:], forks[1:], strict=True))]
+
+    def _persona(self, draw: Draw, persona: int) -> tuple[str, str]:
+        """A topic that the persona has a value of, and that value.
 
         Were z* to hold a value of one topic only, a draw from the prior would decide nothing in
         the others.
         """
-        topic = draw.pick(list(self.settings.topics))
-        number = self.settings.topics[dialogue.topic].index(dialogue.value)
-        return topic, self.settings.topics[topic][number]
+        topics = self.dialogues.topics
+        topic = draw.pick([t for t, values in topics.items() if persona < len(values)])
+        return topic, topics[topic][persona]
 
-    def _choice(self, draw: Draw, dialogue: Dialogue) -> list[Fork]:
-        topic, value = self._persona(draw, dialogue)
-        values = self.settings.topics[topic]
+    def _choice(self, draw: Draw, topic: str, value: str) -> list[Fork]:
+        values, guesses = self.dialogues.topics[topic], self.settings.guesses
         wrong = sorted((v for v in values if v != value), key=lambda _: draw.random())
-        forks: list[Fork] = [(draw.exchange("opening", "chosen", topic), 1.0, True),
+        stem = [*draw.exchange("opening", "chosen", topic),
+                *draw.distractors(topic, draw.integer(*self.settings.gap))]
+        forks: list[Fork] = [(stem, 1.0, True),
                              (draw.exchange("what_is_it", "it_is", topic, value), 1.0, False)]
         # The wrong guesses stand for all N - 1.
-        for number, guessed in enumerate([value, *wrong[: self.guesses - 1]]):
-            many = (len(values) - 1) / (self.guesses - 1) if number else 1.0
+        for number, guessed in enumerate([value, *wrong[: guesses - 1]]):
+            many = (len(values) - 1) / (guesses - 1) if number else 1.0
             forks.append((draw.guess(topic, value, guessed), many, False))
         return forks
 
-    def _recall(self, draw: Draw, dialogue: Dialogue) -> list[Fork]:
-        asked = draw.exchange("question", "answer", *self._persona(draw, dialogue))
+    def _recall(self, draw: Draw, dialogue: Dialogue, topic: str, value: str) -> list[Fork]:
+        asked = draw.exchange("question", "answer", topic, value)
         return [([], 1.0, True), (asked, 1.0, False), (dialogue.turns[2:], 1.0, False),
                 (dialogue.turns, 1.0, False)]
 
+    def _independent(self, draw: Draw) -> Conversation:
+        """A prefix that states a value of each of the first `independent` topics; the guessing
+        game is about one of them."""
+        topics = list(self.dialogues.topics)[: self.settings.independent]
+        held = {topic: draw.pick(self.dialogues.topics[topic]) for topic in topics}
+        prefix = [draw.turn("A", "private", topic, value) for topic, value in held.items()]
+        topic = draw.pick(topics)
+        forks = self._choice(draw, topic, held[topic])
+        return conversation(self.item(prefix), self._forks(forks))
 
-def conversation(prefix: Item, parts: Sequence[Item]) -> Conversation:
+
+def up_to_decision(item: Item) -> Item:
+    """`item` without what follows its last token of the greatest weight: words that the decision
+    has made predictable, which would cost a fifth of the training and teach next to nothing."""
+    end = int(np.flatnonzero(item.weights == item.weights.max())[-1]) + 1
+    return Item(item.ids[:end], item.weights[:end])
+
+
+def conversation(prefix: Item, parts: Sequence[Item], commitment: int = -1) -> Conversation:
     """The forks ``parts[1:]`` behind their common stem ``parts[0]``, as one row."""
     item = Item(np.concatenate([p.ids for p in parts]), np.concatenate([p.weights for p in parts]))
-    return Conversation(prefix, item, np.repeat(np.arange(len(parts)), [len(p.ids) for p in parts]))
+    fork = np.repeat(np.arange(len(parts)), [len(p.ids) for p in parts])
+    return Conversation(prefix, item, fork, commitment)
 
 
 def collate(batch: Sequence[Conversation], side: str = "right") -> dict[str, torch.Tensor]:
     """Conversations as tensors; padding on either `side` has mask 0 and weight 0.
 
-    prefix_ids, prefix_mask [n, prefix tokens]; input_ids, mask, weights, position_ids [n, tokens];
+    commitment [n], the number of each row's; prefix_ids, prefix_mask [n, prefix tokens];
+    input_ids, mask, weights, position_ids [n, tokens];
     attention [n, 1, tokens, tokens]: a token sees the stem and its own fork up to itself.
     """
     prefix_ids = padded([c.prefix.ids for c in batch], side)
@@ -130,7 +186,7 @@ def collate(batch: Sequence[Conversation], side: str = "right") -> dict[str, tor
     seen &= torch.ones(fork.shape[1], fork.shape[1], dtype=torch.bool).tril()
     positions = (seen.sum(dim=2) - 1).clamp(min=0)
     seen |= torch.eye(fork.shape[1], dtype=torch.bool)  # padding sees itself: no empty softmax
-    return {"prefix_ids": prefix_ids, "prefix_mask": prefix_mask,
+    return {"commitment": torch.tensor([c.commitment for c in batch]), "prefix_ids": prefix_ids, "prefix_mask": prefix_mask,
             "input_ids": padded([c.forks.ids for c in batch], side), "mask": mask,
             "weights": padded([c.forks.weights for c in batch], side), "position_ids": positions,
             "attention": seen[:, None]}

@@ -46,7 +46,7 @@ class ForkItem:
     """A hidden choice among `values`, and the questions for it."""
 
     values: tuple[str, ...]
-    opening: tuple[Turn, ...]
+    opening: tuple[Turn, ...]  # and other talk behind it, if the probes ask for some
     guesses: tuple[Turn, ...]  # "is it X?" for each value, in one phrasing
     naming: Turn  # "what is it?"
     stem: str  # how the answer begins, up to the value
@@ -62,16 +62,35 @@ class Items:
     fork: tuple[ForkItem, ...]
 
 
-def make_items(settings: DialogueSettings, seed: int, count: int) -> Items:
+@dataclass(frozen=True)
+class Material:
+    """What probes are made of, where not everything in the dialogue settings is to occur.
+
+    topics: those asked about (empty: all of `settings`); gap: number of exchanges of other talk
+    between the opening of a guessing game and its questions, and between a favourite and the
+    question for it (None: none there, and ``settings.probe_gap`` here); noted: the first index of
+    the values that a private note may state.
+    """
+
+    settings: DialogueSettings
+    topics: tuple[str, ...] = ()
+    gap: int | None = None
+    noted: int = 0
+
+
+def make_items(material: DialogueSettings | Material, seed: int, count: int) -> Items:
     """`count` items of each family; a pure function of its arguments."""
-    recall, fork = [], []
-    topics = list(settings.topics)
+    if isinstance(material, DialogueSettings):
+        material = Material(material)
+    settings, recall, fork = material.settings, [], []
+    topics = list(material.topics or settings.topics)
+    spoken = settings.probe_gap if material.gap is None else (material.gap, material.gap)
     for index in range(count):
         draw = Draw(settings, seed, STREAMS["recall"], index)
         topic = draw.pick(topics)
         recall.append(RecallItem(
             tuple(settings.topics[topic]), draw.turn("U", "question", topic),
-            tuple(draw.distractors(topic, draw.integer(*settings.probe_gap))),
+            tuple(draw.distractors(topic, draw.integer(*spoken))),
             draw.turn("U", "requestion", topic),
             np.array([draw.random() for _ in range(ANSWER_TOKENS)]),
         ))
@@ -80,10 +99,11 @@ def make_items(settings: DialogueSettings, seed: int, count: int) -> Items:
         values = tuple(settings.topics[topic])
         phrasing = draw.integer(0, len(settings.is_it) - 1)
         answer = draw.pick(settings.it_is)
-        noted = draw.integer(0, len(values) - 1)
+        noted = draw.integer(material.noted, len(values) - 1)
+        opening = draw.exchange("opening", "chosen", topic)
+        guesses = tuple(draw.turn("U", "is_it", topic, value, phrasing) for value in values)
         fork.append(ForkItem(
-            values, tuple(draw.exchange("opening", "chosen", topic)),
-            tuple(draw.turn("U", "is_it", topic, value, phrasing) for value in values),
+            values, (*opening, *draw.distractors(topic, material.gap or 0)), guesses,
             draw.turn("U", "what_is_it", topic),
             answer.split("{value}")[0].format(topic=topic).strip(),
             draw.turn("A", "private", topic, values[noted]), noted,
