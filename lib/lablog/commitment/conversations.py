@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lablog.text.datasets import DialogueDataset, Item
+from lablog.commitment.rendering import Rendering
+from lablog.text.datasets import Item, decisive_words
 from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Split, Turn, generate
 from lablog.text.tokenizer import Tokenizer
 
@@ -52,12 +53,12 @@ class Conversations(Dataset[Conversation]):
 
     def __init__(self, settings: DialogueSettings, tokenizer: Tokenizer, seed: int, size: int,
                  batch: int, word_weight: float = 0.02, guesses: int = 4,
-                 recall_share: float = 0.25, split: Split = "train") -> None:
+                 recall_share: float = 0.25, split: Split = "train",
+                 chat: str = "plain") -> None:
         self.settings, self.seed, self.size, self.batch = settings, seed, size, batch
         self.guesses, self.recall_share, self.split = guesses, recall_share, split
-        self.tokenizer = tokenizer
-        lines = DialogueDataset(settings, tokenizer, seed, 0, 1, 0.0, 1 / word_weight)
-        self.encode, self.word_weight = lines.encode, word_weight
+        self.rendering, self.decisive = Rendering(tokenizer, chat), decisive_words(settings)
+        self.word_weight = word_weight
 
     def __len__(self) -> int:
         return self.size
@@ -72,13 +73,14 @@ class Conversations(Dataset[Conversation]):
                             "probe" if recall else "simple", persona)
         prefix = dialogue.turns[: 2 if recall else 1]
         forks = self._recall(draw, dialogue) if recall else self._choice(draw, dialogue)
-        return conversation(self.item(prefix), [self.item(*fork) for fork in forks])
+        return conversation(self.item(prefix, last=True),
+                            [self.item(*fork, last=n > 0) for n, fork in enumerate(forks)])
 
-    def item(self, turns: Sequence[Turn], weight: float = 1.0, bos: bool = True) -> Item:
-        """Tokens and loss weights of `turns`."""
-        lines = [self.encode(turn.speaker, turn.text) for turn in turns]
-        start = (np.full(int(bos), self.tokenizer.bos, np.int32), np.zeros(int(bos), np.float32))
-        ids, weights = (np.concatenate(parts) for parts in zip(start, *lines, strict=True))
+    def item(self, turns: Sequence[Turn], weight: float = 1.0, bos: bool = True,
+             last: bool = False) -> Item:
+        """Tokens and loss weights of `turns`; `bos` and `last` as in ``Rendering.tokens``."""
+        ids, kinds = self.rendering.tokens(turns, self.decisive, bos, last)
+        weights = np.array([0, 1, 1 / self.word_weight], np.float32)[kinds]  # heard, said, decisive
         return Item(ids, weights * np.float32(weight * self.word_weight))
 
     def _persona(self, draw: Draw, dialogue: Dialogue) -> tuple[str, str]:

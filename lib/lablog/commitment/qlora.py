@@ -35,6 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lablog.commitment.conversations import Conversation, collate
 from lablog.commitment.hooks import injected
+from lablog.commitment.rendering import Chat
 from lablog.commitment.variational import (
     SETTINGS,
     CommitmentSettings,
@@ -53,7 +54,8 @@ from lablog.models.training import (
 from lablog.text.dialogues import load_settings
 
 Quantisation = Literal["nf4", "none"]
-CODE = ("chats", "conversations", "hooks", "personas", "qlora", "variational")  # decide weights
+CODE = ("chats", "conversations", "hooks", "personas", "qlora", "rendering",
+        "variational")  # what decides weights
 ACTIVE = 0.01  # variance of a unit's posterior mean from which it counts as active (Burda et al.)
 
 
@@ -91,6 +93,7 @@ class Plan(Strict):
     """Everything that decides a trained commitment beside the base and the data.
 
     k 0 trains LoRA alone on the same data (the control without z*). layers None means all.
+    chat: how the model is spoken to, in training and by the probes.
     """
 
     k: int = Field(ge=0)
@@ -100,6 +103,7 @@ class Plan(Strict):
     schedule: Schedule
     training: TrainingSettings
     quantisation: Quantisation
+    chat: Chat = "plain"
     window: int = Field(1024, ge=2)  # tokens that a prefix or a chat may have
     gradient_checkpointing: bool = False
 

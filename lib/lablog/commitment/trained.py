@@ -30,7 +30,7 @@ from lablog.commitment.qlora import (
     train_commitment,
     training_key,
 )
-from lablog.commitment.reader import Prompt, Reader
+from lablog.commitment.reader import Reader, name_values
 from lablog.commitment.variational import VariationalCommitment
 from lablog.determinism import seed_everything
 from lablog.progress import progress
@@ -84,10 +84,10 @@ def training_data(base: Path, seed: int, plan: Plan, data: str, split: Split = "
         )
     if data != "dialogues":
         chats = from_hub(data.removeprefix("hub:"), tokenizer, plan.window,
-                         "train" if split == "train" else "test")
+                         "train" if split == "train" else "test", plan.chat)
         return Subset(chats, range(min(count or len(chats), len(chats))))
     return Conversations(load_settings(), tokenizer, seed, count or plan.training.steps * batch,
-                         batch, split=split)
+                         batch, split=split, chat=plan.chat)
 
 
 def train_seed(base: Path, plan: Plan, data: str, output: Path) -> Path:
@@ -153,12 +153,8 @@ class Probes:
         rows = [(i, [*history, guess]) for i, (item, history) in
                 enumerate(zip(items, histories, strict=True)) for guess in item.guesses]
         owner = [i for i, _ in rows]
-        last = reader.logits([reader.prompt(turns, "") for _, turns in rows],
-                             None if z is None else z[owner]).double().softmax(-1)
-        words = [[reader.tokenizer.encode(f" {form}")[0] for form in (word, word.capitalize())]
-                 for word in ("yes", "no")]
-        pairs = torch.stack([last[:, ids].sum(dim=1) for ids in words], dim=1)
-        pairs = pairs.view(len(items), -1, 2)
+        pairs = reader.yes_no([reader.prompt(turns, "") for _, turns in rows],
+                              None if z is None else z[owner]).view(len(items), -1, 2)
         named = name_values(reader, [
             (reader.prompt([*history, item.naming], item.stem), item.values)
             for item, history in zip(items, histories, strict=True)
@@ -174,20 +170,6 @@ class Probes:
         prompts = [reader.prompt(turns) for turns in self.texts]
         return [(rows[p.own[1:]], torch.from_numpy(p.ids[1:][p.own[1:]]))
                 for rows, p in zip(reader.log_probabilities(prompts, z), prompts, strict=True)]
-
-
-def name_values(reader: Reader, asked: Sequence[tuple[Prompt, Sequence[str]]],
-                z: Tensor | None) -> Tensor:
-    """P(value | what is it?) among the values, by their first tokens, float64 [prompts, values].
-
-    Raises ValueError when two values begin with the same token.
-    """
-    first = [[reader.tokenizer.encode(f" {value}")[0] for value in values] for _, values in asked]
-    if any(len(set(row)) < len(row) for row in first):
-        raise ValueError("two values of a topic begin with the same token: they cannot be told "
-                         "apart by it")
-    last = reader.logits([prompt for prompt, _ in asked], z).double().log_softmax(-1)
-    return last.gather(1, torch.tensor(first)).softmax(-1)
 
 
 def choices(reader: Reader, draws: int, seed: int) -> tuple[Tensor, np.ndarray]:
@@ -255,11 +237,11 @@ def measure(name: str, base: Path, folders: Mapping[str, Path], plan: Plan, seed
     seed_everything(seed, threads=1)
     arm, material = ARMS[name], Probes(*size)
     reader = Reader(arm_model(arm, base, folders, plan, seed),
-                    Tokenizer(base / "tokenizer.model"))
+                    Tokenizer(base / "tokenizer.model"), plan.chat)
     recall, fork = material.recall(reader, arm.source), material.fork(reader, arm.source)
     rows = material.language(reader, arm.source)
     plain = material.language(
-        Reader(CommittedModel(load_to_read(base, plan)), reader.tokenizer), "none"
+        Reader(CommittedModel(load_to_read(base, plan)), reader.tokenizer, plan.chat), "none"
     )
     loss = torch.cat([-found.gather(1, targets[:, None])[:, 0] for found, targets in rows])
     drift = torch.cat([(found.exp() * (found - before)).sum(dim=1)
