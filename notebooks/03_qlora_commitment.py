@@ -22,6 +22,7 @@
 
 # %% tags=["parameters"]
 model: str = "offline:smoke"  # offline:RECIPE, a path to a Hugging Face folder, or hub:OWNER/NAME
+chat: str = "plain"  # how the model is spoken to: plain or llama2
 data: str = "dialogues"  # what to train on: the project's dialogues, or hub:OWNER/NAME of chats
 quantisation: str = "nf4"  # how the base lies in memory: nf4 (4 bits) or none
 compute: list[str] = ["cpu", "f32"]  # device (cpu or cuda), and precision of products (f32 or bf16)
@@ -102,7 +103,7 @@ optimisation = training.TrainingSettings(
     log_every=max(steps // 48, 1),
 )
 plan = Plan(
-    k=k, strength=strength, layers=layers or None, quantisation=quantisation,
+    k=k, strength=strength, layers=layers or None, quantisation=quantisation, chat=chat,
     training=optimisation, gradient_checkpointing=checkpointing,
     schedule=dict(zip(Schedule.model_fields, schedule, strict=True)),
     lora=LoraSettings(r=lora[0], alpha=lora[1], dropout=lora[2], targets=targets or "all-linear"),
@@ -201,7 +202,7 @@ results.record_diagnostics(run, found)
 run.metrics_table("latent")
 
 # %%
-z, named = trained.choices(Reader(models[seeds[0]], tokenizer), 4 * items, trained.PROBES)
+z, named = trained.choices(Reader(models[seeds[0]], tokenizer, chat), 4 * items, trained.PROBES)
 run.figure("latent_use", *results.latent_use(found[seeds[0]]["kl_per_dimension"], named),
            "Left: nats that each dimension of z* carries. Right: which choice a draw from the "
            "prior commits to, in every topic (first seed).")

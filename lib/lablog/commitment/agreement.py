@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lablog.commitment import probes
 from lablog.commitment.export import Export
-from lablog.commitment.qlora import load_committed
-from lablog.commitment.reader import Prompt, Reader
+from lablog.commitment.qlora import load_committed, plan_of
+from lablog.commitment.reader import Reader
+from lablog.commitment.rendering import Prompt
 from lablog.commitment.trained import Probes
 from lablog.intervals import wilson
 from lablog.models.llama_cpp import Commitment, Context, Model, generate
@@ -32,7 +33,7 @@ class NativeReader(Reader):
     """
 
     def __init__(self, reference: Reader, context: Context) -> None:
-        super().__init__(reference.model, reference.tokenizer)
+        super().__init__(reference.model, reference.tokenizer, reference.chat)
         self.context = context
 
     def _read(self, prompt: Prompt, z: Tensor | None, logits: Literal["last", "all"]) -> np.ndarray:
@@ -57,6 +58,17 @@ class NativeReader(Reader):
                 for i, prompt in enumerate(prompts)]
         return torch.from_numpy(np.stack(rows))
 
+    def scores(self, prompts: Sequence[Prompt], z: Tensor | None,
+               targets: Sequence[np.ndarray]) -> list[Tensor]:
+        """As :meth:`Reader.scores`."""
+        found = []
+        for i, (prompt, wanted) in enumerate(zip(prompts, targets, strict=True)):
+            rows = self._read(prompt, None if z is None else z[i],
+                              "last" if len(wanted) == 1 else "all")[-len(wanted) :]
+            logs = torch.from_numpy(rows).double().log_softmax(-1)
+            found.append(logs.gather(1, torch.from_numpy(wanted)))
+        return found
+
     def log_probabilities(self, prompts: Sequence[Prompt], z: Tensor | None) -> list[Tensor]:
         """As :meth:`Reader.log_probabilities`."""
         return [torch.from_numpy(self._read(prompt, None if z is None else z[i], "all")[:-1])
@@ -69,7 +81,7 @@ class NativeReader(Reader):
         for i, prompt in enumerate(prompts):
             last = {0: self._read(prompt, None if z is None else z[i], "last")}
             dice = None if uniforms is None else {0: uniforms[i]}
-            written = generate(self.context, last, tokens, frozenset({self.newline}), dice)
+            written = generate(self.context, last, tokens, self.rendering.stops, dice)
             texts.append(self.tokenizer.decode(written[0]).strip())
         return texts
 
@@ -121,7 +133,7 @@ def compare(exported: Export, base: Path, material: Probes, device: str = "cpu",
     device: ``cpu``, or ``cuda`` for both, which needs a llama.cpp built for it.
     """
     model = load_committed(base, exported.folder, exact=True).to(device)
-    reference = Reader(model, Tokenizer(base / "tokenizer.model"))
+    reference = Reader(model, Tokenizer(base / "tokenizer.model"), plan_of(exported.folder).chat)
     layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
     with (Model(exported.base, layers, exported.lora) as engine,
           Context(engine, 1, window) as context):

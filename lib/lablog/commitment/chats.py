@@ -10,7 +10,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from lablog.commitment.conversations import Conversation, conversation
+from lablog.commitment.rendering import SAID, Rendering
 from lablog.text.datasets import Item
+from lablog.text.dialogues import Turn
 from lablog.text.tokenizer import Tokenizer
 
 TURN = re.compile(r"### (Human|Assistant):|(<s>)?\s*\[INST\]|\[/INST\]|</s>")
@@ -36,25 +38,23 @@ class Chats(Dataset[Conversation]):
     fit `window` tokens are left out; ValueError when none is left.
     """
 
-    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, window: int) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, window: int,
+                 chat: str = "llama2") -> None:
+        self.rendering = Rendering(tokenizer, chat)
         chats = (exchanges(text) for text in texts)
-        made = [(self.item(chat[:1]), self.item(chat[1:])) for chat in chats if len(chat) > 1]
+        made = [(self.item(told[:1]), self.item(told[1:])) for told in chats if len(told) > 1]
         self.chats = [pair for pair in made if max(len(item.ids) for item in pair) <= window]
         if not self.chats:
             raise ValueError(f"none of the chats has two exchanges or more, and at most {window} "
                              "tokens: choose another data set or a longer window")
 
     def item(self, chat: list[tuple[str, str]]) -> Item:
-        """Tokens of some exchanges in Llama 2's form, and weights of the answers."""
-        ids: list[int] = []
-        own: list[int] = []
-        for asked, answered in chat:
-            head = self.tokenizer.encode(f"[INST] {asked} [/INST]", bos=True)
-            said = [*self.tokenizer.encode(f" {answered}"), self.tokenizer.eos]
-            ids += head + said
-            own += [0] * len(head) + [1] * len(said)
-        return Item(np.array(ids, np.int32), np.array(own, np.float32) / np.float32(sum(own)))
+        """Tokens of some exchanges, and weights of the answers."""
+        turns = [Turn("U" if number == 0 else "A", text, "chat")
+                 for exchange in chat for number, text in enumerate(exchange)]
+        ids, kinds = self.rendering.tokens(turns, last=True)
+        own = (kinds == SAID).astype(np.float32)
+        return Item(ids, own / own.sum())
 
     def __len__(self) -> int:
         return len(self.chats)
@@ -64,7 +64,8 @@ class Chats(Dataset[Conversation]):
         return conversation(prefix, [rest])
 
 
-def from_hub(name: str, tokenizer: Tokenizer, window: int, split: str) -> Chats:
+def from_hub(name: str, tokenizer: Tokenizer, window: int, split: str,
+             chat: str = "llama2") -> Chats:
     """The column ``text`` of a data set on the Hub, or of a local folder of Parquet or JSON files.
 
     Raises ValueError when it cannot be loaded or has no such column.
@@ -78,4 +79,4 @@ def from_hub(name: str, tokenizer: Tokenizer, window: int, split: str) -> Chats:
                          "name and the network, or give the path of a local copy") from error
     if "text" not in rows.column_names:
         raise ValueError(f"the data set {name!r} has no column `text`, only {rows.column_names}")
-    return Chats(rows["text"], tokenizer, window)
+    return Chats(rows["text"], tokenizer, window, chat)

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lablog.text.datasets import DialogueDataset, Item
+from lablog.commitment.rendering import Rendering
+from lablog.text.datasets import Item, decisive_words
 from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, generate
 from lablog.text.tokenizer import Tokenizer
 
@@ -50,7 +51,8 @@ class ConversationSettings:
     Dialogue settings (the phrasings, topics and values that may occur). gap: least and most
     distractor exchanges between the opening of the guessing game and its questions. independent:
     number of topics that a prefix states, one value of each drawn by itself; 0 is the personas,
-    of whom one topic tells all. note: the decoder's window begins with the prefix as text.
+    of whom one topic tells all. note: the decoder's
+    window begins with what the model says in the prefix.
     """
 
     dialogues: DialogueSettings
@@ -73,12 +75,10 @@ class Conversations(Dataset[Conversation]):
     """
 
     def __init__(self, settings: ConversationSettings, tokenizer: Tokenizer, seed: int, size: int,
-                 batch: int) -> None:
+                 batch: int, chat: str = "plain") -> None:
         self.settings, self.seed, self.size, self.batch = settings, seed, size, batch
-        self.dialogues, self.tokenizer = settings.dialogues, tokenizer
-        lines = DialogueDataset(self.dialogues, tokenizer, seed, 0, 1, 0.0,
-                                1 / settings.word_weight)
-        self.encode, self.word_weight = lines.encode, settings.word_weight
+        self.dialogues, self.word_weight = settings.dialogues, settings.word_weight
+        self.rendering, self.decisive = Rendering(tokenizer, chat), decisive_words(self.dialogues)
 
     def __len__(self) -> int:
         return self.size
@@ -102,20 +102,29 @@ class Conversations(Dataset[Conversation]):
         topic, value = self._persona(draw, persona)
         forks = (self._recall(draw, dialogue, topic, value) if recall
                  else self._choice(draw, topic, value))
-        return conversation(self.item(prefix), self._forks(forks), persona)
+        return self._forked(prefix, forks, persona)
 
-    def item(self, turns: Sequence[Turn], weight: float = 1.0, bos: bool = True) -> Item:
-        """Tokens and loss weights of `turns`."""
-        lines = [self.encode(turn.speaker, turn.text) for turn in turns]
-        start = (np.full(int(bos), self.tokenizer.bos, np.int32), np.zeros(int(bos), np.float32))
-        ids, weights = (np.concatenate(parts) for parts in zip(start, *lines, strict=True))
+    def item(self, turns: Sequence[Turn], weight: float = 1.0, bos: bool = True,
+             last: bool = False) -> Item:
+        """Tokens and loss weights of `turns`; `bos` and `last` as in ``Rendering.tokens``."""
+        ids, kinds = self.rendering.tokens(turns, self.decisive, bos, last)
+        weights = np.array([0, 1, 1 / self.word_weight], np.float32)[kinds]  # heard, said, decisive
         return Item(ids, weights * np.float32(weight * self.word_weight))
 
-    def _forks(self, forks: Sequence[Fork]) -> list[Item]:
-        """The stem, and the forks; one of a single exchange ends with the word that decides."""
-        items = [self.item(*fork) for fork in forks]
-        return [items[0], *(up_to_decision(item) if len(turns) == 2 else item
-                            for item, (turns, _, _) in zip(items[1:], forks[1:], strict=True))]
+    def _forked(self, prefix: Sequence[Turn], forks: Sequence[Fork],
+                commitment: int = -1) -> Conversation:
+        """A stem and its forks; one of a single exchange ends with the word that decides.
+
+        With `note` what the model says in the prefix also begins the decoder's window.
+        """
+        (stem, weight, bos), *others = forks
+        if self.settings.note:
+            stem = [prefix[-1], *stem]
+        items = [self.item(turns, weight, bos, last=True) for turns, weight, bos in others]
+        return conversation(self.item(prefix, last=True), [
+            self.item(stem, weight, bos),
+            *(up_to_decision(item) if len(turns) == 2 else item
+              for item, (turns, _, _) in zip(items, others, strict=True))], commitment)
 
     def _persona(self, draw: Draw, persona: int) -> tuple[str, str]:
         """A topic that the persona has a value of, and that value.
@@ -153,13 +162,15 @@ class Conversations(Dataset[Conversation]):
         prefix = [draw.turn("A", "private", topic, value) for topic, value in held.items()]
         topic = draw.pick(topics)
         forks = self._choice(draw, topic, held[topic])
-        return conversation(self.item(prefix), self._forks(forks))
+        return self._forked(prefix, forks)
 
 
 def up_to_decision(item: Item) -> Item:
-    """`item` without what follows its last token of the greatest weight: words that the decision
-    has made predictable, which would cost a fifth of the training and teach next to nothing."""
-    end = int(np.flatnonzero(item.weights == item.weights.max())[-1]) + 1
+    """`item` without what follows the first word of the greatest weight: the decision has made the
+    rest predictable, so that it would cost a fifth of the training and teach next to nothing."""
+    decisive = item.weights == item.weights.max()
+    begin = int(decisive.argmax())
+    end = begin + int(np.append(~decisive[begin:], True).argmax())
     return Item(item.ids[:end], item.weights[:end])
 
 

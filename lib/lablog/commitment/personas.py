@@ -43,8 +43,9 @@ class PersonaConversations(Dataset[Conversation]):
     """
 
     def __init__(self, dialogues: Sequence[PersonaDialogue], tokenizer: Tokenizer, seed: int,
-                 count: int, window: int) -> None:
-        encode = Conversations(load_settings(), tokenizer, seed, 0, 1, 1.0, 2, 0.0).item
+                 count: int, window: int, chat: str = "plain") -> None:
+        encode = Conversations(load_settings(), tokenizer, seed, 0, 1, 1.0, 2, 0.0,
+                               chat=chat).item
         self.seed, self.count = seed, count
         self.conversations = []
         for dialogue in dialogues:
@@ -54,7 +55,7 @@ class PersonaConversations(Dataset[Conversation]):
                 raise ValueError(f"User 2 with the persona {dialogue.persona!r} says nothing in "
                                  f"the first {window} tokens: lengthen the window, or leave the "
                                  "row out")
-            self.conversations.append(conversation(encode([dialogue.prefix]), [kept]))
+            self.conversations.append(conversation(encode([dialogue.prefix], last=True), [kept]))
         if len(self.conversations) < 2:
             raise ValueError(f"{len(self.conversations)} dialogue(s) in this split, needed are 2: "
                              "about one persona in five is held out, so give a longer file")
@@ -94,7 +95,7 @@ def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Pla
     tokenizer, seed = Tokenizer(base / "tokenizer.model"), plan.training.seed
     count = plan.training.steps * plan.training.batch_size * plan.training.gradient_accumulation
     split = [PersonaConversations([d for d in dialogues if d.split == name], tokenizer, seed,
-                                  count, plan.window) for name in ("train", "held_out")]
+                                  count, plan.window, plan.chat) for name in ("train", "held_out")]
     data = key_of(sha256(path), sorted(leave_out))
 
     def train(chosen: Plan) -> CommittedModel:

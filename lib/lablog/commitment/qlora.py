@@ -35,6 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lablog.commitment.conversations import Conversation, collate
 from lablog.commitment.hooks import injected
+from lablog.commitment.rendering import Chat
 from lablog.commitment.variational import (
     SETTINGS,
     Code,
@@ -55,7 +56,8 @@ from lablog.models.training import (
 from lablog.text.dialogues import load_settings
 
 Quantisation = Literal["nf4", "none"]
-CODE = ("chats", "conversations", "hooks", "personas", "qlora", "variational")  # decide weights
+CODE = ("chats", "conversations", "hooks", "personas", "qlora", "rendering",
+        "variational")  # what decides weights
 ACTIVE = 0.01  # variance of a unit's posterior mean from which it counts as active (Burda et al.)
 
 
@@ -98,6 +100,7 @@ class Plan(Strict):
     posterior that reads the prefix, or the ``label`` of the commitment as a one-hot vector: a
     table of learned steering vectors, of which the data say which one to use. projection: W_c is
     ``trained``, or keeps its random start (``frozen``).
+    chat: how the model is spoken to, in training and by the probes.
     """
 
     k: int = Field(ge=0)
@@ -110,6 +113,7 @@ class Plan(Strict):
     positions: Positions = "all"
     code: Code = "gaussian"
     projection: Literal["trained", "frozen"] = "trained"
+    chat: Chat = "plain"
     window: int = Field(1024, ge=2)  # tokens that a prefix or a chat may have
     gradient_checkpointing: bool = False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,48 +11,33 @@ from transformers import DynamicCache
 
 from lablog.commitment.conversations import padded
 from lablog.commitment.qlora import CommittedModel
+from lablog.commitment.rendering import Prompt, Rendering, check_distinct
 from lablog.commitment.variational import Posterior
 from lablog.text.dialogues import Turn
 from lablog.text.tokenizer import Tokenizer
 
 TOKENS = 16384  # in one batch, about; keeps logits and caches small
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids, the number of the exchange that each belongs to, and whether the model said it."""
-
-    ids: np.ndarray
-    exchange: np.ndarray
-    own: np.ndarray
+ROWS = 512  # of logits at a time
 
 
 class Reader:
     """z below is None, or float32 [prompts, exchanges, k]: exchange t is read under
-    ``z[:, t % exchanges]``, so one column is a commitment and several are redrawn every turn."""
+    ``z[:, t % exchanges]``, so one column is a commitment and several are redrawn every turn.
 
-    def __init__(self, model: CommittedModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+    chat: how the model is spoken to, ``plain`` or ``llama2``, as it was trained.
+    """
+
+    def __init__(self, model: CommittedModel, tokenizer: Tokenizer, chat: str = "plain") -> None:
+        self.model, self.tokenizer, self.chat = model.eval(), tokenizer, chat
+        self.rendering = Rendering(tokenizer, chat)
         self.device = model.base.device
-        self.newline = tokenizer.encode("\n")[0]
 
     def prompt(self, turns: Sequence[Turn], stem: str | None = None, first: int = 0) -> Prompt:
-        """`turns` behind BOS; with `stem` also "A:" and how the answer begins.
+        """`turns` behind BOS; with `stem` up to where the model speaks, having begun with it.
 
         `first` numbers the first exchange; every user's turn but the first begins the next.
         """
-        ids, exchange, own = [self.tokenizer.bos], [first], [False]
-        lines = [(turn.speaker, f"{turn.speaker}: {turn.text}\n") for turn in turns]
-        if stem is not None:
-            lines.append(("A", f"A: {stem}" if stem else "A:"))
-        for index, (speaker, text) in enumerate(lines):
-            tokens = self.tokenizer.encode(text)
-            first += speaker == "U" and index > 0
-            head = len(self.tokenizer.encode(f"{speaker}:"))
-            ids += tokens
-            exchange += [first] * len(tokens)
-            own += [speaker == "A" and i >= head for i in range(len(tokens))]
-        return Prompt(np.array(ids), np.array(exchange), np.array(own))
+        return self.rendering.prompt(turns, stem, first)
 
     def posterior(self, prefixes: Sequence[Sequence[Turn]]) -> Posterior:
         """q(z* | prefix) of each prefix."""
@@ -99,6 +83,69 @@ class Reader:
         return torch.stack([found[i] for i in range(len(prompts))])
 
     @torch.inference_mode()
+    def scores(self, prompts: Sequence[Prompt], z: Tensor | None,
+               targets: Sequence[np.ndarray]) -> list[Tensor]:
+        """Log probabilities behind the last tokens of each prompt: of the tokens `targets`, int
+        [last, n] for each prompt; float64 of the same shapes."""
+        found: dict[int, Tensor] = {}
+        for batch in self._batches(prompts):
+            ids, mask, positions, addition = self._begin(
+                [prompts[i] for i in batch], None if z is None else z[batch])
+            out = self.model.hidden(ids, addition, attention_mask=mask, position_ids=positions,
+                                    use_cache=False).last_hidden_state
+            ends = torch.cat([row[-len(targets[i]) :] for i, row in zip(batch, out, strict=True)])
+            wanted = [row for i in batch for row in targets[i]]
+            rows: list[Tensor] = []
+            for begin in range(0, len(ends), ROWS):
+                logits = self.model.base.get_output_embeddings()(ends[begin : begin + ROWS])
+                logs = logits.float().cpu().double().log_softmax(-1)
+                rows += (row[torch.from_numpy(chosen)] for row, chosen in
+                         zip(logs, wanted[begin : begin + ROWS], strict=True))
+            for i in batch:
+                found[i], rows = torch.stack(rows[: len(targets[i])]), rows[len(targets[i]) :]
+        return [found[i] for i in range(len(prompts))]
+
+    def log_likelihoods(self, asked: Sequence[tuple[Prompt, Sequence[str]]],
+                        z: Tensor | None) -> tuple[Tensor, list[list[list[int]]]]:
+        """log P(word | prompt) of equally many words for each prompt, float64 [prompts, words], by
+        all tokens of the word; and these tokens.
+
+        Words of one token behind a prompt are read together in one row.
+        """
+        tokens, rows, targets, places = [], [], [], []
+        for number, (prompt, words) in enumerate(asked):
+            kept, found = self.rendering.continuations(prompt, words)
+            tokens.append(found)
+            alone = [at for at, ids in enumerate(found) if len(ids) == 1]
+            if alone:
+                rows.append(prompt.to(kept))
+                targets.append(np.array([[found[at][0] for at in alone]]))
+                places.append((number, alone))
+            for at, ids in enumerate(found):
+                if len(ids) > 1:
+                    rows.append(prompt.to(kept, ids[:-1]))
+                    targets.append(np.array(ids)[:, None])
+                    places.append((number, [at]))
+        owners = [number for number, _ in places]
+        result = torch.zeros(len(asked), len(asked[0][1]), dtype=torch.float64)
+        scores = self.scores(rows, None if z is None else z[owners], targets)
+        for (number, columns), logs in zip(places, scores, strict=True):
+            result[number, columns] = logs.sum(dim=0)
+        return result, tokens
+
+    def yes_no(self, prompts: Sequence[Prompt], z: Tensor | None) -> Tensor:
+        """P(yes) and P(no), lower-case or capitalised, behind each prompt, float64 [prompts, 2].
+
+        Raises ValueError where the tokenizer cannot tell them apart.
+        """
+        words = ("yes", "Yes", "no", "No")
+        logs, tokens = self.log_likelihoods([(prompt, words) for prompt in prompts], z)
+        for found in tokens:
+            check_distinct((words[0], words[2]), (found[0], found[2]))
+        same = torch.tensor([[False, t[1] == t[0], False, t[3] == t[2]] for t in tokens])
+        return logs.exp().masked_fill(same, 0).view(-1, 2, 2).sum(dim=2)
+
+    @torch.inference_mode()
     def log_probabilities(self, prompts: Sequence[Prompt], z: Tensor | None) -> list[Tensor]:
         """Log probabilities of the next token behind each token but the last, per prompt
         [tokens - 1, vocabulary]."""
@@ -117,12 +164,12 @@ class Reader:
     @torch.inference_mode()
     def answers(self, prompts: Sequence[Prompt], z: Tensor | None, tokens: int,
                 uniforms: np.ndarray | None = None) -> list[str]:
-        """Continuation of each prompt up to the end of its line or `tokens` tokens.
+        """Continuation of each prompt up to a token that ends an answer, or `tokens` tokens.
 
         Greedy, or at temperature 1 from `uniforms` [prompts, tokens] by inverting the cumulative
         distribution, as ``llama_cpp.generate`` does.
         """
-        texts = [""] * len(prompts)
+        texts, stops = [""] * len(prompts), sorted(self.rendering.stops)
         for batch in self._batches(prompts):
             ids, mask, positions, addition = self._begin(
                 [prompts[i] for i in batch], None if z is None else z[batch])
@@ -141,13 +188,25 @@ class Reader:
                     targets = uniforms[batch, step] * weights[:, -1]
                     chosen = (weights <= targets[:, None]).sum(axis=1)
                 written = np.concatenate([written, chosen[:, None]], axis=1)
-                if bool((written == self.newline).any(axis=1).all()):
+                if bool(np.isin(written, stops).any(axis=1).all()):
                     break
                 ids = torch.from_numpy(chosen)[:, None].to(self.device)
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
                 positions = positions[:, -1:] + 1
                 addition = None if addition is None else addition[:, -1:]
             for i, row in zip(batch, written, strict=True):
-                end = np.flatnonzero(row == self.newline)
+                end = np.flatnonzero(np.isin(row, stops))
                 texts[i] = self.tokenizer.decode(row[: end[0] if len(end) else None].tolist())
         return [text.strip() for text in texts]
+
+
+def name_values(reader: Reader, asked: Sequence[tuple[Prompt, Sequence[str]]],
+                z: Tensor | None) -> Tensor:
+    """P(value | what is it?) among the values, float64 [prompts, values].
+
+    Raises ValueError naming two values that the tokenizer cannot tell apart.
+    """
+    logs, tokens = reader.log_likelihoods(asked, z)
+    for (_, values), found in zip(asked, tokens, strict=True):
+        check_distinct(values, found)
+    return logs.softmax(-1)

@@ -8,11 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from lablog.commitment import rendering
 from lablog.models.llama_cpp import Commitment, Context
-from lablog.text import dialogues
 from lablog.text.dialogues import Turn
-
-CHATS = ("plain", "llama2")
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,7 @@ class Speech:
     """
 
     def __init__(self, context: Context, chat: str = "plain") -> None:
-        if chat not in CHATS:
-            raise ValueError(f"chat = {chat!r}: expected one of {', '.join(CHATS)}")
+        rendering.check_chat(chat)
         self.context, self.model, self.chat = context, context.model, chat
         self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
 
@@ -57,13 +54,7 @@ class Speech:
 
     def render(self, turns: Sequence[Turn]) -> str:
         """Turns as the text that the model reads."""
-        if self.chat == "plain":
-            return dialogues.render(turns)
-        text = ""
-        for turn in turns:
-            asks = turn.speaker == "U"
-            text += f"[INST] {turn.text} [/INST]" if asks else f" {turn.text} </s><s>"
-        return text
+        return rendering.render(turns, self.chat)
 
     def history(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens of finished turns."""
@@ -71,8 +62,7 @@ class Speech:
 
     def prompt(self, turns: Sequence[Turn], stem: str = "") -> list[int]:
         """Tokens up to where the assistant speaks (having begun with `stem`)."""
-        text = self.render(turns) + ("A:" if self.chat == "plain" else "")
-        return list(self._encode(f"{text} {stem}" if stem else text))
+        return list(self._encode(rendering.asked(turns, self.chat, stem)))
 
     def word_probabilities(
         self, last: Mapping[int, np.ndarray], words: Sequence[str]
@@ -101,9 +91,17 @@ class Speech:
 
     def continuations(self, turns: Sequence[Turn], stem: str,
                       values: Sequence[str]) -> list[list[int]]:
-        """Tokens of each value behind the prompt with `stem`."""
-        start = len(self.prompt(turns, stem))
-        return [self.prompt(turns, f"{stem} {value}".strip())[start:] for value in values]
+        """Tokens of each value behind the prompt with `stem`.
+
+        Raises ValueError where the tokenizer joins the prompt's end with a value.
+        """
+        prompt = self.prompt(turns, stem)
+        longer = [self.prompt(turns, f"{stem} {value}".strip()) for value in values]
+        kept, tokens = rendering.continuations(prompt, longer)
+        if kept < len(prompt):
+            raise ValueError(f"this tokenizer joins {stem or 'the prompt'!r} with the word behind "
+                             f"it ({', '.join(values)}): the window cannot be continued")
+        return tokens
 
     def scores(
         self,

@@ -22,6 +22,12 @@ class Item:
     weights: NDArray[np.float32]
 
 
+def decisive_words(settings: DialogueSettings) -> re.Pattern[str]:
+    """What weighs more than other words: every value, yes and no, with the space before it."""
+    values = {value for names in settings.topics.values() for value in names}
+    return re.compile(rf" (?:{'|'.join(sorted(values | {'yes', 'no'}))})\b")
+
+
 class DialogueDataset(Dataset[Item]):
     """`count` training dialogues, ordered so that a batch holds dialogues of similar length.
 
@@ -44,8 +50,7 @@ class DialogueDataset(Dataset[Item]):
     ):
         self.settings, self.tokenizer, self.seed, self.count = settings, tokenizer, seed, count
         self.batch, self.size, self.simple = batch, batch * window, simple
-        values = {value for names in settings.topics.values() for value in names}
-        self.decisive = re.compile(rf" (?:{'|'.join(sorted(values | {'yes', 'no'}))})\b")
+        self.decisive = decisive_words(settings)
         self.user_weight, self.value_weight = user_weight, value_weight
         self.encode = lru_cache(maxsize=1 << 16)(self._encode)
         self.window = lru_cache(maxsize=1)(self._window)
