@@ -5,7 +5,7 @@ its choice in one tells its choice in all. Two kinds of conversation alternate b
 *Choice*: the prefix is the private line "it is X"; behind the opening of the guessing game, about
 any topic, and some other talk the conversation is forked into "what is it?" and "is it Y?".
 *Recall*: the prefix is the exchange that states a favourite; the forks are the question for one of
-any topic, the rest of the dialogue without the statement (evicted), and the whole dialogue.
+any topic, and the rest of the dialogue, without the statement (evicted) or behind it.
 
 What training may meet is `dialogues.trained_part`: everything else is new to it.
 """
@@ -27,7 +27,7 @@ from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, genera
 from lablog.text.tokenizer import Tokenizer
 
 Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
-STREAM = 105  # spawn key, apart from those of the dialogues' splits and of the probes
+STREAM, GAPS = 105, 108  # spawn keys, apart from those of the dialogues' splits and of the probes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ConversationSettings:
     gap: tuple[int, int] = (0, 0)
     independent: int = 0
     word_weight: float = 0.02
-    guesses: int = 4
+    guesses: int = 3
     recall_share: float = 0.25
     note: bool = False
 
@@ -100,8 +100,10 @@ class Conversations(Dataset[Conversation]):
                             "probe" if recall else "simple", persona)
         prefix = dialogue.turns[: 2 if recall else 1]
         topic, value = self._persona(draw, persona)
+        # One gap for a whole batch: rows of one length, and little padding.
+        gap = Draw(self.dialogues, self.seed, GAPS, number).integer(*self.settings.gap)
         forks = (self._recall(draw, dialogue, topic, value) if recall
-                 else self._choice(draw, topic, value))
+                 else self._choice(draw, topic, value, gap))
         return self._forked(prefix, forks, persona)
 
     def item(self, turns: Sequence[Turn], weight: float = 1.0, bos: bool = True,
@@ -136,11 +138,10 @@ class Conversations(Dataset[Conversation]):
         topic = draw.pick([t for t, values in topics.items() if persona < len(values)])
         return topic, topics[topic][persona]
 
-    def _choice(self, draw: Draw, topic: str, value: str) -> list[Fork]:
+    def _choice(self, draw: Draw, topic: str, value: str, gap: int) -> list[Fork]:
         values, guesses = self.dialogues.topics[topic], self.settings.guesses
         wrong = sorted((v for v in values if v != value), key=lambda _: draw.random())
-        stem = [*draw.exchange("opening", "chosen", topic),
-                *draw.distractors(topic, draw.integer(*self.settings.gap))]
+        stem = [*draw.exchange("opening", "chosen", topic), *draw.distractors(topic, gap)]
         forks: list[Fork] = [(stem, 1.0, True),
                              (draw.exchange("what_is_it", "it_is", topic, value), 1.0, False)]
         # The wrong guesses stand for all N - 1.
@@ -151,8 +152,8 @@ class Conversations(Dataset[Conversation]):
 
     def _recall(self, draw: Draw, dialogue: Dialogue, topic: str, value: str) -> list[Fork]:
         asked = draw.exchange("question", "answer", topic, value)
-        return [([], 1.0, True), (asked, 1.0, False), (dialogue.turns[2:], 1.0, False),
-                (dialogue.turns, 1.0, False)]
+        kept = dialogue.turns if draw.random() < 0.5 else dialogue.turns[2:]
+        return [([], 1.0, True), (asked, 1.0, False), (kept, 1.0, False)]
 
     def _independent(self, draw: Draw) -> Conversation:
         """A prefix that states a value of each of the first `independent` topics; the guessing
@@ -161,7 +162,7 @@ class Conversations(Dataset[Conversation]):
         held = {topic: draw.pick(self.dialogues.topics[topic]) for topic in topics}
         prefix = [draw.turn("A", "private", topic, value) for topic, value in held.items()]
         topic = draw.pick(topics)
-        forks = self._choice(draw, topic, held[topic])
+        forks = self._choice(draw, topic, held[topic], 0)
         return self._forked(prefix, forks)
 
 
@@ -197,7 +198,8 @@ def collate(batch: Sequence[Conversation], side: str = "right") -> dict[str, tor
     seen &= torch.ones(fork.shape[1], fork.shape[1], dtype=torch.bool).tril()
     positions = (seen.sum(dim=2) - 1).clamp(min=0)
     seen |= torch.eye(fork.shape[1], dtype=torch.bool)  # padding sees itself: no empty softmax
-    return {"commitment": torch.tensor([c.commitment for c in batch]), "prefix_ids": prefix_ids, "prefix_mask": prefix_mask,
+    return {"commitment": torch.tensor([c.commitment for c in batch]),
+            "prefix_ids": prefix_ids, "prefix_mask": prefix_mask,
             "input_ids": padded([c.forks.ids for c in batch], side), "mask": mask,
             "weights": padded([c.forks.weights for c in batch], side), "position_ids": positions,
             "attention": seen[:, None]}

@@ -150,6 +150,17 @@ class ForkResult:
         """Σ_X P(yes | is it X?), [items]: 1 if one value is held."""
         return self.yes.sum(axis=1)
 
+    @property
+    def yes_named(self) -> np.ndarray:
+        """P(yes | is it X?) of the X that is named, [items]: a held choice is confirmed."""
+        confirmed: np.ndarray = self.yes[np.arange(len(self.yes)), self.named.argmax(axis=1)]
+        return confirmed
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Whether the value named is the one that the private line states, bool [items]."""
+        return self.named.argmax(axis=1) == self.noted
+
     @cached_property
     def same(self) -> np.ndarray:
         """Whether both question forms favour the same X, bool [items]."""

@@ -29,6 +29,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -242,6 +243,14 @@ class CommittedModel(nn.Module):
         return self.trainable() | {f"cells.{name}": buffer for name, buffer in seen.items()}
 
 
+class LogLastStep(TrainerCallback):
+    """Logs behind the last step too, which need not be a multiple of the interval."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class CommitmentTrainer(GuardedTrainer):
     """The Trainer for `CommittedModel`: schedules β, logs KL and active units, and checkpoints
     what is trained, not the base."""
@@ -249,6 +258,7 @@ class CommitmentTrainer(GuardedTrainer):
     def __init__(self, *, schedule: Schedule, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.schedule = schedule
+        self.add_callback(LogLastStep())
         self.seen: list[Mapping[str, Tensor]] = []
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
@@ -352,9 +362,9 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
     key = key_of(plan.model_dump(), digest, data_key)
     commitments = getattr(dataset, "commitments", 0)
     if not commitments and plan.k and (plan.schedule.cells or plan.code == "label"):
-        raise ValueError(f"cells = {plan.schedule.cells:g}, code = {plan.code}: both need data that "
-                         "number their commitments, and these do not; set cells to 0 and code to "
-                         "gaussian")
+        raise ValueError(f"cells = {plan.schedule.cells:g}, code = {plan.code}: cells and labels "
+                         "need data that number their commitments, and these do not; set cells to "
+                         "0 and code to gaussian")
 
     def build(arguments: TrainingArguments) -> Trainer:
         model = load_base(base, plan.quantisation, plan.training.precision, plan.training.cpu)

@@ -17,7 +17,7 @@ from lablog.commitment.conversations import Conversation
 from lablog.commitment.qlora import ACTIVE, CommittedModel
 from lablog.commitment.reader import Reader, name_values
 from lablog.commitment.rendering import Prompt
-from lablog.text.dialogues import Draw, Turn, load_settings, trained_part
+from lablog.text.dialogues import Draw, Turn, load_settings, things, trained_part
 
 Source = Literal["none", "prefix", "prior", "redrawn", "text"]
 """Where z* comes from: the ``prefix`` that fixes the commitment, the ``prior`` once a conversation,
@@ -42,9 +42,14 @@ class Probes:
     """The probes of one kind of new and the texts that every arm is measured on."""
 
     def __init__(self, seed: int, items: int, texts: int, kind: str = HEADLINE,
-                 gap: int | None = None) -> None:
+                 gap: int | None = None, values: int = 0) -> None:
+        """`values`: as many things to choose from in one topic, instead of the topics."""
         self.settings, self.seed = load_settings(), seed
-        self.items = probes.make_items(novelty.material(self.settings, kind, gap), seed, items)
+        material = novelty.material(self.settings, kind, gap)
+        if values:
+            whole = material.settings.model_copy(update={"topics": self.settings.topics})
+            material = probes.Material(things(whole, values), (), gap)
+        self.items = probes.make_items(material, seed, items)
         self.texts = novelty.held_out_texts(self.settings, seed, texts)
 
     def latents(self, reader: Reader, source: Source, stream: int, n: int,

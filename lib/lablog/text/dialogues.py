@@ -172,6 +172,20 @@ def new_phrasings(settings: DialogueSettings) -> DialogueSettings:
     return settings.model_copy(update=phrases)
 
 
+def things(settings: DialogueSettings, number: int) -> DialogueSettings:
+    """`settings` with one topic, `thing`, of so many values of all topics, taken in turn.
+
+    Talk that mentions a value of another topic is left out. Raises ValueError for more values
+    than there are.
+    """
+    flat = [value for group in zip(*settings.topics.values(), strict=True)
+            for value in group]
+    if not 2 <= number <= len(flat):
+        raise ValueError(f"values = {number}: the dialogues have 2 to {len(flat)} to choose from")
+    talk = [line for line in settings.distractors if "{other}" not in str(line)]
+    return settings.model_copy(update={"topics": {"thing": flat[:number]}, "distractors": talk})
+
+
 def _slots(phrase: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(phrase) if name is not None}
 
@@ -287,8 +301,8 @@ class Draw:
         for _ in range(count):
             user, answers = self.pick(self.settings.distractors)
             slots: Mapping[str, str] = {n: self.pick(f) for n, f in self.settings.fillers.items()}
-            elsewhere = self.pick([t for t in self.settings.topics if t != topic])
-            slots = {**slots, "other": self.pick(self.settings.topics[elsewhere])}
+            if others := [t for t in self.settings.topics if t != topic]:
+                slots = {**slots, "other": self.pick(self.settings.topics[self.pick(others)])}
             answer = self.pick(self.settings.ack if answers == "ack" else answers)
             turns.append(Turn("U", user.format(**slots), "distractor"))
             turns.append(Turn("A", answer.format(**slots), "distractor"))
