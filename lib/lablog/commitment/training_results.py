@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from transformers import LlamaForCausalLM
 
 from lablog.commitment.arms import ARMS, TRAININGS, Asked
 from lablog.commitment.novelty import KINDS, whole_topics
@@ -21,9 +22,11 @@ from lablog.commitment.qlora import load_base
 from lablog.commitment.trained import HEADLINE
 from lablog.figures import COLOURS, GREY, MARKERS
 from lablog.intervals import Interval, hierarchical
+from lablog.models import training
 from lablog.record import Record, Run
 from lablog.report import Section, format_metric
 from lablog.text.dialogues import load_settings
+from lablog.text.tokenizer import Tokenizer
 
 Drawn = tuple[Figure, pd.DataFrame]
 UNITS = {"recall": "fraction", "eviction": "fraction", "same_choice": "fraction",
@@ -79,6 +82,23 @@ def record_memory(run: Run, base: Path, quantisation: str) -> None:
     for name, how, precision in kinds:
         size = int(load_base(base, how, precision).get_memory_footprint())
         run.metric(f"memory.{name}", size, "byte")
+
+
+def record_bases(run: Run, bases: Mapping[int, Path], count: int, model: str) -> None:
+    """What each offline base can do before anything is trained on it: recall in the window, and
+    compare a guess with a choice that stands there (chapter 1's check)."""
+    run.metric("bases", len(bases), "count")
+    if not model.startswith("offline:"):
+        return
+    settings = load_settings()
+    for seed, folder in bases.items():
+        network = LlamaForCausalLM.from_pretrained(folder)
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+        recall = training.recall_accuracy(network, tokenizer, settings, count)
+        compared = training.comparison_accuracy(network, tokenizer, settings, count)
+        for name, share in {"recall": recall, **{f"compare_{k}": v for k, v in
+                                                 compared.items()}}.items():
+            run.metric(f"bases.seed{seed}.{name}", share, "fraction", n=count)
 
 
 Runs = Mapping[tuple[int, int, str], Path]  # by base, seed and training
