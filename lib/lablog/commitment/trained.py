@@ -30,6 +30,7 @@ from lablog.commitment.qlora import (
     train_commitment,
     training_key,
 )
+from lablog.commitment.readable import check_readable
 from lablog.commitment.reader import Reader, name_values
 from lablog.commitment.variational import VariationalCommitment
 from lablog.determinism import seed_everything
@@ -280,7 +281,10 @@ def study(base: Path, plan: Plan, data: str, seeds: Sequence[int], artifacts: Pa
     by seed and by ``commitment`` or ``lora``.
 
     Trained folders lie in `artifacts` under the digest of all that decides them and are reused.
+    Before anything is trained, ValueError where the probes could not be read afterwards.
     """
+    material = Probes(*size)
+    check_readable(base, plan, material.settings, material.items, material.texts)
     calls, folders = [], {}
     for seed in seeds:
         for model, k in (("commitment", plan.k), ("lora", 0)):
