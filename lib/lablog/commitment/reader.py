@@ -98,9 +98,9 @@ class Reader:
             rows: list[Tensor] = []
             for begin in range(0, len(ends), ROWS):
                 logits = self.model.base.get_output_embeddings()(ends[begin : begin + ROWS])
-                logs = logits.float().cpu().double().log_softmax(-1)
-                rows += (row[torch.from_numpy(chosen)] for row, chosen in
-                         zip(logs, wanted[begin : begin + ROWS], strict=True))
+                totals = logits.double().logsumexp(-1).cpu()
+                rows += (row[torch.from_numpy(chosen)].double() - total for row, total, chosen in
+                         zip(logits.cpu(), totals, wanted[begin : begin + ROWS], strict=True))
             for i in batch:
                 found[i], rows = torch.stack(rows[: len(targets[i])]), rows[len(targets[i]) :]
         return [found[i] for i in range(len(prompts))]
