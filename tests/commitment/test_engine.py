@@ -61,8 +61,8 @@ def test_generation_stops_before_a_stop_token(context):
 def commitments(model):
     """Directions, strengths and layers that differ, and one that adds nothing."""
     one, two = (latent.sample(seed, 16, model.width).direction for seed in (1, 2))
-    return [Commitment(one, 0.5, (0, 5)), Commitment(two, -0.7, (2, 3)), Commitment(one, 0.0, (0, 5)),
-            Commitment(two, 0.5, (5, 5))]
+    return [Commitment(one, 0.5, (0, 5)), Commitment(two, -0.7, (2, 3)),
+            Commitment(one, 0.0, (0, 5)), Commitment(two, 0.5, (5, 5))]
 
 
 def test_each_sequence_is_decoded_under_its_own_commitment(context, model):
