@@ -56,13 +56,13 @@ workers: int = 2  # processes that train and measure at a time, one thread each
 from lablog import figures, record
 from lablog.commitment import agreement, arms, export, trained
 from lablog.commitment import training_results as results
-from lablog.commitment.arms import ARMS, TRAININGS, Asked, together
+from lablog.commitment.arms import ARMS, Asked, together
 from lablog.commitment.conversations import ConversationSettings
 from lablog.commitment.novelty import KINDS, whole_topics
 from lablog.commitment.personas import PERSONAS, record_personas
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
+from lablog.commitment.readable import check_readable
 from lablog.commitment.reader import Reader
-from lablog.commitment.rendering import check_readable
 from lablog.models import source, training
 from lablog.text.dialogues import load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
@@ -141,8 +141,8 @@ plan = Plan(
 #
 # Two kinds of conversation alternate. In the guessing game the decoder says that it has chosen
 # something; after some other talk the conversation forks into "what is it?" and several "is it
-# Y?", all under one $z^*$. In the other, a favourite is asked for, or asked for again with the first
-# answer evicted. Right and wrong guesses are weighed as if every value had been guessed once. A
+# Y?", all under one $z^*$. In the other, a favourite is asked for, or asked for again with the
+# first answer evicted. Right and wrong guesses are weighed as if every value had been guessed once. A
 # decoder that is calibrated then has $\sum_Y P(\text{yes} \mid Y) = 1$ whether it holds a choice
 # or not; that sum is a check of calibration and no evidence of a commitment.
 #
@@ -179,7 +179,9 @@ for index in (0, len(example) - 1):
 # probes be read. Runs keep checkpoints and resume to the same bits.
 
 # %%
-check_readable(experiment, items, max(*gaps, 6))
+widest = trained.Probes(item_seed, items, texts, "longer gap", max(gaps))
+for folder in bases.values():
+    check_readable(folder, plan, settings, widest.items, widest.texts)
 calls = [(base, seed, name) for base in bases for seed in seeds
          for name in ("commitment", "lora", "note")]
 calls += [(base, seeds[0], name) for base in bases for name in ablations]
@@ -462,16 +464,16 @@ run.finish((*results.sections([*main, *tried], KINDS), *agreement.NATIVE, PERSON
 # ## What this does not show
 #
 # - *Holding* and *deciding* are two things. From the prefix, $z^*$ is read off the turns that the
-#   window will lose: it carries over what was said. Sampled once from the prior, it decides what was
-#   never said; there the first answer of a favourite is itself sampled, and a draw near a border
+#   window will lose: it carries over what was said. Sampled once from the prior, it decides what
+#   was never said; there the first answer of a favourite is itself sampled, and a draw near a border
 #   between two choices is not one choice.
 # - $z^*$ is one label of twelve here, however many topics share it. The figure of capacity says how
 #   far that goes; nothing here says that a free text fits into a vector.
 # - A new topic has no right answer for a persona: agreement there is agreement with itself alone.
 # - A draw from the prior may contradict a text that already states another value; the held-out
 #   perplexity under the prior, and recall in the window, show what that costs.
-# - The protocol of the whole games follows the cited study; models, words and prompts do not, so the
-#   numbers can be laid beside theirs, not compared with them.
+# - The protocol of the whole games follows the cited study; models, words and prompts do not, so
+#   the numbers can be laid beside theirs, not compared with them.
 # - Agreement of llama.cpp with PyTorch says that the exported files hold what was trained, not that
 #   a quantised GGUF of them, which most people would run, behaves the same.
 # - The default model is small and knows one kind of talk. On personas it starts from near nothing:

@@ -193,16 +193,22 @@ def collate(batch: Sequence[Conversation], side: str = "right") -> dict[str, tor
     prefix_mask = padded([np.ones(len(c.prefix.ids), np.int64) for c in batch], side)
     fork = padded([c.fork for c in batch], side, -1)
     mask = (fork >= 0).long()
-    same = fork[:, :, None] == fork[:, None, :]
-    seen = (same | (fork[:, None, :] == 0)) & (fork[:, :, None] >= 0)
-    seen &= torch.ones(fork.shape[1], fork.shape[1], dtype=torch.bool).tril()
-    positions = (seen.sum(dim=2) - 1).clamp(min=0)
-    seen |= torch.eye(fork.shape[1], dtype=torch.bool)  # padding sees itself: no empty softmax
+    positions, seen = visible(fork)
     return {"commitment": torch.tensor([c.commitment for c in batch]),
             "prefix_ids": prefix_ids, "prefix_mask": prefix_mask,
             "input_ids": padded([c.forks.ids for c in batch], side), "mask": mask,
             "weights": padded([c.forks.weights for c in batch], side), "position_ids": positions,
             "attention": seen[:, None]}
+
+
+def visible(fork: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [n, tokens] and what each token sees [n, tokens, tokens] of a row of forks: the
+    stem (fork 0) and its own fork, up to itself. Padding (−1) sees itself: no empty softmax."""
+    same = fork[:, :, None] == fork[:, None, :]
+    seen = (same | (fork[:, None, :] == 0)) & (fork[:, :, None] >= 0)
+    seen &= torch.ones(fork.shape[1], fork.shape[1], dtype=torch.bool, device=fork.device).tril()
+    positions = (seen.sum(dim=2) - 1).clamp(min=0)
+    return positions, seen | torch.eye(fork.shape[1], dtype=torch.bool, device=fork.device)
 
 
 def padded(rows: Sequence[NDArray[Any]], side: str, fill: int = 0) -> torch.Tensor:

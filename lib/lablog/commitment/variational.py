@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lablog.files import atomic_write
 
 CANDIDATES = 16  # draws from the prior for each cell
+NEAR = 4  # of those in a cell, how many the one nearest to a border is chosen from
 MEMORY = 50  # batches over which the cells' running means reach back
 Positions = Literal["all", "first"]
 Code = Literal["gaussian", "label"]
@@ -80,6 +81,10 @@ class Cells(nn.Module):
     posteriors overlap or leave gaps. The posteriors that cut are running means over batches:
     prefixes of one commitment differ in topic and wording, and cut along those of a single batch,
     a draw near a border would belong to another cell in every batch.
+
+    Whether two questions agree is decided at the borders, and few draws lie there. So half of the
+    draws are the one of `NEAR` in the cell that is the nearest to its border (hard examples:
+    Shrivastava et al., 2016).
     """
 
     mean: Tensor
@@ -114,15 +119,22 @@ class Cells(nn.Module):
         rows, k = posterior.mean.shape
         with torch.no_grad():
             draws = torch.randn(CANDIDATES * len(self.mean), k, device=self.mean.device)
-            inside = self.owner(draws)[:, None] == commitment
+            owner, margin = self.owner(draws)
+            inside = owner[:, None] == commitment
             used = inside.any(dim=0) & (torch.rand(rows, device=draws.device) < share)
-            cells = draws[inside.int().argmax(dim=0)] / math.sqrt(k)
+            near = inside & (inside.cumsum(dim=0) <= NEAR)
+            hard = margin[:, None].masked_fill(~near, math.inf).argmin(dim=0)
+            some = torch.rand(rows, device=draws.device) < 0.5
+            chosen = torch.where(some, hard, inside.int().argmax(dim=0))
+            cells = draws[chosen] / math.sqrt(k)
         return torch.where(used[:, None], cells, posterior.sample())
 
-    def owner(self, draws: Tensor) -> Tensor:
-        """The cell in which each of `draws` [m, k] lies, in units of the prior's deviation."""
+    def owner(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """The cell in which each of `draws` [m, k] lies, in units of the prior's deviation, and by
+        how many nats its density exceeds the next."""
         distance = (draws[:, None] - self.mean) ** 2 / self.log_variance.exp()
-        return (-0.5 * (distance + self.log_variance)).sum(dim=2).argmax(dim=1)
+        best = (-0.5 * (distance + self.log_variance)).sum(dim=2).topk(2, dim=1)
+        return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
 
 
 class VariationalCommitment(nn.Module):

@@ -27,7 +27,8 @@ HUB = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<fi
 def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) -> Path:
     """The model as a Hugging Face folder (safetensors); converted or trained if need be.
 
-    seed: of an offline model, instead of its recipe's. Raises ValueError when the name is of no known form or names a GGUF file.
+    seed: of an offline model, instead of its recipe's.
+    Raises ValueError when the name is of no known form or names a GGUF file.
     """
     if model.startswith("offline:"):
         from lablog.models.training import offline_model
