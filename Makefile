@@ -37,8 +37,8 @@ PIP          := $(PY) -m pip --disable-pip-version-check --quiet
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-21s %s\n", $$1, $$2}' Makefile
-	@echo; printf '  %-26s %s\n' \
-	  'PROFILE=smoke|laptop|full' 'which settings (default laptop); or path/to/own.yaml' \
+	@echo; printf '  %-33s %s\n' \
+	  'PROFILE=smoke|laptop|study|full' 'which settings (default laptop); or path/to/own.yaml' \
 	  'SET="model=my.gguf"' 'override single values; results get a folder of their own' \
 	  'NOTEBOOKS="01 02"' 'only these'
 

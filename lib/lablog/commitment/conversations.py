@@ -27,6 +27,7 @@ from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, genera
 from lablog.text.tokenizer import Tokenizer
 
 Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
+IN_WINDOW = 0.25  # share of recall conversations whose statement stays in the window
 STREAM, GAPS = 105, 108  # spawn keys, apart from those of the dialogues' splits and of the probes
 
 
@@ -152,7 +153,7 @@ class Conversations(Dataset[Conversation]):
 
     def _recall(self, draw: Draw, dialogue: Dialogue, topic: str, value: str) -> list[Fork]:
         asked = draw.exchange("question", "answer", topic, value)
-        kept = dialogue.turns if draw.random() < 0.5 else dialogue.turns[2:]
+        kept = dialogue.turns if draw.random() < IN_WINDOW else dialogue.turns[2:]
         return [([], 1.0, True), (asked, 1.0, False), (kept, 1.0, False)]
 
     def _independent(self, draw: Draw) -> Conversation:
