@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +20,8 @@ class Injection:
     """What is injected at each turn of a conversation: turn t gets ``commitments[t % n]``.
 
     One commitment is the experiment (sampled once); several are the control that draws a
-    direction of the same norm anew every turn; none (or strength 0) is the unmodified model.
+    direction of the same norm anew for every turn and every forked question; none (or strength
+    0) is the unmodified model.
     """
 
     commitments: tuple[Commitment, ...] = ()
@@ -36,6 +37,22 @@ class Injection:
             context.commit(None)
         elif number == 0 or self.changes:
             context.commit(self.commitments[number % len(self.commitments)])
+
+    def questions(self, context: Context, numbers: Mapping[int, int]) -> None:
+        """Give questions that are asked together, one a sequence, what their numbers get.
+
+        Only an injection that changes does anything: each question is then a turn of its own.
+        """
+        if self.changes:
+            for sequence, number in numbers.items():
+                chosen = self.commitments[number % len(self.commitments)]
+                context.commit(chosen, sequence=sequence)
+
+    def asked(self, context: Context, sequences: Iterable[int]) -> None:
+        """Take back what :meth:`questions` gave to `sequences`."""
+        if self.changes:
+            for sequence in sequences:
+                context.commit(None, sequence=sequence)
 
 
 class Speech:
