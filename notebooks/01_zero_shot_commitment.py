@@ -201,9 +201,9 @@ table = sweep.summarise(rows)
 run.figure(
     "named_rows",
     *plots.named_rows(table, named),
-    "The probes for the log's four experiments, at the log's λ and at the log's dose, their redrawn "
-    "controls and the two baselines; means with 95 % intervals over seeds and items. A model that "
-    "holds a choice has Σ P(yes) at the dotted line.",
+    "The probes for the log's four experiments, at the log's λ and at the log's dose, their "
+    "redrawn controls and the two baselines; means with 95 % intervals over seeds and items. A "
+    "model that holds a choice has Σ P(yes) at the dotted line.",
 )
 
 # %% [markdown]

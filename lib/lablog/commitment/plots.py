@@ -153,6 +153,7 @@ def heat(table: pd.DataFrame) -> Drawn:
         return rows.pivot(index="range", columns="strength", values=name).reindex(ranges)
 
     words, doses = over("commitment", "word"), over("commitment", "dose")
+    strengths = [f"{strength:g}" for strength in sorted(part["strength"].unique())]
     figure, panels = plt.subplots(3, 2, figsize=(12.0, 1.6 + 1.6 * len(ranges)), sharex=True,
                                   sharey=True)
     for (left, right), name in zip(panels, names, strict=True):
@@ -163,7 +164,7 @@ def heat(table: pd.DataFrame) -> Drawn:
             for (row, column), number in np.ndenumerate(grid.to_numpy()):
                 mark = {"incoherent": "†", "coherent but repetitive": "*"}.get(
                     str(words.iloc[row, column]), "")
-                text = f"{number:.2f}{mark}\n({doses.iloc[row, column]:.1g})"
+                text = f"{number:.2f}{mark}\n({float(doses.iloc[row, column]):.1g})"
                 dark = lowest == 0 and number < 0.55
                 axes.text(column, row, text, ha="center", va="center", fontsize=7.5,
                           color="white" if dark else "black")
@@ -172,7 +173,7 @@ def heat(table: pd.DataFrame) -> Drawn:
             axes.grid(visible=False)
             figure.colorbar(image, ax=axes, label="share" if lowest == 0 else "difference")
     for axes in panels[-1]:
-        axes.set(xticks=range(len(words.columns)), xticklabels=[f"{float(s):g}" for s in words.columns.tolist()],
+        axes.set(xticks=range(len(strengths)), xticklabels=strengths,
                  xlabel="λ († incoherent, * coherent but repetitive; in brackets: dose)")
     return figure, _columns(table[table["control"].isin(["commitment", "redrawn"])], names)
 

@@ -130,7 +130,8 @@ class Speech:
         """log P(continuation | content) for each sequence's continuations, float64 [n].
 
         `last` holds the logits [vocabulary] behind each sequence's content. Continuations of
-        several tokens are decoded together, in the n sequences behind each.
+        several tokens are decoded together, in the n sequences behind each, which then have its
+        commitment for their own.
         """
         first = dict(zip(last, _log_softmax(np.stack(list(last.values()))), strict=True))
         result = {s: np.array([first[s][tokens[0]] for tokens in several])
@@ -139,8 +140,12 @@ class Speech:
         for sequence, several in continuations.items():
             for offset, tokens in enumerate(several):
                 if len(tokens) > 1:
-                    self.context.fork(sequence, [sequence + 1 + offset])
-                    longer[sequence + 1 + offset] = (sequence, offset, tokens)
+                    copy = sequence + 1 + offset
+                    self.context.fork(sequence, [copy])
+                    own = self.context.committed(sequence)
+                    if own is not self.context.committed(copy):
+                        self.context.commit(own, sequence=copy)
+                    longer[copy] = (sequence, offset, tokens)
         rows = self.context.decode({s: tokens[:-1] for s, (_, _, tokens) in longer.items()}, "all")
         for copy, (sequence, offset, tokens) in longer.items():
             steps = _log_softmax(rows[copy])
