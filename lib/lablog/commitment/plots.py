@@ -77,7 +77,7 @@ def named_rows(table: pd.DataFrame, named: Sequence[NamedRow]) -> Drawn:
          for label, c, layers, s in rows]
     )
     names = ("recall", "eviction", "same_choice", "yes_sum")
-    figure, panels = plt.subplots(1, 4, figsize=(9.8, 1.2 + 0.3 * len(rows)), sharey=True)
+    figure, panels = plt.subplots(1, 4, figsize=(12.4, 1.2 + 0.3 * len(rows)), sharey=True)
     position = np.arange(len(data))[::-1]
     labels = [f"{row} (dose {dose:.2g})" if dose else row
               for row, dose in zip(data["row"], data["dose"], strict=True)]
@@ -152,7 +152,7 @@ def heat(table: pd.DataFrame) -> Drawn:
         rows = table[table["control"] == control]
         return rows.pivot(index="range", columns="strength", values=name).reindex(ranges)
 
-    words, doses = over("commitment", "word"), over("commitment", "dose")
+    words, doses = over("commitment", "word"), over("commitment", "dose").to_numpy(dtype=float)
     strengths = [f"{strength:g}" for strength in sorted(part["strength"].unique())]
     figure, panels = plt.subplots(3, 2, figsize=(12.0, 1.6 + 1.6 * len(ranges)), sharex=True,
                                   sharey=True)
@@ -164,7 +164,7 @@ def heat(table: pd.DataFrame) -> Drawn:
             for (row, column), number in np.ndenumerate(grid.to_numpy()):
                 mark = {"incoherent": "†", "coherent but repetitive": "*"}.get(
                     str(words.iloc[row, column]), "")
-                text = f"{number:.2f}{mark}\n({float(doses.iloc[row, column]):.1g})"
+                text = f"{number:.2f}{mark}\n({doses[row, column]:.1g})"
                 dark = lowest == 0 and number < 0.55
                 axes.text(column, row, text, ha="center", va="center", fontsize=7.5,
                           color="white" if dark else "black")

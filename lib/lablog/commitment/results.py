@@ -10,6 +10,7 @@ import pandas as pd
 
 from lablog.commitment.calibration import Solution
 from lablog.commitment.sweep import (
+    AT_LOG_DOSE,
     BY_ITEM,
     NAMED_ROWS,
     PROPORTIONS,
@@ -199,15 +200,10 @@ def record_budget(
     return table.assign(**means)
 
 
-def _named(row: NamedRow) -> tuple[str, str, str]:
-    return row.key, row.english, row.japanese
-
-
 _BASELINES = (("unmodified", "unmodified (λ = 0)", "無変更 (λ = 0)"),
               ("text", "a line of text instead", "テキスト一行で代用"))
-_LOG = tuple(_named(row) for row in NAMED_ROWS)
-_AT_DOSE = tuple((f"log_dose.{key}", f"the log's dose of {en}", f"ログの {ja} と同じ用量")
-                 for key, en, ja in _LOG)
+_LOG = tuple((row.key, row.english, row.japanese) for row in NAMED_ROWS)
+_AT_DOSE = tuple((row.key, row.english, row.japanese) for row in AT_LOG_DOSE)
 _ALL = (*_BASELINES, *_LOG, *_AT_DOSE)
 _PROBES = ("dose {KEY.dose:value}, recall {KEY.recall}, after eviction {KEY.eviction}, forked "
            "choice {KEY.same_choice}, Σ P(yes) {KEY.yes_sum}",

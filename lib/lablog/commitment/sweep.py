@@ -47,6 +47,12 @@ NAMED_ROWS = (
              0.01, "last quarter"),
 )
 """The log's four experiments; its "last 8 layers" of 32 are the last quarter."""
+AT_LOG_DOSE = tuple(
+    row._replace(key=f"log_dose.{row.key}", english=f"the log's dose of {row.english}",
+                 japanese=f"ログの {row.japanese} と同じ用量")
+    for row in NAMED_ROWS
+)
+"""The same four with the dose, not the λ, that they had in the log; λ depends on the model."""
 LOG_WIDTH, LOG_LAYERS, LOG_K = 4096, 32, 64
 """The log's model, Llama-2-7B, and the dimension of its z*."""
 LOG_RESIDUAL_NORM = 23.0
@@ -231,12 +237,10 @@ class Laboratory:
         The dose is that of a commitment of typical norm, so that one λ holds for all seeds.
         """
         norm, rows = expected_norm(self.model.width, self.settings.k), []
-        for row in NAMED_ROWS:
+        for row in AT_LOG_DOSE:
             first, last = self.layers(row.layers)
-            dose = log_dose(row.strength, row.layers)
-            strength = dose * float(self.residual.mean()) / ((last - first + 1) * norm)
-            rows.append(NamedRow(f"log_dose.{row.key}", f"dose {dose:.2g}, as {row.english}",
-                                 f"用量 {dose:.2g} ({row.japanese} 相当)", strength, row.layers))
+            unit = (last - first + 1) * norm / float(self.residual.mean())
+            rows.append(row._replace(strength=log_dose(row.strength, row.layers) / unit))
         return tuple(rows)
 
     def evaluate(self, task: Task) -> dict[str, Any]:
