@@ -141,7 +141,8 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@$(PY) -m lablog.bench
 
-SHOWN := 02_lambda_calibration/heat.svg 03_qlora_commitment/arms.svg
+SHOWN := 02_lambda_calibration/heat.svg \
+         $(addprefix 03_qlora_commitment/,arms.svg kinds.svg persistence.svg ablations.svg capacity.svg)
 publish: ## copy this profile's records and the README's figures into book/records/
 	@mkdir -p book/records/$(PROFILE)
 	@cp build/$(PROFILE)/records/*.json book/records/$(PROFILE)/

@@ -57,7 +57,7 @@ workers: int = 2  # processes that train and measure at a time, one thread each
 from lablog import figures, record
 from lablog.commitment import agreement, arms, export, trained
 from lablog.commitment import training_results as results
-from lablog.commitment.arms import ARMS, Asked, together
+from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.conversations import ConversationSettings
 from lablog.commitment.novelty import KINDS, whole_topics
 from lablog.commitment.personas import PERSONAS, record_personas
@@ -70,6 +70,7 @@ from lablog.text.tokenizer import Tokenizer
 
 figures.use_style()
 run = record.begin("03_qlora_commitment", globals())
+processes = arms.Workers(workers)
 
 # %% [markdown]
 # ## The bases in 4 bits
@@ -86,9 +87,9 @@ run = record.begin("03_qlora_commitment", globals())
 # %%
 wanted = base_seeds if model.startswith("offline:") else base_seeds[:1]
 with run.stage("model"):
-    bases = dict(zip(wanted, together("bases", [
+    bases = dict(zip(wanted, processes.together("bases", [
         (source.hugging_face_folder, (model, run.artifacts, seed)) for seed in wanted
-    ], workers), strict=True))
+    ]), strict=True))
 for folder in bases.values():
     for weights in sorted(folder.glob("*.safetensors")):
         run.file(weights)
@@ -189,7 +190,7 @@ calls = [(base, seed, name) for base in bases for name in ("commitment", "lora",
          for seed in (seeds if name == "commitment" else control_seeds)]
 calls += [(base, seeds[0], name) for base in bases for name in ablations]
 with run.stage("training"):
-    folders = together("training", [(experiment.train, call) for call in calls], workers)
+    folders = processes.together("training", [(experiment.train, call) for call in calls])
 runs = dict(zip(calls, folders, strict=True))
 history = results.record_training(run, runs)
 run.figure("training", *results.training_curves(history),
@@ -228,7 +229,7 @@ trained_with = {"base": seeds[:1], "lora": control_seeds, "note": control_seeds}
 asked = [(base, seed, arm, whole) for base in bases for arm in main
          for seed in trained_with.get(ARMS[arm].training, seeds)]
 with run.stage("probes"):
-    found = together("probes", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("probes", [(experiment.measure, call) for call in asked])
 rows = [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
 results.record_arms(run, rows)
 results.record_contrasts(run, rows)
@@ -259,7 +260,7 @@ others = [Asked(item_seed, fewer, kind=kind, families=("fork", "recall"))
 asked = [(base, seed, arm, each) for each in others for base in bases for arm in compared
          for seed in trained_with.get(ARMS[arm].training, seeds)]
 with run.stage("kinds"):
-    found = together("kinds", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("kinds", [(experiment.measure, call) for call in asked])
 rows += [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
 for kind in KINDS:
     results.record_arms(run, rows, kind, prefix=f"{results.slug(kind)}.")
@@ -287,7 +288,7 @@ asked = [(base, seed, arm, Asked(item_seed, fewer, kind="seen form", gap=length)
          for length in gaps for base in bases for arm in lasting
          for seed in trained_with.get(ARMS[arm].training, seeds)]
 with run.stage("persistence"):
-    found = together("persistence", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("persistence", [(experiment.measure, call) for call in asked])
 rows += [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
 for length in gaps:
     results.record_arms(run, rows, "seen form", length, f"gap{length}.")
@@ -310,7 +311,7 @@ tried = [f"{name}.{origin}" for name in parts for origin in ("prefix", "prior")]
 each = Asked(item_seed, items, texts, families=("fork", "recall", "language"))
 asked = [(base, seeds[0], arm, each) for base in bases for arm in tried]
 with run.stage("ablations"):
-    found = together("ablations", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("ablations", [(experiment.measure, call) for call in asked])
 ablated = [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
 results.record_arms(run, ablated)
 results.table(run, tried)
@@ -333,7 +334,8 @@ sizes = [name for name in ablations if name.startswith(("values", "independent")
 each = Asked(item_seed, items, kind="seen form", families=("fork",))
 asked = [(base, seeds[0], f"{name}.prefix", each) for base in bases for name in sizes]
 with run.stage("capacity"):
-    found = together("capacity", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("capacity", [(experiment.measure, call) for call in asked])
+processes.close()
 held = [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
 results.record_arms(run, held, "seen form", prefix="capacity.")
 if sizes:

@@ -223,7 +223,7 @@ def table(run: Run, arms: Sequence[str], prefix: str = "") -> pd.DataFrame:
     record, columns = run.record(), {**LABELS, "yes_sum": "Σ P(yes)",
                                      "yes_largest": "largest P(yes)", "perplexity": "perplexity"}
     names = {metric.name for metric in record.metrics}
-    shown = []
+    shown: list[dict[str, str]] = []
     for arm in arms:
         entry = {"": ARMS[arm].label}
         for measure, label in columns.items():
@@ -231,7 +231,7 @@ def table(run: Run, arms: Sequence[str], prefix: str = "") -> pd.DataFrame:
             if name in names:
                 entry[label] = _without_counts(record, name)
         shown.append(entry)
-    return pd.DataFrame(shown).fillna("–").set_index("")
+    return pd.DataFrame(shown, columns=None if shown else [""]).fillna("–").set_index("")
 
 
 def _without_counts(record: Record, name: str) -> str:
