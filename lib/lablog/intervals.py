@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 
@@ -62,3 +64,76 @@ def bootstrap_percentile(
     replicas = np.percentile(array[picks], percentile, axis=1)
     low, high = np.percentile(replicas, [2.5, 97.5])
     return Interval(float(low), float(high), f"percentile bootstrap, {draws} draws")
+
+
+def hierarchical(values: ArrayLike, *, share: bool = False, draws: int = 10_000, seed: int = 0,
+                 level: float = 0.95) -> Interval:
+    """Bootstrap interval of the mean over items and over what they were measured under.
+
+    values: float [..., items]. The last axis holds the items, the same under every unit of the
+    axes before it, which are nested units, outermost first: [seeds, items], [bases, seeds, items].
+    Outer units are resampled with replacement, inner ones within each, and items independently of
+    both (the pigeonhole bootstrap of crossed factors: Owen, Annals of Applied Statistics 1, 2007).
+    A bootstrap over few units is too narrow, so the percentiles are expanded (Hesterberg, The
+    American Statistician 69, 2015) for the number of innermost units, or of items if there is one
+    unit. With few seeds that errs on the wide side where the items cause most of the variation.
+
+    share: the values lie in [0, 1]. Then one unit of binary items has Wilson's interval, and
+    equal values, which resampling cannot vary, have it over the number of items.
+    Raises ValueError for values that are not finite, shares out of range, or nothing to resample.
+    """
+    array = np.atleast_1d(np.asarray(values, dtype=float))
+    if not array.size or not np.isfinite(array).all():
+        raise ValueError(f"{int((~np.isfinite(array)).sum())} of {array.size} values are not "
+                         "finite: leave out the units or items that were not measured")
+    if share and not 0 <= array.min() <= array.max() <= 1:
+        raise ValueError(f"shares span [{array.min():g}, {array.max():g}]: expected [0, 1]")
+    *sizes, items = array.shape
+    names = ([f"level {i}" for i in range(len(sizes) - 2)] + ["bases", "seeds"])[-len(sizes):]
+    outer = {name: size for name, size in zip(names, sizes, strict=False) if size > 1}
+    mean, units = float(array.mean()), math.prod(sizes)
+    equal = bool(np.ptp(array) == 0)
+    if share and (equal or (units == 1 and set(np.unique(array)) <= {0.0, 1.0})):
+        return _score(mean, items, level)
+    if array.size < 2:
+        raise ValueError("1 value: a bootstrap needs at least two seeds or items")
+    by_item = array.reshape(units, items) @ _item_counts(items, draws, seed).T / items
+    means = np.einsum("du,ud->d", _unit_weights(tuple(outer.values()), draws, seed), by_item)
+    count = units if outer else items
+    tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf((1 - level) / 2, count - 1))
+    low, high = (float(end) for end in np.quantile(means, [tail, 1 - tail]))
+    within = [f"{size} {name}" for name, size in outer.items()]
+    method = (f"hierarchical bootstrap over {' of '.join(within[::-1])}{' and ' if within else ''}"
+              f"{items} items, expanded percentiles" + (" (all values equal)" if equal else ""))
+    low, high = min(low, mean), max(high, mean)
+    if share:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Interval(low, high, method, level)
+
+
+def _score(share: float, trials: int, level: float) -> Interval:
+    """Wilson's interval of a share, which need not be a whole number of `trials`."""
+    z = float(stats.norm.ppf((1 + level) / 2))
+    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials
+                                               + z**2 / (4 * trials**2))
+    low, high = max(min(centre - half, share), 0.0), min(max(centre + half, share), 1.0)
+    return Interval(low, high, f"Wilson score over {trials} items", level)
+
+
+@lru_cache(maxsize=8)
+def _item_counts(items: int, draws: int, seed: int) -> np.ndarray:
+    """How often each item is drawn [draws, items]."""
+    picks = np.random.default_rng([seed, 0]).integers(0, items, size=(draws, items))
+    picks += items * np.arange(draws)[:, None]
+    counts = np.bincount(picks.ravel(), minlength=draws * items)
+    return counts.reshape(draws, items).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def _unit_weights(sizes: tuple[int, ...], draws: int, seed: int) -> np.ndarray:
+    """The weight of each innermost unit [draws, units]; `sizes` of the levels, outermost first."""
+    rng, counts = np.random.default_rng([seed, 1]), np.ones((draws, 1), dtype=np.int64)
+    for size in sizes:
+        counts = rng.multinomial(counts * size, [1 / size] * size).reshape(draws, -1)
+    return counts / math.prod(sizes)

@@ -2,11 +2,11 @@
 //
 // Writes a language model with random weights and a byte vocabulary, small enough to need neither a
 // download nor a training: ARCH is llama (RMSNorm, rotary positions, gated feed-forward), gpt2
-// (LayerNorm with biases, learned positions, fused QKV), or eurobert (an encoder, which has no place
-// for a commitment).
+// (LayerNorm with biases, learned positions, fused QKV), olmoe (a mixture of experts), mamba (a
+// recurrent state instead of a KV cache), or eurobert (an encoder, which has no place for a commitment).
 //
-// BIAS.f32 (n_embd raw floats) is added to the output bias of the feed-forward of the layers
-// START..END. That is the same function as a commitment there, written by other means, which makes
+// BIAS.f32 (n_embd raw floats; llama and gpt2) is added to the output bias of the feed-forward of the
+// layers START..END. That is the same function as a commitment there, written by other means, which makes
 // it an independent reference: the only one there is for layer 0.
 
 #include "ggml.h"
@@ -20,7 +20,9 @@
 #include <string>
 #include <vector>
 
-static const int N_EMBD = 64, N_LAYER = 4, N_HEAD = 4, N_HEAD_KV = 2, N_FF = 160, N_CTX = 256;
+static const int N_EMBD = 64, N_LAYER = 4, N_HEAD = 4, N_FF = 160, N_CTX = 256;
+static const int N_EXPERT = 4, N_EXPERT_USED = 2;
+static const int D_CONV = 4, D_INNER = 2*N_EMBD, D_STATE = 8, DT_RANK = 4;
 
 struct writer {
     gguf_context * gguf = gguf_init_empty();
@@ -33,8 +35,8 @@ struct writer {
     }
 
     // mean + deviation * N(0, 1), plus the extra vector if there is one
-    void add(const std::string & name, int64_t ne0, int64_t ne1, float mean, float deviation, const std::vector<float> & extra = {}) {
-        ggml_tensor * t = ne1 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ne0, ne1) : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ne0);
+    void add(const std::string & name, int64_t ne0, int64_t ne1, float mean, float deviation, const std::vector<float> & extra = {}, int64_t ne2 = 1) {
+        ggml_tensor * t = ne1 ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, ne0, ne1, ne2) : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ne0);
         ggml_set_name(t, name.c_str());
         float * data = (float *) t->data;
         for (int64_t i = 0; i < ggml_nelements(t); i++) {
@@ -44,7 +46,7 @@ struct writer {
         gguf_add_tensor(gguf, t);
     }
 
-    void matrix(const std::string & name, int64_t in, int64_t out) { add(name, in, out, 0.0f, 1.0f/std::sqrt(float(in))); }
+    void matrix(const std::string & name, int64_t in, int64_t out, int64_t n = 1) { add(name, in, out, 0.0f, 1.0f/std::sqrt(float(in)), {}, n); }
 };
 
 static void vocabulary(gguf_context * gguf) {
@@ -78,10 +80,12 @@ static void vocabulary(gguf_context * gguf) {
 
 int main(int argc, char ** argv) {
     const std::string arch = argc > 1 ? argv[1] : "";
-    if ((argc != 3 && argc != 6) || (arch != "llama" && arch != "gpt2" && arch != "eurobert")) {
-        std::fprintf(stderr, "usage: tiny-model llama|gpt2|eurobert OUT.gguf [BIAS.f32 START END]\n");
+    const bool known = arch == "llama" || arch == "gpt2" || arch == "olmoe" || arch == "mamba" || arch == "eurobert";
+    if ((argc != 3 && argc != 6) || !known) {
+        std::fprintf(stderr, "usage: tiny-model llama|gpt2|olmoe|mamba|eurobert OUT.gguf [BIAS.f32 START END]\n");
         return 2;
     }
+    const int n_head_kv = arch == "olmoe" ? N_HEAD : N_HEAD/2;
     std::vector<float> bias(N_EMBD, 0.0f);
     int start = 0, end = -1;
     if (argc == 6) {
@@ -116,14 +120,37 @@ int main(int argc, char ** argv) {
         const std::vector<float> & extra = il >= start && il <= end ? bias : none;
 
         w.add(blk + "attn_norm.weight", N_EMBD, 0, 1.0f, 0.1f);
+        if (arch == "mamba") {
+            w.matrix(blk + "ssm_in.weight", N_EMBD, 2*D_INNER);
+            w.matrix(blk + "ssm_conv1d.weight", D_CONV, D_INNER);
+            w.add(blk + "ssm_conv1d.bias", D_INNER, 0, 0.0f, 0.1f);
+            w.matrix(blk + "ssm_x.weight", D_INNER, DT_RANK + 2*D_STATE);
+            w.matrix(blk + "ssm_dt.weight", DT_RANK, D_INNER);
+            w.add(blk + "ssm_dt.bias", D_INNER, 0, -1.0f, 0.1f);
+            w.add(blk + "ssm_a", D_STATE, D_INNER, -1.0f, 0.1f); // negative: the state decays
+            w.add(blk + "ssm_d", D_INNER, 0, 1.0f, 0.1f);
+            w.matrix(blk + "ssm_out.weight", D_INNER, N_EMBD);
+            continue;
+        }
         w.add(blk + "ffn_norm.weight", N_EMBD, 0, 1.0f, 0.1f);
         w.matrix(blk + "attn_output.weight", N_EMBD, N_EMBD);
-        w.matrix(blk + "ffn_up.weight", N_EMBD, N_FF);
-        w.matrix(blk + "ffn_down.weight", N_FF, N_EMBD);
+        if (arch != "olmoe") {
+            w.matrix(blk + "ffn_up.weight", N_EMBD, N_FF);
+            w.matrix(blk + "ffn_down.weight", N_FF, N_EMBD);
+        }
         if (arch != "gpt2") {
             w.matrix(blk + "attn_q.weight", N_EMBD, N_EMBD);
-            w.matrix(blk + "attn_k.weight", N_EMBD, N_EMBD/N_HEAD*N_HEAD_KV);
-            w.matrix(blk + "attn_v.weight", N_EMBD, N_EMBD/N_HEAD*N_HEAD_KV);
+            w.matrix(blk + "attn_k.weight", N_EMBD, N_EMBD/N_HEAD*n_head_kv);
+            w.matrix(blk + "attn_v.weight", N_EMBD, N_EMBD/N_HEAD*n_head_kv);
+            if (arch == "olmoe") {
+                w.add(blk + "attn_q_norm.weight", N_EMBD, 0, 1.0f, 0.1f);
+                w.add(blk + "attn_k_norm.weight", N_EMBD, 0, 1.0f, 0.1f);
+                w.matrix(blk + "ffn_gate_inp.weight", N_EMBD, N_EXPERT);
+                w.matrix(blk + "ffn_gate_exps.weight", N_EMBD, N_FF, N_EXPERT);
+                w.matrix(blk + "ffn_up_exps.weight", N_EMBD, N_FF, N_EXPERT);
+                w.matrix(blk + "ffn_down_exps.weight", N_FF, N_EMBD, N_EXPERT);
+                continue;
+            }
             w.matrix(blk + "ffn_gate.weight", N_EMBD, N_FF);
             if (arch == "llama") {
                 w.add(blk + "ffn_down.bias", N_EMBD, 0, 0.0f, 0.1f, extra);
@@ -138,8 +165,18 @@ int main(int argc, char ** argv) {
             w.add(blk + "ffn_down.bias", N_EMBD, 0, 0.0f, 0.1f, extra);
         }
     }
+    if (arch == "olmoe") {
+        gguf_set_val_u32(w.gguf, "olmoe.expert_count", N_EXPERT);
+        gguf_set_val_u32(w.gguf, "olmoe.expert_used_count", N_EXPERT_USED);
+    }
+    if (arch == "mamba") {
+        gguf_set_val_u32(w.gguf, "mamba.ssm.conv_kernel", D_CONV);
+        gguf_set_val_u32(w.gguf, "mamba.ssm.inner_size", D_INNER);
+        gguf_set_val_u32(w.gguf, "mamba.ssm.state_size", D_STATE);
+        gguf_set_val_u32(w.gguf, "mamba.ssm.time_step_rank", DT_RANK);
+    }
     if (arch != "gpt2") {
-        gguf_set_val_u32(w.gguf, (arch + ".attention.head_count_kv").c_str(), N_HEAD_KV);
+        gguf_set_val_u32(w.gguf, (arch + ".attention.head_count_kv").c_str(), n_head_kv);
         gguf_set_val_f32(w.gguf, (arch + ".attention.layer_norm_rms_epsilon").c_str(), 1e-5f);
         gguf_set_val_u32(w.gguf, (arch + ".rope.dimension_count").c_str(), N_EMBD/N_HEAD);
     } else {

@@ -65,18 +65,43 @@ inline schedule load(const std::string & path) {
     return segments;
 }
 
+inline std::vector<uint8_t> read_file(const std::string & path) {
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    CHECK(file.good(), "cannot read %s", path.c_str());
+    std::vector<uint8_t> data(size_t(file.tellg()));
+    file.seekg(0);
+    file.read((char *) data.data(), std::streamsize(data.size()));
+    return data;
+}
+
+inline void write_file(const std::string & path, const std::vector<uint8_t> & data) {
+    std::ofstream file(path, std::ios::binary);
+    file.write((const char *) data.data(), std::streamsize(data.size()));
+    CHECK(file.flush().good(), "cannot write %s", path.c_str());
+}
+
+inline std::vector<uint8_t> state_of(llama_context * ctx) {
+    std::vector<uint8_t> state(llama_state_get_size(ctx));
+    CHECK(!state.empty() && llama_state_get_data(ctx, state.data(), state.size()) == state.size());
+    return state;
+}
+
 inline llama_model * load_model(const char * path) {
     llama_model * model = llama_model_load_from_file(path, llama_model_default_params()); // offloads where it can
     CHECK(model, "cannot load %s", path);
     return model;
 }
 
-inline llama_context * new_context(llama_model * model, int32_t n_threads = 1) {
+inline llama_context_params context_params() {
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = 128;
     params.n_batch         = 64;
-    params.n_threads       = n_threads;
-    params.n_threads_batch = n_threads;
+    params.n_threads       = 1;
+    params.n_threads_batch = 1;
+    return params;
+}
+
+inline llama_context * new_context(llama_model * model, const llama_context_params & params = context_params()) {
     llama_context * ctx = llama_init_from_model(model, params);
     CHECK(ctx);
     return ctx;

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from lablog.models.llama_cpp import Context, EngineError, Model, check_gguf, generate
+from lablog.commitment import latent
+from lablog.models.llama_cpp import Commitment, Context, EngineError, Model, check_gguf, generate
 
 LINES = [[1, *range(270, 285)], [1, *range(300, 330)], [1, 280, 281]]
 
@@ -55,6 +56,94 @@ def test_generation_stops_before_a_stop_token(context):
     greedy = generate(context, rows, 8)[0]
     rows = context.prefill({0: LINES[0]})
     assert generate(context, rows, 8, stops=frozenset({greedy[3]}))[0] == greedy[:3]
+
+
+def commitments(model):
+    """Directions, strengths and layers that differ, and one that adds nothing."""
+    one, two = (latent.sample(seed, 16, model.width).direction for seed in (1, 2))
+    return [Commitment(one, 0.5, (0, 5)), Commitment(two, -0.7, (2, 3)),
+            Commitment(one, 0.0, (0, 5)), Commitment(two, 0.5, (5, 5))]
+
+
+def test_each_sequence_is_decoded_under_its_own_commitment(context, model):
+    contents = {number: LINES[number % 3] for number in range(5)}  # the last has none of its own
+    everywhere = Commitment(latent.sample(3, 16, model.width).direction, 0.4, (1, 4))
+    own = commitments(model)
+    expected = []
+    for number, commitment in enumerate([*own, everywhere]):
+        context.clear()
+        context.commit(commitment)
+        expected.append(context.prefill(contents, "all")[number])
+    context.clear()
+    context.commit(everywhere)
+    for number, commitment in enumerate(own):
+        context.commit(commitment, sequence=number)
+    together = context.prefill(contents, "all")
+    for number, rows in enumerate(expected):
+        np.testing.assert_array_equal(together[number], rows)
+
+    context.commit(None)  # the sequences keep theirs
+    for number in range(3):
+        context.commit(None, sequence=number)  # of those that had one, only 3 keeps it
+    context.clear()
+    later = context.prefill(contents, "all")
+    np.testing.assert_array_equal(later[3], expected[3])
+    np.testing.assert_array_equal(later[2], expected[2])  # strength 0 was none
+    for number in (0, 1, 4):
+        assert not np.array_equal(later[number], expected[number])
+
+
+def test_a_changed_commitment_of_a_sequence_takes_effect_on_the_next_decode(context, model):
+    other = latent.sample(9, 16, model.width).direction
+    own = commitments(model)
+    seen = []
+    for commitment in (own[0], Commitment(own[0].direction, 0.6, (0, 5)),
+                       Commitment(own[0].direction, 0.6, (1, 5)), Commitment(other, 0.6, (1, 5)),
+                       None, own[0]):
+        context.commit(commitment, sequence=1)
+        context.clear()
+        seen.append(context.prefill({0: LINES[0], 1: LINES[0]}))
+    for rows in seen:
+        np.testing.assert_array_equal(rows[0], seen[0][0])
+    np.testing.assert_array_equal(seen[5][1], seen[0][1])
+    assert len({rows[1].tobytes() for rows in seen}) == 5
+
+
+def test_a_fork_takes_the_cache_but_not_the_commitment(context, model):
+    own = commitments(model)
+    context.commit(own[0], sequence=0)
+    context.commit(own[1], sequence=1)
+    context.prefill({0: LINES[0]})
+    context.fork(0, [1, 2])
+    forks = context.decode({0: [290], 1: [290], 2: [290]})
+    assert len({rows.tobytes() for rows in forks.values()}) == 3
+    context.clear()
+    context.commit(None, sequence=0)
+    context.commit(None, sequence=1)
+    for sequence, commitment in ((0, own[0]), (1, own[1]), (2, None)):
+        context.clear()
+        context.commit(own[0])
+        context.prefill({0: LINES[0]})
+        context.fork(0, [1, 2])
+        context.commit(commitment)
+        again = context.decode({0: [290], 1: [290], 2: [290]})
+        np.testing.assert_array_equal(again[sequence], forks[sequence])
+
+
+@pytest.mark.parametrize("sequence", [-1, 27, 1000])
+def test_a_commitment_of_a_sequence_that_is_not_there_is_refused(context, model, sequence):
+    for commitment in (commitments(model)[0], None):
+        with pytest.raises(ValueError, match="there is no such sequence"):
+            context.commit(commitment, sequence=sequence)
+
+
+def test_a_refused_commitment_leaves_the_sequence_its_own(context, model):
+    context.commit(commitments(model)[0], sequence=1)
+    before = context.prefill({1: LINES[0]})[1]
+    with pytest.raises(ValueError, match="layer range"):
+        context.commit(Commitment(commitments(model)[1].direction, 0.5, (3, 6)), sequence=1)
+    context.clear()
+    np.testing.assert_array_equal(context.prefill({1: LINES[0]})[1], before)
 
 
 def test_residual_norms_are_those_of_pytorch(model, torch_model):

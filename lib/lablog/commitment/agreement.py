@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,8 +18,9 @@ from lablog.commitment.qlora import load_committed, plan_of
 from lablog.commitment.reader import Reader
 from lablog.commitment.rendering import Prompt
 from lablog.commitment.trained import Probes
-from lablog.intervals import wilson
+from lablog.intervals import hierarchical
 from lablog.models.llama_cpp import Commitment, Context, Model, generate
+from lablog.provenance import usable_threads
 from lablog.record import Run
 from lablog.report import Section
 from lablog.text.tokenizer import Tokenizer
@@ -28,61 +29,90 @@ from lablog.text.tokenizer import Tokenizer
 class NativeReader(Reader):
     """A :class:`Reader` whose words come from the patched llama.cpp, z* included.
 
-    The PyTorch model serves the posterior alone. Prompts are read one by one, each under its own
-    commitment, which the engine is given as λ, a direction and a range of layers.
+    The PyTorch model serves the posterior alone. As many prompts as the context has sequences are
+    read together, each sequence under a commitment of its own, which the engine is given as λ, a
+    direction and a range of layers.
     """
 
     def __init__(self, reference: Reader, context: Context) -> None:
         super().__init__(reference.model, reference.tokenizer, reference.chat)
         self.context = context
 
-    def _read(self, prompt: Prompt, z: Tensor | None, logits: Literal["last", "all"]) -> np.ndarray:
-        """Logits behind the last or every token; z [exchanges, k]."""
+    def _groups(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Numbers of prompts to be read together, of like length."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        for begin in range(0, len(order), self.context.sequences):
+            yield order[begin : begin + self.context.sequences]
+
+    def _read(self, prompts: Sequence[Prompt], z: Tensor | None,
+              logits: Literal["last", "all"]) -> list[np.ndarray]:
+        """Logits behind the last or every token of each prompt, in sequences 0, 1, …; z [prompts,
+        exchanges, k]. Exchanges under different z* are decoded one after the other."""
         self.context.clear()
         self.context.commit(None)
-        ids, rows, commitment = prompt.ids.tolist(), [], self.model.commitment
-        turns = prompt.exchange if z is None else prompt.exchange % len(z)
-        for turn, group in groupby(range(len(ids)), key=turns.__getitem__):
-            if z is not None:
-                assert commitment is not None
-                with torch.no_grad():
-                    direction = commitment.direction(z[turn].to(self.device)).cpu().numpy()
-                settings = commitment.settings
-                self.context.commit(Commitment(direction, settings.strength, settings.layers))
-            rows.append(self.context.decode({0: [ids[i] for i in group]}, logits)[0])
-        return np.concatenate(rows)
+        pieces = []
+        for prompt in prompts:
+            turns = 0 * prompt.exchange if z is None else prompt.exchange % z.shape[1]
+            pieces.append([(turn, [int(prompt.ids[i]) for i in group])
+                           for turn, group in groupby(range(len(turns)), key=turns.__getitem__)])
+        rows: list[list[np.ndarray]] = [[] for _ in prompts]
+        for number in range(max(map(len, pieces))):
+            told = {s: parts[number] for s, parts in enumerate(pieces) if number < len(parts)}
+            for sequence, (turn, _) in told.items():
+                self._commit(sequence, None if z is None else z[sequence, turn])
+            found = self.context.decode({s: ids for s, (_, ids) in told.items()}, logits)
+            for sequence, part in found.items():
+                rows[sequence].append(part)
+        return [np.concatenate(parts) if logits == "all" else parts[-1] for parts in rows]
+
+    def _commit(self, sequence: int, z: Tensor | None) -> None:
+        if z is None:
+            self.context.commit(None, sequence)
+            return
+        commitment = self.model.commitment
+        assert commitment is not None
+        with torch.no_grad():
+            direction = commitment.direction(z.to(self.device)).cpu().numpy()
+        settings = commitment.settings
+        self.context.commit(Commitment(direction, settings.strength, settings.layers), sequence)
+
+    def _each(self, prompts: Sequence[Prompt], z: Tensor | None,
+              logits: Literal["last", "all"]) -> list[np.ndarray]:
+        """As `_read`, of any number of prompts."""
+        rows: dict[int, np.ndarray] = {}
+        for group in self._groups(prompts):
+            found = self._read([prompts[i] for i in group], None if z is None else z[group], logits)
+            rows.update(zip(group, found, strict=True))
+        return [rows[i] for i in range(len(prompts))]
 
     def logits(self, prompts: Sequence[Prompt], z: Tensor | None) -> Tensor:
         """As :meth:`Reader.logits`."""
-        rows = [self._read(prompt, None if z is None else z[i], "last")[-1]
-                for i, prompt in enumerate(prompts)]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack([rows[-1] for rows in self._each(prompts, z, "last")]))
 
     def scores(self, prompts: Sequence[Prompt], z: Tensor | None,
                targets: Sequence[np.ndarray]) -> list[Tensor]:
         """As :meth:`Reader.scores`."""
-        found = []
-        for i, (prompt, wanted) in enumerate(zip(prompts, targets, strict=True)):
-            rows = self._read(prompt, None if z is None else z[i],
-                              "last" if len(wanted) == 1 else "all")[-len(wanted) :]
-            logs = torch.from_numpy(rows).double().log_softmax(-1)
-            found.append(logs.gather(1, torch.from_numpy(wanted)))
-        return found
+        kind: Literal["last", "all"] = "last" if max(map(len, targets)) == 1 else "all"
+        return [torch.from_numpy(rows[-len(wanted) :]).double().log_softmax(-1)
+                .gather(1, torch.from_numpy(wanted))
+                for rows, wanted in zip(self._each(prompts, z, kind), targets, strict=True)]
 
     def log_probabilities(self, prompts: Sequence[Prompt], z: Tensor | None) -> list[Tensor]:
         """As :meth:`Reader.log_probabilities`."""
-        return [torch.from_numpy(self._read(prompt, None if z is None else z[i], "all")[:-1])
-                .log_softmax(-1) for i, prompt in enumerate(prompts)]
+        return [torch.from_numpy(rows[:-1]).log_softmax(-1)
+                for rows in self._each(prompts, z, "all")]
 
     def answers(self, prompts: Sequence[Prompt], z: Tensor | None, tokens: int,
                 uniforms: np.ndarray | None = None) -> list[str]:
         """As :meth:`Reader.answers`."""
-        texts = []
-        for i, prompt in enumerate(prompts):
-            last = {0: self._read(prompt, None if z is None else z[i], "last")}
-            dice = None if uniforms is None else {0: uniforms[i]}
-            written = generate(self.context, last, tokens, self.rendering.stops, dice)
-            texts.append(self.tokenizer.decode(written[0]).strip())
+        texts = [""] * len(prompts)
+        for group in self._groups(prompts):
+            last = self._read([prompts[i] for i in group], None if z is None else z[group], "last")
+            dice = None if uniforms is None else {s: uniforms[i] for s, i in enumerate(group)}
+            written = generate(self.context, dict(enumerate(last)), tokens,
+                               self.rendering.stops, dice)
+            for sequence, i in enumerate(group):
+                texts[i] = self.tokenizer.decode(written[sequence]).strip()
         return texts
 
 
@@ -91,7 +121,7 @@ class Agreement:
     """What the engine (``native``) and PyTorch (``reference``) make of the same conversations."""
 
     logits: float  # largest absolute difference of a logit, behind "is it X?"
-    greedy: tuple[int, int]  # greedy answers that are the same text, of how many
+    greedy: np.ndarray  # whether a greedy answer is the same text, bool [items]
     recall: tuple[probes.RecallResult, probes.RecallResult]  # native, reference
     fork: tuple[probes.ForkResult, probes.ForkResult]  # native, reference
 
@@ -101,10 +131,10 @@ class Agreement:
         return float(np.abs(self.fork[0].yes_sum - self.fork[1].yes_sum).max())
 
     @property
-    def named(self) -> float:
-        """Share of answers (first, again, after eviction) that name the same value."""
+    def named(self) -> np.ndarray:
+        """Whether an answer (first, again, after eviction) names the same value, bool [answers]."""
         native, reference = (np.concatenate([r.first, r.again, r.evicted]) for r in self.recall)
-        return float((native == reference).mean())
+        return native == reference
 
 
 def agreement(native: Reader, reference: Reader, material: Probes,
@@ -120,46 +150,57 @@ def agreement(native: Reader, reference: Reader, material: Probes,
     said = [reader.answers(again, z, probes.ANSWER_TOKENS) for reader in (native, reference)]
     return Agreement(
         float((rows[0] - rows[1]).abs().max()),
-        (sum(a == b for a, b in zip(*said, strict=True)), len(again)),
+        np.array([a == b for a, b in zip(*said, strict=True)]),
         (material.recall(native, source), material.recall(reference, source)),
         (material.fork(native, source), material.fork(reference, source)),
     )
 
 
 def compare(exported: Export, base: Path, material: Probes, device: str = "cpu",
-            window: int = 512) -> dict[str, Agreement]:
+            window: int = 512, sequences: int = 32) -> dict[str, Agreement]:
     """Exported files in llama.cpp against PyTorch, dequantised: z* from the ``prior``, ``prefix``.
 
-    device: ``cpu``, or ``cuda`` for both, which needs a llama.cpp built for it.
+    device: ``cpu``, or ``cuda`` for both, which needs a llama.cpp built for it. sequences: prompts
+    that the engine reads together, of at most `window` tokens each.
     """
     model = load_committed(base, exported.folder, exact=True).to(device)
     reference = Reader(model, Tokenizer(base / "tokenizer.model"), plan_of(exported.folder).chat)
     layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
     with (Model(exported.base, layers, exported.lora) as engine,
-          Context(engine, 1, window) as context):
+          Context(engine, sequences, window, usable_threads()) as context):
         native = NativeReader(reference, context)
         return {"prior": agreement(native, reference, material, "prior"),
                 "prefix": agreement(native, reference, material, "prefix")}
 
 
-def record_agreement(run: Run, found: Mapping[str, Agreement]) -> None:
-    """Add ``native.<source>.<measure>``, and ``pytorch.<source>.<measure>`` of the probes."""
-    for source, result in found.items():
-        equal, answers = result.greedy
-        run.metric(f"native.{source}.logit_difference", result.logits, "")
-        run.metric(f"native.{source}.yes_sum_difference", result.yes_sum, "")
-        run.metric(f"native.{source}.named_equal", result.named, "fraction")
-        run.metric(f"native.{source}.greedy_equal", equal / answers, "fraction", n=answers,
-                   numerator=equal, denominator=answers, interval=wilson(equal, answers))
-        for engine, recall, fork in zip(("native", "pytorch"), result.recall, result.fork,
-                                        strict=True):
-            for name, values in (("recall", recall.recalled), ("same_choice", fork.same),
-                                 ("eviction", recall.recalled_after_eviction)):
-                hits = int(values.sum())
-                run.metric(f"{engine}.{source}.{name}", hits / len(values), "fraction",
-                           n=len(values), numerator=hits, denominator=len(values),
-                           interval=wilson(hits, len(values)))
-            run.metric(f"{engine}.{source}.yes_sum", float(fork.yes_sum.mean()), "", n=len(values))
+def record_agreement(run: Run, found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> None:
+    """Add ``native.<source>.<measure>``, and ``pytorch.<source>.<measure>`` of the probes, over
+    all runs (by base and seed): the largest difference, and shares of all answers."""
+    seeds = sorted({seed for _, seed in found})
+    bases = len({base for base, _ in found})
+
+    def share(name: str, values: Sequence[np.ndarray]) -> None:
+        stacked = np.stack(values).astype(float).reshape(bases, len(seeds), -1)
+        run.metric(name, float(stacked.mean()), "fraction", n=stacked.shape[-1],
+                   numerator=float(stacked.sum()), denominator=float(stacked.size),
+                   seeds=tuple(seeds), interval=hierarchical(stacked, share=True))
+
+    run.metric("native.runs", len(found), "count")
+    for source in ("prior", "prefix"):
+        results = [each[source] for each in found.values()]
+        run.metric(f"native.{source}.logit_difference", max(r.logits for r in results), "")
+        run.metric(f"native.{source}.yes_sum_difference", max(r.yes_sum for r in results), "")
+        share(f"native.{source}.named_equal", [r.named for r in results])
+        share(f"native.{source}.greedy_equal", [r.greedy for r in results])
+        for number, engine in enumerate(("native", "pytorch")):
+            recall, fork = ([getattr(r, name)[number] for r in results]
+                            for name in ("recall", "fork"))
+            share(f"{engine}.{source}.recall", [r.recalled for r in recall])
+            share(f"{engine}.{source}.eviction", [r.recalled_after_eviction for r in recall])
+            share(f"{engine}.{source}.same_choice", [f.same for f in fork])
+            run.metric(f"{engine}.{source}.yes_sum",
+                       float(np.mean([f.yes_sum.mean() for f in fork])), "",
+                       n=len(fork[0].yes_sum), seeds=tuple(seeds))
 
 
 def _lines(english: str, japanese: str) -> list[tuple[str, str]]:

@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lablog.commitment.conversations import Conversation, collate
+from lablog.commitment.conversations import (
+    Conversation,
+    Conversations,
+    ConversationSettings,
+    collate,
+)
 from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
@@ -18,8 +23,9 @@ from lablog.commitment.qlora import (
     load_to_read,
 )
 from lablog.commitment.reader import Reader
-from lablog.commitment.trained import Probes, training_data
+from lablog.commitment.trained import Probes
 from lablog.text.datasets import Item
+from lablog.text.dialogues import load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
 
 ITEMS, BATCH = 200, 12
@@ -42,18 +48,19 @@ def _in_window(conversation: Conversation) -> Conversation:
     prefix, forks = conversation.prefix, conversation.forks
     item = Item(np.concatenate([prefix.ids, forks.ids]),
                 np.concatenate([0 * prefix.weights, forks.weights]))
-    return Conversation(prefix, item,
-                        np.concatenate([np.zeros(len(prefix.ids), np.int64), conversation.fork]))
+    fork = np.concatenate([np.zeros(len(prefix.ids), np.int64), conversation.fork])
+    return Conversation(prefix, item, fork, conversation.commitment)
 
 
 def step(base: Path, k: int, quantisation: Quantisation) -> Callable[[], None]:
     """A function that takes one optimiser step; k = 0 is LoRA alone on the same tokens."""
     plan = _plan(k, quantisation)
     torch.manual_seed(0)
-    model = committed_model(load_base(base, quantisation, "f32"), plan).train()
+    model = committed_model(load_base(base, quantisation, "f32"), plan, BATCH).train()
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4, fused=True)
     count = 4 * BATCH  # three batches of choices, one of recall
-    data = training_data(base, 0, plan, "dialogues", count=count)
+    settings = ConversationSettings(trained_part(load_settings()), gap=(0, 2))
+    data = Conversations(settings, Tokenizer(base / "tokenizer.model"), 0, count, BATCH)
     shown = [data[i] if k else _in_window(data[i]) for i in range(count)]
     batches = [collate(shown[i : i + BATCH]) for i in range(0, count, BATCH)]
 

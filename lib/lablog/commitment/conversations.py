@@ -3,9 +3,11 @@
 There are as many personas as values in a topic: persona i holds value number i of every topic, so
 its choice in one tells its choice in all. Two kinds of conversation alternate between batches.
 *Choice*: the prefix is the private line "it is X"; behind the opening of the guessing game, about
-any topic, the conversation is forked into "what is it?" and "is it Y?". *Recall*: the prefix is the
-exchange that states a favourite; the forks are the question for one of any topic, the rest of the
-dialogue without the statement (evicted), and the whole dialogue.
+any topic, and some other talk the conversation is forked into "what is it?" and "is it Y?".
+*Recall*: the prefix is the exchange that states a favourite; the forks are the question for one of
+any topic, and the rest of the dialogue, without the statement (evicted) or behind it.
+
+What training may meet is `dialogues.trained_part`: everything else is new to it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from torch.utils.data import Dataset
 
 from lablog.commitment.rendering import Rendering
 from lablog.text.datasets import Item, decisive_words
-from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Split, Turn, generate
+from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, generate
 from lablog.text.tokenizer import Tokenizer
 
 Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
-STREAM = 105  # spawn key, apart from those of the dialogues' splits and of the probes
+IN_WINDOW = 0.25  # share of recall conversations whose statement stays in the window
+STREAM, GAPS = 105, 108  # spawn keys, apart from those of the dialogues' splits and of the probes
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,34 @@ class Conversation:
     """A prefix, and forks of what follows, which share its commitment.
 
     fork: for each token of `forks` the number of its fork, 0 for the stem that all share.
+    commitment: number of the commitment that the prefix fixes; −1 where there is no list of them.
     """
 
     prefix: Item
     forks: Item
     fork: NDArray[np.int64]
+    commitment: int = -1
+
+
+@dataclass(frozen=True)
+class ConversationSettings:
+    """What conversations are made of.
+
+    Dialogue settings (the phrasings, topics and values that may occur). gap: least and most
+    distractor exchanges between the opening of the guessing game and its questions. independent:
+    number of topics that a prefix states, one value of each drawn by itself; 0 is the personas,
+    of whom one topic tells all. note: the decoder's
+    window begins with what the model says in the prefix.
+    """
+
+    dialogues: DialogueSettings
+    gap: tuple[int, int] = (0, 0)
+    independent: int = 0
+    word_weight: float = 0.02
+    named_weight: float = 4.0
+    guesses: int = 3
+    recall_share: float = 0.25
+    note: bool = False
 
 
 class Conversations(Dataset[Conversation]):
@@ -45,36 +71,43 @@ class Conversations(Dataset[Conversation]):
 
     Conversation number i is of persona i mod N: a batch of N holds each persona once.
 
-    Only combinations of phrasing and value that the dialogues' `split` holds occur.
-    The loss is on the assistant's turns: 1 on values, yes and no, `word_weight` on other words. Of
-    `guesses` forks "is it Y?" one is right and the others weigh as much as all N - 1 wrong ones,
-    so that a calibrated decoder has Σ_Y P(yes | Y) = 1.
+    The loss is on the assistant's turns: 1 on values, yes and no, `word_weight` of that on other
+    words. Of `guesses` forks "is it Y?" one is right and the others weigh as much as all N - 1
+    wrong ones, so that a calibrated decoder has Σ_Y P(yes | Y) = 1; naming, which is asked once
+    where twelve guesses are, weighs `named_weight`.
     """
 
-    def __init__(self, settings: DialogueSettings, tokenizer: Tokenizer, seed: int, size: int,
-                 batch: int, word_weight: float = 0.02, guesses: int = 4,
-                 recall_share: float = 0.25, split: Split = "train",
-                 chat: str = "plain") -> None:
+    def __init__(self, settings: ConversationSettings, tokenizer: Tokenizer, seed: int, size: int,
+                 batch: int, chat: str = "plain") -> None:
         self.settings, self.seed, self.size, self.batch = settings, seed, size, batch
-        self.guesses, self.recall_share, self.split = guesses, recall_share, split
-        self.rendering, self.decisive = Rendering(tokenizer, chat), decisive_words(settings)
-        self.word_weight = word_weight
+        self.dialogues, self.word_weight = settings.dialogues, settings.word_weight
+        self.rendering, self.decisive = Rendering(tokenizer, chat), decisive_words(self.dialogues)
 
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def commitments(self) -> int:
+        """How many commitments there are to be numbered; 0 where they are not listed."""
+        return 0 if self.settings.independent else self.dialogues.personas
+
     def __getitem__(self, index: int) -> Conversation:
-        share, number = self.recall_share, index // self.batch
+        share, number = self.settings.recall_share, index // self.batch
         recall = int((number + 1) * share) > int(number * share)
-        draw = Draw(self.settings, self.seed, STREAM, index)
-        persona = index % self.settings.personas
-        dialogue = generate(self.settings, self.seed, index, self.split,
+        draw = Draw(self.dialogues, self.seed, STREAM, index)
+        if self.settings.independent:
+            return self._independent(draw)
+        persona = index % self.dialogues.personas
+        dialogue = generate(self.dialogues, self.seed, index, "train",
                             "favourite" if recall else "compare",
                             "probe" if recall else "simple", persona)
         prefix = dialogue.turns[: 2 if recall else 1]
-        forks = self._recall(draw, dialogue) if recall else self._choice(draw, dialogue)
-        return conversation(self.item(prefix, last=True),
-                            [self.item(*fork, last=n > 0) for n, fork in enumerate(forks)])
+        topic, value = self._persona(draw, persona)
+        # One gap for a whole batch: rows of one length, and little padding.
+        gap = Draw(self.dialogues, self.seed, GAPS, number).integer(*self.settings.gap)
+        forks = (self._recall(draw, dialogue, topic, value) if recall
+                 else self._choice(draw, topic, value, gap))
+        return self._forked(prefix, forks, persona)
 
     def item(self, turns: Sequence[Turn], weight: float = 1.0, bos: bool = True,
              last: bool = False) -> Item:
@@ -83,59 +116,103 @@ class Conversations(Dataset[Conversation]):
         weights = np.array([0, 1, 1 / self.word_weight], np.float32)[kinds]  # heard, said, decisive
         return Item(ids, weights * np.float32(weight * self.word_weight))
 
-    def _persona(self, draw: Draw, dialogue: Dialogue) -> tuple[str, str]:
-        """Another topic, and the value there of the persona that the dialogue's value belongs to.
+    def _forked(self, prefix: Sequence[Turn], forks: Sequence[Fork],
+                commitment: int = -1) -> Conversation:
+        """A stem and its forks; one of a single exchange ends with the word that decides.
+
+        With `note` what the model says in the prefix also begins the decoder's window.
+        """
+        (stem, weight, bos), *others = forks
+        if self.settings.note:
+            stem = [prefix[-1], *stem]
+        items = [self.item(turns, weight, bos, last=True) for turns, weight, bos in others]
+        return conversation(self.item(prefix, last=True), [
+            self.item(stem, weight, bos),
+            *(up_to_decision(item) if len(turns) == 2 else item
+              for item, (turns, _, _) in zip(items, others, strict=True))], commitment)
+
+    def _persona(self, draw: Draw, persona: int) -> tuple[str, str]:
+        """A topic that the persona has a value of, and that value.
 
         Were z* to hold a value of one topic only, a draw from the prior would decide nothing in
         the others.
         """
-        topic = draw.pick(list(self.settings.topics))
-        number = self.settings.topics[dialogue.topic].index(dialogue.value)
-        return topic, self.settings.topics[topic][number]
+        topics = self.dialogues.topics
+        topic = draw.pick([t for t, values in topics.items() if persona < len(values)])
+        return topic, topics[topic][persona]
 
-    def _choice(self, draw: Draw, dialogue: Dialogue) -> list[Fork]:
-        topic, value = self._persona(draw, dialogue)
-        values = self.settings.topics[topic]
+    def _choice(self, draw: Draw, topic: str, value: str, gap: int) -> list[Fork]:
+        values, guesses = self.dialogues.topics[topic], self.settings.guesses
         wrong = sorted((v for v in values if v != value), key=lambda _: draw.random())
-        forks: list[Fork] = [(draw.exchange("opening", "chosen", topic), 1.0, True),
-                             (draw.exchange("what_is_it", "it_is", topic, value), 1.0, False)]
+        stem = [*draw.exchange("opening", "chosen", topic), *draw.distractors(topic, gap)]
+        forks: list[Fork] = [(stem, 1.0, True), (
+            draw.exchange("what_is_it", "it_is", topic, value), self.settings.named_weight, False)]
         # The wrong guesses stand for all N - 1.
-        for number, guessed in enumerate([value, *wrong[: self.guesses - 1]]):
-            many = (len(values) - 1) / (self.guesses - 1) if number else 1.0
+        for number, guessed in enumerate([value, *wrong[: guesses - 1]]):
+            many = (len(values) - 1) / (guesses - 1) if number else 1.0
             forks.append((draw.guess(topic, value, guessed), many, False))
         return forks
 
-    def _recall(self, draw: Draw, dialogue: Dialogue) -> list[Fork]:
-        asked = draw.exchange("question", "answer", *self._persona(draw, dialogue))
-        return [([], 1.0, True), (asked, 1.0, False), (dialogue.turns[2:], 1.0, False),
-                (dialogue.turns, 1.0, False)]
+    def _recall(self, draw: Draw, dialogue: Dialogue, topic: str, value: str) -> list[Fork]:
+        asked = draw.exchange("question", "answer", topic, value)
+        kept = dialogue.turns if draw.random() < IN_WINDOW else dialogue.turns[2:]
+        weight = self.settings.named_weight
+        return [([], 1.0, True), (asked, weight, False), (kept, weight, False)]
+
+    def _independent(self, draw: Draw) -> Conversation:
+        """A prefix that states a value of each of the first `independent` topics; the guessing
+        game is about one of them."""
+        topics = list(self.dialogues.topics)[: self.settings.independent]
+        held = {topic: draw.pick(self.dialogues.topics[topic]) for topic in topics}
+        prefix = [draw.turn("A", "private", topic, value) for topic, value in held.items()]
+        topic = draw.pick(topics)
+        forks = self._choice(draw, topic, held[topic], 0)
+        return self._forked(prefix, forks)
 
 
-def conversation(prefix: Item, parts: Sequence[Item]) -> Conversation:
+def up_to_decision(item: Item) -> Item:
+    """`item` without what follows the first word of the greatest weight: the decision has made the
+    rest predictable, so that it would cost a fifth of the training and teach next to nothing."""
+    decisive = item.weights == item.weights.max()
+    begin = int(decisive.argmax())
+    end = begin + int(np.append(~decisive[begin:], True).argmax())
+    return Item(item.ids[:end], item.weights[:end])
+
+
+def conversation(prefix: Item, parts: Sequence[Item], commitment: int = -1) -> Conversation:
     """The forks ``parts[1:]`` behind their common stem ``parts[0]``, as one row."""
     item = Item(np.concatenate([p.ids for p in parts]), np.concatenate([p.weights for p in parts]))
-    return Conversation(prefix, item, np.repeat(np.arange(len(parts)), [len(p.ids) for p in parts]))
+    fork = np.repeat(np.arange(len(parts)), [len(p.ids) for p in parts])
+    return Conversation(prefix, item, fork, commitment)
 
 
 def collate(batch: Sequence[Conversation], side: str = "right") -> dict[str, torch.Tensor]:
     """Conversations as tensors; padding on either `side` has mask 0 and weight 0.
 
-    prefix_ids, prefix_mask [n, prefix tokens]; input_ids, mask, weights, position_ids [n, tokens];
+    commitment [n], the number of each row's; prefix_ids, prefix_mask [n, prefix tokens];
+    input_ids, mask, weights, position_ids [n, tokens];
     attention [n, 1, tokens, tokens]: a token sees the stem and its own fork up to itself.
     """
     prefix_ids = padded([c.prefix.ids for c in batch], side)
     prefix_mask = padded([np.ones(len(c.prefix.ids), np.int64) for c in batch], side)
     fork = padded([c.fork for c in batch], side, -1)
     mask = (fork >= 0).long()
-    same = fork[:, :, None] == fork[:, None, :]
-    seen = (same | (fork[:, None, :] == 0)) & (fork[:, :, None] >= 0)
-    seen &= torch.ones(fork.shape[1], fork.shape[1], dtype=torch.bool).tril()
-    positions = (seen.sum(dim=2) - 1).clamp(min=0)
-    seen |= torch.eye(fork.shape[1], dtype=torch.bool)  # padding sees itself: no empty softmax
-    return {"prefix_ids": prefix_ids, "prefix_mask": prefix_mask,
+    positions, seen = visible(fork)
+    return {"commitment": torch.tensor([c.commitment for c in batch]),
+            "prefix_ids": prefix_ids, "prefix_mask": prefix_mask,
             "input_ids": padded([c.forks.ids for c in batch], side), "mask": mask,
             "weights": padded([c.forks.weights for c in batch], side), "position_ids": positions,
             "attention": seen[:, None]}
+
+
+def visible(fork: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [n, tokens] and what each token sees [n, tokens, tokens] of a row of forks: the
+    stem (fork 0) and its own fork, up to itself. Padding (−1) sees itself: no empty softmax."""
+    same = fork[:, :, None] == fork[:, None, :]
+    seen = (same | (fork[:, None, :] == 0)) & (fork[:, :, None] >= 0)
+    seen &= torch.ones(fork.shape[1], fork.shape[1], dtype=torch.bool, device=fork.device).tril()
+    positions = (seen.sum(dim=2) - 1).clamp(min=0)
+    return positions, seen | torch.eye(fork.shape[1], dtype=torch.bool, device=fork.device)
 
 
 def padded(rows: Sequence[NDArray[Any]], side: str, fill: int = 0) -> torch.Tensor:

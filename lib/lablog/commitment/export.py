@@ -75,6 +75,9 @@ def export(trained: Path, base: Path, output: Path) -> Export:
     `output` appears whole or not at all. Raises ValueError if `trained` belongs to another base.
     """
     settings = _settings(trained, base)
+    if settings.positions != "all":
+        raise ValueError(f"{trained} adds z* at the {settings.positions} position alone, which "
+                         "no engine but PyTorch does: export one trained with positions = all")
     with atomic_folder(output) as room, tempfile.TemporaryDirectory(dir=room.parent) as scratch:
         for name in (SETTINGS, WEIGHTS, "plan.json"):
             shutil.copyfile(trained / name, room / name)

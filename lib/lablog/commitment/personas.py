@@ -16,7 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lablog.commitment.conversations import Conversation, Conversations, conversation
+from lablog.commitment.conversations import (
+    Conversation,
+    Conversations,
+    ConversationSettings,
+    conversation,
+)
 from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
@@ -44,8 +49,8 @@ class PersonaConversations(Dataset[Conversation]):
 
     def __init__(self, dialogues: Sequence[PersonaDialogue], tokenizer: Tokenizer, seed: int,
                  count: int, window: int, chat: str = "plain") -> None:
-        encode = Conversations(load_settings(), tokenizer, seed, 0, 1, 1.0, 2, 0.0,
-                               chat=chat).item
+        settings = ConversationSettings(load_settings(), word_weight=1.0)
+        encode = Conversations(settings, tokenizer, seed, 0, 1, chat).item
         self.seed, self.count = seed, count
         self.conversations = []
         for dialogue in dialogues:

@@ -46,7 +46,7 @@ class ForkItem:
     """A hidden choice among `values`, and the questions for it."""
 
     values: tuple[str, ...]
-    opening: tuple[Turn, ...]
+    opening: tuple[Turn, ...]  # and other talk behind it, if the probes ask for some
     guesses: tuple[Turn, ...]  # "is it X?" for each value, in one phrasing
     naming: Turn  # "what is it?"
     stem: str  # how the answer begins, up to the value
@@ -62,16 +62,35 @@ class Items:
     fork: tuple[ForkItem, ...]
 
 
-def make_items(settings: DialogueSettings, seed: int, count: int) -> Items:
+@dataclass(frozen=True)
+class Material:
+    """What probes are made of, where not everything in the dialogue settings is to occur.
+
+    topics: those asked about (empty: all of `settings`); gap: number of exchanges of other talk
+    between the opening of a guessing game and its questions, and between a favourite and the
+    question for it (None: none there, and ``settings.probe_gap`` here); noted: the first index of
+    the values that a private note may state.
+    """
+
+    settings: DialogueSettings
+    topics: tuple[str, ...] = ()
+    gap: int | None = None
+    noted: int = 0
+
+
+def make_items(material: DialogueSettings | Material, seed: int, count: int) -> Items:
     """`count` items of each family; a pure function of its arguments."""
-    recall, fork = [], []
-    topics = list(settings.topics)
+    if isinstance(material, DialogueSettings):
+        material = Material(material)
+    settings, recall, fork = material.settings, [], []
+    topics = list(material.topics or settings.topics)
+    spoken = settings.probe_gap if material.gap is None else (material.gap, material.gap)
     for index in range(count):
         draw = Draw(settings, seed, STREAMS["recall"], index)
         topic = draw.pick(topics)
         recall.append(RecallItem(
             tuple(settings.topics[topic]), draw.turn("U", "question", topic),
-            tuple(draw.distractors(topic, draw.integer(*settings.probe_gap))),
+            tuple(draw.distractors(topic, draw.integer(*spoken))),
             draw.turn("U", "requestion", topic),
             np.array([draw.random() for _ in range(ANSWER_TOKENS)]),
         ))
@@ -80,10 +99,11 @@ def make_items(settings: DialogueSettings, seed: int, count: int) -> Items:
         values = tuple(settings.topics[topic])
         phrasing = draw.integer(0, len(settings.is_it) - 1)
         answer = draw.pick(settings.it_is)
-        noted = draw.integer(0, len(values) - 1)
+        noted = draw.integer(material.noted, len(values) - 1)
+        opening = draw.exchange("opening", "chosen", topic)
+        guesses = tuple(draw.turn("U", "is_it", topic, value, phrasing) for value in values)
         fork.append(ForkItem(
-            values, tuple(draw.exchange("opening", "chosen", topic)),
-            tuple(draw.turn("U", "is_it", topic, value, phrasing) for value in values),
+            values, (*opening, *draw.distractors(topic, material.gap or 0)), guesses,
             draw.turn("U", "what_is_it", topic),
             answer.split("{value}")[0].format(topic=topic).strip(),
             draw.turn("A", "private", topic, values[noted]), noted,
@@ -129,6 +149,17 @@ class ForkResult:
     def yes_sum(self) -> np.ndarray:
         """Σ_X P(yes | is it X?), [items]: 1 if one value is held."""
         return self.yes.sum(axis=1)
+
+    @property
+    def yes_named(self) -> np.ndarray:
+        """P(yes | is it X?) of the X that is named, [items]: a held choice is confirmed."""
+        confirmed: np.ndarray = self.yes[np.arange(len(self.yes)), self.named.argmax(axis=1)]
+        return confirmed
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Whether the value named is the one that the private line states, bool [items]."""
+        return self.named.argmax(axis=1) == self.noted
 
     @cached_property
     def same(self) -> np.ndarray:
@@ -202,7 +233,11 @@ def _ask(speech: Speech, histories: dict[int, list[Turn]], questions: dict[int, 
 
 def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
              note: Note = "none") -> ForkResult:
-    """Every fork of every hidden choice; with note ``text`` the choice heads the window."""
+    """Every fork of every hidden choice; with note ``text`` the choice heads the window.
+
+    An injection that changes gives every question of every fork a direction of its own, and what
+    is decoded to score an answer has that of its question.
+    """
     context = speech.context
     widest = max(len(item.values) for item in items) + 1
     room = context.sequences // widest
@@ -222,13 +257,14 @@ def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
             base: speech.history(history)
             for base, history in zip(bases, histories, strict=True)
         })
-        injection.turn(context, 1)
         asked: dict[int, list[int]] = {}
         for base, history, item in zip(bases, histories, group, strict=True):
             context.fork(base, range(base + 1, base + 1 + len(item.values)))
             asked[base] = speech.prompt([*history, item.naming], item.stem)
             for offset, guess in enumerate(item.guesses):
                 asked[base + 1 + offset] = speech.prompt([*history, guess])
+        # Question q of item i is turn 1 + i · widest + q of what is injected: none is asked twice.
+        injection.questions(context, {s: 1 + begin * widest + s for s in asked})
         last = context.prefill(asked)
         forks = {base + 1 + x for base, item in zip(bases, group, strict=True)
                  for x in range(len(item.values))}
@@ -238,6 +274,7 @@ def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
             {base: speech.continuations([*history, item.naming], item.stem, item.values)
              for base, history, item in zip(bases, histories, group, strict=True)},
         )
+        injection.asked(context, range(len(group) * widest))
         for row, (base, item) in enumerate(zip(bases, group, strict=True), begin):
             size = len(item.values)
             pairs = np.array([answers[base + 1 + x] for x in range(size)])

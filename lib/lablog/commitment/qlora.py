@@ -29,6 +29,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -38,7 +39,9 @@ from lablog.commitment.hooks import injected
 from lablog.commitment.rendering import Chat
 from lablog.commitment.variational import (
     SETTINGS,
+    Code,
     CommitmentSettings,
+    Positions,
     Posterior,
     VariationalCommitment,
 )
@@ -71,8 +74,8 @@ class LoraSettings(Strict):
 class Schedule(Strict):
     """β is 0 for `warmup` steps, then rises linearly to `beta` over `annealing` steps;
     `free_bits` nats of KL (summed over the latent, mean over the batch) cost nothing. Along with β
-    the share of conversations rises whose z* is drawn from the prior's `cells`, which needs a batch
-    that holds every commitment once."""
+    the share of conversations rises whose z* is drawn from the prior's `cells`, which needs data
+    that number their commitments."""
 
     beta: float = Field(ge=0)
     warmup: int = Field(ge=0)
@@ -93,6 +96,11 @@ class Plan(Strict):
     """Everything that decides a trained commitment beside the base and the data.
 
     k 0 trains LoRA alone on the same data (the control without z*). layers None means all.
+    positions: z* is added behind ``all`` tokens, or at the ``first`` alone: one virtual token of
+    prefix tuning, whose keys and values carry it to the others. code: z* is ``gaussian`` with a
+    posterior that reads the prefix, or the ``label`` of the commitment as a one-hot vector: a
+    table of learned steering vectors, of which the data say which one to use. projection: W_c is
+    ``trained``, or keeps its random start (``frozen``).
     chat: how the model is spoken to, in training and by the probes.
     """
 
@@ -103,6 +111,9 @@ class Plan(Strict):
     schedule: Schedule
     training: TrainingSettings
     quantisation: Quantisation
+    positions: Positions = "all"
+    code: Code = "gaussian"
+    projection: Literal["trained", "frozen"] = "trained"
     chat: Chat = "plain"
     window: int = Field(1024, ge=2)  # tokens that a prefix or a chat may have
     gradient_checkpointing: bool = False
@@ -179,9 +190,9 @@ class CommittedModel(nn.Module):
         with injected(self.base, addition, self.commitment.settings.layers):
             return decoder(input_ids=ids, **options)
 
-    def forward(self, prefix_ids: Tensor, prefix_mask: Tensor, input_ids: Tensor, mask: Tensor,
-                weights: Tensor, position_ids: Tensor, attention: Tensor, beta: float = 0.0,
-                free_bits: float = 0.0, cells: float = 0.0,
+    def forward(self, commitment: Tensor, prefix_ids: Tensor, prefix_mask: Tensor,
+                input_ids: Tensor, mask: Tensor, weights: Tensor, position_ids: Tensor,
+                attention: Tensor, beta: float = 0.0, free_bits: float = 0.0, cells: float = 0.0,
                 z: Tensor | None = None) -> dict[str, Tensor]:
         """Loss, its parts ``lm`` and ``kl`` (nats per conversation), and the posterior's means.
 
@@ -189,14 +200,17 @@ class CommittedModel(nn.Module):
         is the share of rows whose z* comes from the prior's `Cells`, which follow in training.
         """
         addition, parts = None, {}
+        if self.commitment is not None and z is None and self.commitment.settings.code == "label":
+            z = self.commitment.label(commitment)
         if self.commitment is not None and z is not None:
             addition = self.commitment.addition(z, mask)
         elif self.commitment is not None:
             posterior = self.posterior(prefix_ids, prefix_mask)
             regions = self.commitment.cells
             if regions is not None and self.training:
-                regions.follow(posterior)
-            drawn = regions.sample(posterior, cells) if regions and cells else posterior.sample()
+                regions.follow(posterior, commitment)
+            drawn = (regions.sample(posterior, commitment, cells) if regions and cells
+                     else posterior.sample())
             addition = self.commitment.addition(drawn, mask)
             parts = {"kl": posterior.kl().sum(dim=1).mean(), "means": posterior.mean.detach()}
         # What is added to the scores; made once, where each layer would make it of a mask.
@@ -229,6 +243,14 @@ class CommittedModel(nn.Module):
         return self.trainable() | {f"cells.{name}": buffer for name, buffer in seen.items()}
 
 
+class LogLastStep(TrainerCallback):
+    """Logs behind the last step too, which need not be a multiple of the interval."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class CommitmentTrainer(GuardedTrainer):
     """The Trainer for `CommittedModel`: schedules β, logs KL and active units, and checkpoints
     what is trained, not the base."""
@@ -236,6 +258,7 @@ class CommitmentTrainer(GuardedTrainer):
     def __init__(self, *, schedule: Schedule, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.schedule = schedule
+        self.add_callback(LogLastStep())
         self.seen: list[Mapping[str, Tensor]] = []
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
@@ -286,8 +309,9 @@ def renamed() -> Iterator[None]:
         yield
 
 
-def committed_model(base: PreTrainedModel, plan: Plan) -> CommittedModel:
-    """`base` with a fresh adapter and a fresh commitment, from PyTorch's generator."""
+def committed_model(base: PreTrainedModel, plan: Plan, commitments: int = 0) -> CommittedModel:
+    """`base` with a fresh adapter and a fresh commitment, from PyTorch's generator; the latter
+    with cells for as many `commitments` as the data number, if the schedule uses cells."""
     settings = LoraConfig(
         r=plan.lora.r, lora_alpha=plan.lora.alpha,  # type: ignore[arg-type]  # any number does
         lora_dropout=plan.lora.dropout, target_modules=plan.lora.targets, task_type="CAUSAL_LM",
@@ -302,8 +326,12 @@ def committed_model(base: PreTrainedModel, plan: Plan) -> CommittedModel:
     if plan.k:
         layers = plan.layers or (0, base.config.num_hidden_layers - 1)
         commitment = VariationalCommitment(CommitmentSettings(
-            k=plan.k, width=base.config.hidden_size, layers=layers, strength=plan.strength
-        ), plan.training.batch_size if plan.schedule.cells else 0).to(base.device)
+            k=plan.k, width=base.config.hidden_size, layers=layers, strength=plan.strength,
+            positions=plan.positions, code=plan.code,
+        ), commitments if plan.schedule.cells else 0).to(base.device)
+        commitment.projection.requires_grad_(plan.projection == "trained")
+        if plan.code == "label":
+            commitment.head.requires_grad_(False)
     return CommittedModel(adapted, commitment)
 
 
@@ -332,10 +360,15 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
     """
     digest = base_hash(base)
     key = key_of(plan.model_dump(), digest, data_key)
+    commitments = getattr(dataset, "commitments", 0)
+    if not commitments and plan.k and (plan.schedule.cells or plan.code == "label"):
+        raise ValueError(f"cells = {plan.schedule.cells:g}, code = {plan.code}: cells and labels "
+                         "need data that number their commitments, and these do not; set cells to "
+                         "0 and code to gaussian")
 
     def build(arguments: TrainingArguments) -> Trainer:
         model = load_base(base, plan.quantisation, plan.training.precision, plan.training.cpu)
-        return CommitmentTrainer(model=committed_model(model, plan), args=arguments,
+        return CommitmentTrainer(model=committed_model(model, plan, commitments), args=arguments,
                                  train_dataset=dataset, data_collator=collate,
                                  schedule=plan.schedule)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lablog.commitment.conversations import padded
+from lablog.commitment.conversations import padded, visible
 from lablog.commitment.qlora import CommittedModel
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct
 from lablog.commitment.variational import Posterior
@@ -17,7 +19,21 @@ from lablog.text.dialogues import Turn
 from lablog.text.tokenizer import Tokenizer
 
 TOKENS = 16384  # in one batch, about; keeps logits and caches small
+STEM = 8  # tokens from which a common beginning is worth a row of forks
+NEGLIGIBLE = 1e-6
 ROWS = 512  # of logits at a time
+
+
+@dataclass
+class Group:
+    """Prompts, by number, that share their first `stem` tokens."""
+
+    members: list[int]
+    stem: int
+
+    def length(self, prompts: Sequence[Prompt]) -> int:
+        """Tokens of the stem and of what follows it in each prompt."""
+        return self.stem + sum(len(prompts[i].ids) - self.stem for i in self.members)
 
 
 class Reader:
@@ -86,51 +102,99 @@ class Reader:
     def scores(self, prompts: Sequence[Prompt], z: Tensor | None,
                targets: Sequence[np.ndarray]) -> list[Tensor]:
         """Log probabilities behind the last tokens of each prompt: of the tokens `targets`, int
-        [last, n] for each prompt; float64 of the same shapes."""
+        [last, n] for each prompt; float64 of the same shapes.
+
+        Prompts that follow each other, begin alike and have the same z* are read as the forks of
+        one row, so that their beginning is read once.
+        """
         found: dict[int, Tensor] = {}
-        for batch in self._batches(prompts):
-            ids, mask, positions, addition = self._begin(
-                [prompts[i] for i in batch], None if z is None else z[batch])
-            out = self.model.hidden(ids, addition, attention_mask=mask, position_ids=positions,
-                                    use_cache=False).last_hidden_state
-            ends = torch.cat([row[-len(targets[i]) :] for i, row in zip(batch, out, strict=True)])
-            wanted = [row for i in batch for row in targets[i]]
-            rows: list[Tensor] = []
+        for batch in self._forked(prompts, z, targets):
+            ends = torch.cat([row for rows in self._read_forks(batch, prompts, z, targets)
+                              for row in rows])
+            wanted = [row for group in batch for i in group.members for row in targets[i]]
+            logs: list[Tensor] = []
             for begin in range(0, len(ends), ROWS):
-                logits = self.model.base.get_output_embeddings()(ends[begin : begin + ROWS])
-                totals = logits.double().logsumexp(-1).cpu()
-                rows += (row[torch.from_numpy(chosen)].double() - total for row, total, chosen in
-                         zip(logits.cpu(), totals, wanted[begin : begin + ROWS], strict=True))
-            for i in batch:
-                found[i], rows = torch.stack(rows[: len(targets[i])]), rows[len(targets[i]) :]
+                part = wanted[begin : begin + ROWS]
+                logits = self.model.base.get_output_embeddings()(ends[begin : begin + len(part)])
+                rows = logits.float().cpu().double().log_softmax(-1)
+                logs += (row[torch.from_numpy(ids)] for row, ids in zip(rows, part, strict=True))
+            for i in (i for group in batch for i in group.members):
+                found[i] = torch.stack(logs[: len(targets[i])])
+                logs = logs[len(targets[i]) :]
         return [found[i] for i in range(len(prompts))]
+
+    def _forked(self, prompts: Sequence[Prompt], z: Tensor | None,
+                targets: Sequence[np.ndarray]) -> list[list[Group]]:
+        """Batches of rows of like length; a row holds prompts with a common stem."""
+        groups: list[Group] = []
+        for i, prompt in enumerate(prompts):
+            longest = len(prompt.ids) - len(targets[i])  # what is read off must not be in the stem
+            if groups:
+                last = groups[-1]
+                stem = min(last.stem, longest, prompt.shared(prompts[last.members[0]]))
+                same = z is None or bool(torch.equal(z[last.members[0]], z[i]))
+                if same and stem >= STEM and 2 * stem >= last.stem:
+                    last.members.append(i)
+                    last.stem = stem
+                    continue
+            groups.append(Group([i], longest))
+        batches: list[list[Group]] = [[]]
+        for group in sorted(groups, key=lambda g: g.length(prompts)):
+            if batches[-1] and (len(batches[-1]) + 1) * group.length(prompts) > TOKENS:
+                batches.append([])
+            batches[-1].append(group)
+        return [batch for batch in batches if batch]
+
+    def _read_forks(self, batch: Sequence[Group], prompts: Sequence[Prompt], z: Tensor | None,
+                    targets: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
+        """Hidden states behind the last tokens of each member of each row."""
+        rows = [[prompts[g.members[0]].to(g.stem), *(prompts[i].behind(g.stem) for i in g.members)]
+                for g in batch]
+
+        def joined(name: str, fill: int = 0) -> Tensor:
+            parts = [np.concatenate([getattr(p, name) for p in row]) for row in rows]
+            return padded(parts, "right", fill).to(self.device)
+
+        fork = padded([np.repeat(np.arange(len(row)), [len(p.ids) for p in row]) for row in rows],
+                      "right", -1).to(self.device)
+        positions, seen = visible(fork)
+        addition = None
+        if z is not None:
+            assert self.model.commitment is not None
+            mine = z[[g.members[0] for g in batch]].to(self.device)
+            turns = joined("exchange") % z.shape[1]
+            addition = self.model.commitment.addition(
+                torch.take_along_dim(mine, turns[:, :, None], dim=1), (fork >= 0).long())
+        scores = torch.zeros(seen.shape, dtype=self.model.base.dtype, device=self.device)
+        scores.masked_fill_(~seen, float("-inf"))
+        out = self.model.hidden(joined("ids"), addition, attention_mask=scores[:, None],
+                                position_ids=positions, use_cache=False).last_hidden_state
+        for group, row, states in zip(batch, rows, out, strict=True):
+            ends = np.cumsum([len(p.ids) for p in row])[1:]
+            yield [states[end - len(targets[i]) : end]
+                   for i, end in zip(group.members, ends, strict=True)]
 
     def log_likelihoods(self, asked: Sequence[tuple[Prompt, Sequence[str]]],
                         z: Tensor | None) -> tuple[Tensor, list[list[list[int]]]]:
         """log P(word | prompt) of equally many words for each prompt, float64 [prompts, words], by
         all tokens of the word; and these tokens.
 
-        Words of one token behind a prompt are read together in one row.
+        A word whose first token has less than `NEGLIGIBLE` probability keeps that token's, which
+        bounds its own: to read the rest would change nothing that is reported.
         """
-        tokens, rows, targets, places = [], [], [], []
-        for number, (prompt, words) in enumerate(asked):
-            kept, found = self.rendering.continuations(prompt, words)
-            tokens.append(found)
-            alone = [at for at, ids in enumerate(found) if len(ids) == 1]
-            if alone:
-                rows.append(prompt.to(kept))
-                targets.append(np.array([[found[at][0] for at in alone]]))
-                places.append((number, alone))
-            for at, ids in enumerate(found):
-                if len(ids) > 1:
-                    rows.append(prompt.to(kept, ids[:-1]))
-                    targets.append(np.array(ids)[:, None])
-                    places.append((number, [at]))
-        owners = [number for number, _ in places]
-        result = torch.zeros(len(asked), len(asked[0][1]), dtype=torch.float64)
-        scores = self.scores(rows, None if z is None else z[owners], targets)
-        for (number, columns), logs in zip(places, scores, strict=True):
-            result[number, columns] = logs.sum(dim=0)
+        continued = [self.rendering.continuations(prompt, words) for prompt, words in asked]
+        tokens = [found for _, found in continued]
+        firsts = [np.array([[ids[0] for ids in found]]) for found in tokens]
+        heads = [prompt.to(kept) for (prompt, _), (kept, _) in zip(asked, continued, strict=True)]
+        result = torch.cat(self.scores(heads, z, firsts))
+        rest = [(n, at) for n, found in enumerate(tokens) for at, ids in enumerate(found)
+                if len(ids) > 1 and result[n, at] > math.log(NEGLIGIBLE)]
+        if rest:
+            rows = [asked[n][0].to(continued[n][0], tokens[n][at][:-1]) for n, at in rest]
+            later = [np.array(tokens[n][at][1:])[:, None] for n, at in rest]
+            owned = None if z is None else z[[n for n, _ in rest]]
+            for (n, at), logs in zip(rest, self.scores(rows, owned, later), strict=True):
+                result[n, at] += logs.sum()
         return result, tokens
 
     def yes_no(self, prompts: Sequence[Prompt], z: Tensor | None) -> Tensor:

@@ -103,6 +103,18 @@ class Prompt:
                       np.concatenate([self.own[:length], np.full(len(more), True)]))
 
 
+    def shared(self, other: Prompt) -> int:
+        """How many tokens both begin with, in the same exchanges."""
+        size = min(len(self.ids), len(other.ids))
+        differ = (self.ids[:size] != other.ids[:size]) | (
+            self.exchange[:size] != other.exchange[:size])
+        return int(differ.argmax()) if differ.any() else size
+
+    def behind(self, length: int) -> Prompt:
+        """What follows the first `length` tokens."""
+        return Prompt(self.ids[length:], self.exchange[length:], self.own[length:])
+
+
 @dataclass(frozen=True)
 class Fragment:
     """Text that is encoded as one, and whether EOS and the next BOS follow it.

@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,13 +22,17 @@ from torch import Tensor, nn
 from lablog.files import atomic_write
 
 CANDIDATES = 16  # draws from the prior for each cell
+NEAR = 4  # of those in a cell, how many the one nearest to a border is chosen from
 MEMORY = 50  # batches over which the cells' running means reach back
+Positions = Literal["all", "first"]
+Code = Literal["gaussian", "label"]
 WEIGHTS, SETTINGS = "commitment.safetensors", "commitment.json"
 
 
 class CommitmentSettings(BaseModel):
     """Shape of a learnt commitment: latent dimension k, the model's width d, the layers that
-    receive it (0-based, inclusive) and the strength λ; and the base model that it belongs to."""
+    receive it (0-based, inclusive) and the strength λ; the positions that receive it; whether z*
+    is a Gaussian latent or a label's one-hot vector; and the base model that it belongs to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -35,6 +40,8 @@ class CommitmentSettings(BaseModel):
     width: int = Field(ge=1)
     layers: tuple[int, int]
     strength: float
+    positions: Positions = "all"
+    code: Code = "gaussian"
     base_sha256: str | None = None
 
     @model_validator(mode="after")
@@ -74,44 +81,60 @@ class Cells(nn.Module):
     posteriors overlap or leave gaps. The posteriors that cut are running means over batches:
     prefixes of one commitment differ in topic and wording, and cut along those of a single batch,
     a draw near a border would belong to another cell in every batch.
+
+    Whether two questions agree is decided at the borders, and few draws lie there. So half of the
+    draws are the one of `NEAR` in the cell that is the nearest to its border (hard examples:
+    Shrivastava et al., 2016).
     """
 
     mean: Tensor
     log_variance: Tensor
-    batches: Tensor
+    seen: Tensor
 
     def __init__(self, n: int, k: int) -> None:
         super().__init__()
         for name, start in (("mean", torch.zeros(n, k)), ("log_variance", torch.zeros(n, k)),
-                            ("batches", torch.zeros((), dtype=torch.int64))):
+                            ("seen", torch.zeros(n, dtype=torch.int64))):
             self.register_buffer(name, start, persistent=False)
 
     @torch.no_grad()
-    def follow(self, posterior: Posterior) -> None:
-        """Take a batch, row i of commitment i, into the running means.
+    def follow(self, posterior: Posterior, commitment: Tensor) -> None:
+        """Take a batch, row i of commitment ``commitment[i]``, into the running means.
 
-        Raises ValueError for a batch that does not hold every commitment once.
+        Raises ValueError for a row whose commitment has no cell.
         """
-        if len(posterior.mean) != len(self.mean):
-            raise ValueError(f"a batch of {len(posterior.mean)} conversations cannot hold each of "
-                             f"{len(self.mean)} commitments once: set schedule.cells to 0")
-        self.batches += 1
-        share = max(1 / self.batches.item(), 1 / MEMORY)
-        self.mean.lerp_(posterior.mean, share)
-        self.log_variance.lerp_(posterior.log_variance, share)
+        n = len(self.mean)
+        if not bool(((commitment >= 0) & (commitment < n)).all()):
+            raise ValueError(f"commitments {commitment.tolist()} of a batch: cells are cut for 0 "
+                             f"to {n - 1}; these data list no commitments: set cells to 0")
+        for row, number in enumerate(commitment.tolist()):
+            self.seen[number] += 1
+            share = max(1 / int(self.seen[number]), 1 / MEMORY)
+            self.mean[number].lerp_(posterior.mean[row], share)
+            self.log_variance[number].lerp_(posterior.log_variance[row], share)
 
-    def sample(self, posterior: Posterior, share: float) -> Tensor:
-        """z* [n, k] from `posterior`, for a random `share` of the rows from the prior in the row's
-        cell instead; a cell without a draw keeps its posterior."""
-        n, k = self.mean.shape
+    def sample(self, posterior: Posterior, commitment: Tensor, share: float) -> Tensor:
+        """z* [rows, k] from `posterior`, for a random `share` of the rows from the prior in the
+        row's cell instead; a row whose cell got no draw keeps its posterior."""
+        rows, k = posterior.mean.shape
         with torch.no_grad():
-            draws = torch.randn(CANDIDATES * n, k, device=self.mean.device)
-            distance = (draws[:, None] - self.mean) ** 2 / self.log_variance.exp()
-            nearest = (-0.5 * (distance + self.log_variance)).sum(dim=2).argmax(dim=1)[:, None]
-            inside = nearest == torch.arange(n, device=nearest.device)
-            used = inside.any(dim=0) & (torch.rand(n, device=nearest.device) < share)
-            cells = draws[inside.int().argmax(dim=0)] / math.sqrt(k)
+            draws = torch.randn(CANDIDATES * len(self.mean), k, device=self.mean.device)
+            owner, margin = self.owner(draws)
+            inside = owner[:, None] == commitment
+            used = inside.any(dim=0) & (torch.rand(rows, device=draws.device) < share)
+            near = inside & (inside.cumsum(dim=0) <= NEAR)
+            hard = margin[:, None].masked_fill(~near, math.inf).argmin(dim=0)
+            some = torch.rand(rows, device=draws.device) < 0.5
+            chosen = torch.where(some, hard, inside.int().argmax(dim=0))
+            cells = draws[chosen] / math.sqrt(k)
         return torch.where(used[:, None], cells, posterior.sample())
+
+    def owner(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """The cell in which each of `draws` [m, k] lies, in units of the prior's deviation, and by
+        how many nats its density exceeds the next."""
+        distance = (draws[:, None] - self.mean) ** 2 / self.log_variance.exp()
+        best = (-0.5 * (distance + self.log_variance)).sum(dim=2).topk(2, dim=1)
+        return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
 
 
 class VariationalCommitment(nn.Module):
@@ -152,9 +175,16 @@ class VariationalCommitment(nn.Module):
         return Posterior(mean, log_variance.clamp(-10, 4))
 
     def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` draws of z* ~ N(0, I/k), [n, k], drawn on the CPU for equal numbers everywhere."""
+        """`n` draws of z* ~ N(0, I/k), [n, k], drawn on the CPU for equal numbers everywhere; of
+        labels, each as probable as the others."""
+        if self.settings.code == "label":
+            return self.label(torch.randint(self.settings.k, (n,), generator=generator))
         z = torch.randn(n, self.settings.k, generator=generator) / math.sqrt(self.settings.k)
         return z.to(self.projection)
+
+    def label(self, commitment: Tensor) -> Tensor:
+        """The one-hot z* [n, k] of commitments number 0 … k − 1, int64 [n]."""
+        return nn.functional.one_hot(commitment, self.settings.k).to(self.projection)
 
     def direction(self, z: Tensor) -> Tensor:
         """W_c z*, [..., d] for z [..., k]; what the native library and a control vector receive."""
@@ -164,8 +194,10 @@ class VariationalCommitment(nn.Module):
         """λ · W_c z* at the real positions of each row and 0 at padding, [n, tokens, d].
 
         z: [n, k], or [n, tokens, k] for one that changes. The decoder's window begins behind the
-        decisive token, so every real position gets it.
+        decisive token, so every real position gets it, or the first of each row alone.
         """
+        if self.settings.positions == "first":
+            mask = mask * (mask.cumsum(dim=1) == 1)
         direction = self.settings.strength * self.direction(z if z.ndim == 3 else z[:, None])
         return direction * mask[:, :, None].to(direction)
 

@@ -51,6 +51,9 @@ def bindings() -> ModuleType:
         ("llama_set_commitment_lambda", i32, [context, ctypes.c_float]),
         ("llama_set_commitment_range", i32, [context, i32, i32]),
         ("llama_clear_commitment", i32, [context]),
+        ("llama_set_commitment_seq", i32,
+         [context, i32, floats, ctypes.c_size_t, i32, ctypes.c_float, i32, i32]),
+        ("llama_clear_commitment_seq", i32, [context, i32]),
         ("llama_commitment_error", ctypes.c_char_p, [i32]),
     ):
         function = getattr(library, name)
@@ -251,6 +254,7 @@ class Context:
         self._batch = batch
         self.tokens: list[list[int]] = [[] for _ in range(sequences)]
         self._commitment: Commitment | None = None
+        self._own: dict[int, Commitment] = {}  # of sequences
 
     def close(self) -> None:
         """Free the caches."""
@@ -272,13 +276,20 @@ class Context:
             _log_lines.clear()
             raise ValueError(f"commitment refused: {message}")
 
-    def commit(self, commitment: Commitment | None) -> None:
+    def commit(self, commitment: Commitment | None, sequence: int | None = None) -> None:
         """Set the commitment for all tokens decoded from now on; None clears it.
 
+        With `sequence`, that sequence's own, which it uses instead of the context's (strength 0:
+        nothing is added to it); None lets it use the context's again. A sequence keeps its own
+        when it is rewound, cleared or filled by :meth:`fork`.
+
         Raises ValueError (and changes nothing) for a wrong width, values that are not finite,
-        or a layer range that is reversed or beyond the model.
+        a layer range that is reversed or beyond the model, or a sequence that is not there.
         """
         library = self._binding.llama_cpp._lib
+        if sequence is not None:
+            self._commit_sequence(commitment, sequence)
+            return
         if commitment is None:
             self._checked(library.llama_clear_commitment(self._handle))
             self._commitment = None
@@ -299,6 +310,27 @@ class Context:
             if commitment.layers != self._commitment.layers:
                 self._checked(library.llama_set_commitment_range(self._handle, first, last))
         self._commitment = commitment
+
+    def _commit_sequence(self, commitment: Commitment | None, sequence: int) -> None:
+        library = self._binding.llama_cpp._lib
+        if commitment is None:
+            self._checked(library.llama_clear_commitment_seq(self._handle, sequence))
+            self._own.pop(sequence, None)
+            return
+        held = self._own.get(sequence)
+        if held is not None and held.direction is commitment.direction and (
+            held.strength, held.layers) == (commitment.strength, commitment.layers):
+            return
+        vector = np.ascontiguousarray(commitment.direction, dtype=np.float32)
+        self._checked(library.llama_set_commitment_seq(
+            self._handle, sequence, vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+            vector.size, vector.size, commitment.strength, *commitment.layers,
+        ))
+        self._own[sequence] = commitment
+
+    def committed(self, sequence: int) -> Commitment | None:
+        """The commitment that a sequence has of its own."""
+        return self._own.get(sequence)
 
     # --- evaluation ---------------------------------------------------------------------------
 

@@ -24,15 +24,16 @@ from lablog.models import convert, hub, llama2c
 HUB = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+\.gguf))?$")
 
 
-def hugging_face_folder(model: str, artifacts: Path) -> Path:
+def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) -> Path:
     """The model as a Hugging Face folder (safetensors); converted or trained if need be.
 
+    seed: of an offline model, instead of its recipe's.
     Raises ValueError when the name is of no known form or names a GGUF file.
     """
     if model.startswith("offline:"):
         from lablog.models.training import offline_model
 
-        return offline_model(model.removeprefix("offline:"), artifacts)
+        return offline_model(model.removeprefix("offline:"), artifacts, seed)
     if model.startswith("hub:"):
         match = HUB.match(model)
         if not match or match["file"]:

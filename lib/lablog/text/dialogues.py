@@ -44,6 +44,8 @@ Four = Annotated[list[str], Len(4)]
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
+ASKED = ("question", "requestion", "opening", "private", "is_it", "what_is_it")
+"""Lists whose last phrasings are held out: what the user asks, and the private line."""
 FIRST: dict[Kind, str] = {  # the phrasings in which a dialogue's topic comes up
     "favourite": "question",
     "unstated": "requestion",
@@ -64,6 +66,17 @@ PHRASES = {  # every list of phrasings and the slots that each of its entries mu
     "no": set(),
     "what_is_it": set(),
 }
+
+
+class HeldOut(BaseModel):
+    """What the training of a commitment never meets: the last `phrasings` of every list in
+    `ASKED`, the last values of some topics (their number, by topic), and whole topics."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    phrasings: Annotated[int, Field(ge=1)]
+    values: dict[Word, Annotated[int, Field(ge=1)]]
+    topics: Annotated[list[Word], Len(1)]
 
 
 class DialogueSettings(BaseModel):
@@ -95,12 +108,13 @@ class DialogueSettings(BaseModel):
     guesses: Span
     true_guess: Share
     announced: Share
+    held_out: HeldOut
     recipes: dict[str, dict[str, Any]]  # read by lablog.models.training
 
     @property
     def personas(self) -> int:
         """How many personas there are: number i holds value number i of every topic."""
-        return min(map(len, self.topics.values()))
+        return max(map(len, self.topics.values()))
 
     @model_validator(mode="after")
     def _check(self) -> DialogueSettings:
@@ -125,9 +139,51 @@ class DialogueSettings(BaseModel):
             least, most = getattr(self, name)
             if not 0 <= least <= most:
                 raise ValueError(f"{name}: [{least}, {most}] is not [least, most]")
+        held = self.held_out
+        if wrong := sorted({*held.topics, *held.values} - set(self.topics)):
+            raise ValueError(f"held_out: {wrong} are no topics; they are {sorted(self.topics)}")
+        if both := sorted(set(held.topics) & set(held.values)):
+            raise ValueError(f"held_out: {both} are held out whole and in part; choose one")
+        for topic, count in held.values.items():
+            if not count <= len(self.topics[topic]) - 2:
+                raise ValueError(f"held_out: values: {topic} = {count} leaves fewer than two of "
+                                 f"{len(self.topics[topic])} values to train on")
+        for name in ASKED:
+            if not held.phrasings < len(getattr(self, name)):
+                raise ValueError(f"held_out: phrasings = {held.phrasings} leaves none of "
+                                 f"{len(getattr(self, name))} in {name}")
         if not sum(self.mix.values()) > 0:
             raise ValueError(f"mix: {self.mix} leaves nothing to generate")
         return self
+
+
+def trained_part(settings: DialogueSettings) -> DialogueSettings:
+    """The settings without what is held out: all that the training of a commitment may meet."""
+    held = settings.held_out
+    topics = {topic: values[: len(values) - held.values.get(topic, 0)]
+              for topic, values in settings.topics.items() if topic not in held.topics}
+    phrases = {name: getattr(settings, name)[: -held.phrasings] for name in ASKED}
+    return settings.model_copy(update={"topics": topics, **phrases})
+
+
+def new_phrasings(settings: DialogueSettings) -> DialogueSettings:
+    """The settings with the phrasings of `ASKED` that are held out, and no others."""
+    phrases = {name: getattr(settings, name)[-settings.held_out.phrasings :] for name in ASKED}
+    return settings.model_copy(update=phrases)
+
+
+def things(settings: DialogueSettings, number: int) -> DialogueSettings:
+    """`settings` with one topic, `thing`, of so many values of all topics, taken in turn.
+
+    Talk that mentions a value of another topic is left out. Raises ValueError for more values
+    than there are.
+    """
+    flat = [value for group in zip(*settings.topics.values(), strict=True)
+            for value in group]
+    if not 2 <= number <= len(flat):
+        raise ValueError(f"values = {number}: the dialogues have 2 to {len(flat)} to choose from")
+    talk = [line for line in settings.distractors if "{other}" not in str(line)]
+    return settings.model_copy(update={"topics": {"thing": flat[:number]}, "distractors": talk})
 
 
 def _slots(phrase: str) -> set[str]:
@@ -245,8 +301,8 @@ class Draw:
         for _ in range(count):
             user, answers = self.pick(self.settings.distractors)
             slots: Mapping[str, str] = {n: self.pick(f) for n, f in self.settings.fillers.items()}
-            elsewhere = self.pick([t for t in self.settings.topics if t != topic])
-            slots = {**slots, "other": self.pick(self.settings.topics[elsewhere])}
+            if others := [t for t in self.settings.topics if t != topic]:
+                slots = {**slots, "other": self.pick(self.settings.topics[self.pick(others)])}
             answer = self.pick(self.settings.ack if answers == "ack" else answers)
             turns.append(Turn("U", user.format(**slots), "distractor"))
             turns.append(Turn("A", answer.format(**slots), "distractor"))
@@ -279,7 +335,8 @@ def generate(
         at, kinds = draw.random() * sum(settings.mix.values()), list(settings.mix)
         edges = np.cumsum([settings.mix[k] for k in kinds])
         kind = kinds[int(np.searchsorted(edges, at, side="right"))]
-    topic = draw.pick(list(settings.topics))
+    topic = draw.pick([t for t, values in settings.topics.items()
+                       if number is None or number < len(values)])
     count = len(getattr(settings, FIRST[kind]))
     drawn = draw.integer(0, len(settings.topics[topic]) - 1)
     number = drawn if number is None else number

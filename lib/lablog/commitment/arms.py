@@ -1,0 +1,294 @@
+"""What is trained and what is compared: the rows of the result table (lab log A5).
+
+A *training* is a change of the chapter's plan or of its conversations; an *arm* is a trained model,
+or the base, together with where its z* comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Subset
+
+from lablog.commitment import latent
+from lablog.commitment.chats import from_hub
+from lablog.commitment.conversations import Conversation, Conversations, ConversationSettings
+from lablog.commitment.qlora import (
+    CommittedModel,
+    Plan,
+    load_committed,
+    load_to_read,
+    train_commitment,
+    training_key,
+)
+from lablog.commitment.reader import Reader
+from lablog.commitment.trained import HEADLINE, Probes, Source, choices
+from lablog.commitment.variational import VariationalCommitment
+from lablog.determinism import seed_everything
+from lablog.files import atomic_write, sha256_of
+from lablog.models.training import key_of
+from lablog.progress import progress
+from lablog.text.dialogues import load_settings, new_phrasings, things
+from lablog.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Training:
+    """One thing to train: what differs from the chapter's plan (`plan`; the layers as fractions
+    of the model's, `layers`) and from its conversations (`conversations`, and the number of
+    `values`: that many things to choose from, all in one topic; 0: the topics as they are)."""
+
+    label: str
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[float, float] | None = None
+    conversations: Mapping[str, Any] = field(default_factory=dict)
+    values: int = 0
+    cells: bool = True
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table: which training (``base``: none; ``random``: the base under an untrained
+    W_c of the trained one's length), and where its z* comes from."""
+
+    label: str
+    training: str
+    source: Source
+
+
+TRAININGS = {
+    "commitment": Training("z*"),
+    "lora": Training("no z*", {"k": 0}),
+    "note": Training("a line of text", {"k": 0}, conversations={"note": True}),
+    "first_position": Training("z* at the first position", {"positions": "first"}),
+    "steering": Training("a table of steering vectors", {"code": "label"}, cells=False),
+    "frozen": Training("frozen random W_c", {"projection": "frozen"}),
+    "no_cells": Training("no cells", cells=False),
+    "one_layer": Training("z* in the middle layer", layers=(0.5, 0.5)),
+    "first_half": Training("z* in the first half", layers=(0.0, 0.5)),
+    "last_half": Training("z* in the last half", layers=(0.5, 1.0)),
+    "no_gaps": Training("no talk in between", conversations={"gap": (0, 0)}),
+    **{f"values_{n}": Training(f"one of {n}", values=n) for n in (4, 12, 24, 48, 96)},
+    **{f"independent_{n}": Training(f"{n} topics at once", conversations={"independent": n},
+                                    cells=False) for n in (1, 2, 4)},
+}
+ARMS = {
+    "base": Arm("base", "base", "none"),
+    "lora": Arm("LoRA without z*", "lora", "none"),
+    "random": Arm("untrained random z*", "random", "prior"),
+    "prefix": Arm("trained z* from the prefix", "commitment", "prefix"),
+    "prior": Arm("trained z* from the prior", "commitment", "prior"),
+    "redrawn": Arm("trained z*, redrawn for every question", "commitment", "redrawn"),
+    "window": Arm("base with the choice as text", "base", "text"),
+    "note": Arm("LoRA with the choice as text", "note", "text"),
+    **{f"{name}.{source}": Arm(f"{TRAININGS[name].label}, from the {source}", name, source)
+       for name in TRAININGS if name not in ("commitment", "lora", "note")
+       for source in ("prefix", "prior")},
+}
+"""The last ones are ``<training>.<source>``: baselines at equal bits, and the parts of the method
+left out one at a time."""
+MODULES = ("arms", "conversations", "novelty", "probes", "reader", "rendering", "trained")
+
+
+def conversations(training: Training, settings: ConversationSettings) -> ConversationSettings:
+    """The conversations of a training, which differ from `settings`.
+
+    With `values` there is one topic, `thing`, with values of all topics in turn; nothing of them
+    is held out, since it is asked how many can be told apart.
+    """
+    if training.values:
+        whole = settings.dialogues.model_copy(update={"topics": load_settings().topics})
+        settings = replace(settings, dialogues=things(whole, training.values))
+    return replace(settings, **training.conversations)
+
+
+def planned(training: Training, plan: Plan, layers: int, commitments: int) -> Plan:
+    """The plan of a training for a model of so many `layers`."""
+    changes = dict(training.plan)
+    if training.layers:
+        first, last = (math.floor(at * (layers - 1) + 0.5) for at in training.layers)
+        changes["layers"] = (first, last)
+    if changes.get("code") == "label":
+        changes["k"] = commitments
+    if not training.cells:
+        changes["schedule"] = plan.schedule.model_copy(update={"cells": 0.0})
+    return plan.model_copy(update=changes)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a row is measured on: seed and number of the items and texts, their kind of new and the
+    exchanges of other talk in between (None: as the kind has), and which measures: ``fork``,
+    ``recall``, ``language``, ``hangman`` (behind `guesses` guesses)."""
+
+    seed: int
+    items: int
+    texts: int = 0
+    kind: str = HEADLINE
+    gap: int | None = None
+    families: tuple[str, ...] = ("fork", "recall")
+    guesses: int = 4
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all trainings share: where the bases lie by seed, plan, data, and conversations."""
+
+    bases: Mapping[int, Path]
+    plan: Plan
+    data: str
+    settings: ConversationSettings
+    artifacts: Path
+
+    def plan_of(self, base: int, seed: int, name: str) -> Plan:
+        """The plan of the training `name` with `seed` on a base."""
+        shape = json.loads((self.bases[base] / "config.json").read_text())
+        training = self.plan.training.model_copy(update={"seed": seed})
+        made = planned(TRAININGS[name], self.plan, shape["num_hidden_layers"],
+                       self.settings.dialogues.personas)
+        return made.model_copy(update={"training": training})
+
+    def data_key(self, name: str) -> str:
+        """What the conversations of a training are made of."""
+        if self.data != "dialogues":
+            return self.data
+        made = conversations(TRAININGS[name], self.settings)
+        return key_of({**asdict(replace(made, dialogues=None)),  # type: ignore[arg-type]
+                       "dialogues": made.dialogues.model_dump(exclude={"recipes"})})
+
+    def folder(self, base: int, seed: int, name: str) -> Path:
+        """Where a training lies: under the digest of all that decides it."""
+        key = training_key(self.bases[base], self.plan_of(base, seed, name), self.data_key(name))
+        return self.artifacts / f"qlora-{name}-{base}-{seed}-{key}"
+
+    def dataset(self, base: int, seed: int, name: str, held_out: bool = False,
+                count: int | None = None) -> Dataset[Conversation]:
+        """The conversations of a training, as many as its plan sees: ``dialogues``, or of
+        ``hub:NAME`` or a local folder of chats, of which the held-out ones are the split ``test``.
+        """
+        plan = self.plan_of(base, seed, name)
+        tokenizer = Tokenizer(self.bases[base] / "tokenizer.model")
+        if self.data != "dialogues":
+            chats = from_hub(self.data.removeprefix("hub:"), tokenizer, plan.window,
+                             "test" if held_out else "train", plan.chat)
+            return Subset(chats, range(min(count or len(chats), len(chats))))
+        made, run = conversations(TRAININGS[name], self.settings), plan.training
+        if held_out:
+            made = replace(made, dialogues=new_phrasings(load_settings()).model_copy(
+                update={"topics": made.dialogues.topics}))
+        size = count or run.steps * run.batch_size * run.gradient_accumulation
+        return Conversations(made, tokenizer, seed, size, run.batch_size, plan.chat)
+
+    def train(self, base: int, seed: int, name: str) -> Path:
+        """Train once; a finished folder is returned as it is."""
+        return train_commitment(
+            self.bases[base], self.dataset(base, seed, name), self.plan_of(base, seed, name),
+            self.folder(base, seed, name), self.data_key(name))
+
+    def model(self, base: int, seed: int, arm: Arm) -> CommittedModel:
+        """The model of an arm.
+
+        The untrained W_c is the native sampler's, and its λ gives it the trained one's length.
+        """
+        folder = self.bases[base]
+        if arm.training in TRAININGS:
+            return load_committed(folder, self.folder(base, seed, arm.training))
+        model = load_to_read(folder, self.plan)
+        if arm.training == "base":
+            return CommittedModel(model)
+        trained = VariationalCommitment.load(self.folder(base, seed, "commitment"))
+        settings, length = trained.settings, trained.projection.norm().item()
+        sampled = torch.from_numpy(latent.sample(seed, settings.k, settings.width).projection)
+        strength = settings.strength * length / sampled.norm().item()
+        untrained = VariationalCommitment(settings.model_copy(update={"strength": strength}))
+        with torch.no_grad():
+            untrained.projection.copy_(sampled)
+        return CommittedModel(model, untrained.to(model.device))
+
+    def measure(self, base: int, seed: int, name: str, asked: Asked) -> dict[str, list[float]]:
+        """The measures of an arm, a list over items or texts each.
+
+        They are kept in `artifacts` under the digest of all that decides them.
+        """
+        arm, here = ARMS[name], Path(__file__).parent
+        made = "commitment" if arm.training == "random" else arm.training
+        trained = self.folder(base, seed, made).name if made in TRAININGS else ""
+        code = sha256_of([here / f"{module}.py" for module in MODULES], here)
+        key = key_of(trained, training_key(self.bases[base], self.plan, "measure"), asdict(arm),
+                     seed, asdict(asked), code)
+        kept = self.artifacts / "measured" / f"{key}.json"
+        if kept.is_file():
+            found: dict[str, list[float]] = json.loads(kept.read_text())
+            return found
+        seed_everything(seed, threads=1)
+        tokenizer = Tokenizer(self.bases[base] / "tokenizer.model")
+        reader = Reader(self.model(base, seed, arm), tokenizer, self.plan.chat)
+        values = TRAININGS[arm.training].values if arm.training in TRAININGS else 0
+        material = Probes(asked.seed, asked.items, asked.texts, asked.kind, asked.gap, values)
+        found = _measures(reader, arm.source, material, asked, lambda: Reader(
+            CommittedModel(load_to_read(self.bases[base], self.plan)), tokenizer, self.plan.chat))
+        if arm.source == "prior" and "fork" in asked.families and not values:
+            _, named = choices(reader, 120, seed)
+            found["reached"] = [len(set(row.tolist())) / self.settings.dialogues.personas
+                                for row in named]
+        atomic_write(kept, json.dumps(found))
+        return found
+
+
+def _measures(reader: Reader, source: Source, material: Probes, asked: Asked,
+              base: Callable[[], Reader]) -> dict[str, list[float]]:
+    found: dict[str, Any] = {}
+    if "recall" in asked.families:
+        recall = material.recall(reader, source)
+        found |= {"answered": recall.answered, "recall": recall.recalled,
+                  "eviction": recall.recalled_after_eviction}
+    if "fork" in asked.families:
+        fork = material.fork(reader, source)
+        found |= {"same_choice": fork.same, "yes_sum": fork.yes_sum, "yes_named": fork.yes_named,
+                  "yes_largest": fork.yes.max(axis=1), "kept": fork.kept}
+        if reader.model.commitment is not None and source == "prefix" and \
+                reader.model.commitment.settings.code == "gaussian":
+            posterior = reader.posterior([[item.note] for item in material.items.fork])
+            found["kl"] = posterior.kl().sum(dim=1).double().numpy()
+    if "hangman" in asked.families:
+        found["hangman"] = material.hangman(reader, source, asked.guesses)
+    if "language" in asked.families:
+        language = material.language(reader, source, base())
+        found |= {"nll": language.nll, "own_tokens": language.tokens, "kl_base": language.kl}
+    return {name: np.asarray(values).astype(float).tolist() for name, values in found.items()}
+
+
+class Workers:
+    """Processes that live as long as the chapter, one thread each: several small models at a time
+    are faster than one on several threads. A context manager, or `close` it."""
+
+    def __init__(self, number: int) -> None:
+        self.pool = ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"))
+
+    def together(self, description: str,
+                 calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+        """Results of independent calls, in order, with a progress bar."""
+        with progress(len(calls), description, "run") as bar:
+            futures = [self.pool.submit(function, *arguments) for function, arguments in calls]
+            for future in futures:
+                future.add_done_callback(lambda _: bar.update())
+            return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """End the processes; calls that have not begun are dropped."""
+        self.pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
