@@ -42,7 +42,7 @@ checkpointing: bool = False  # recompute activations in the backward pass to sav
 learning_rate: float = 3e-3  # peak, then cosine to zero
 seeds: list[int] = [1, 2]  # one training of z* each, on every base
 control_seeds: list[int] = [1]  # of these, with which the controls are trained too
-ablations: list[str] = []  # trainings beside the main ones, with the first seed (see `TRAININGS`)
+ablations: list[str] = []  # trainings besides, on the first base with the first seed (`TRAININGS`)
 item_seed: int = 11  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
 fewer: int = 12  # of these, for every other kind of new and for every gap
@@ -123,7 +123,7 @@ run.metrics_table("bases")
 # means over batches: cut along those of one batch alone, a draw near a border belongs to another
 # commitment in the next batch, and a decoder cannot learn a border that moves. Whether two
 # questions agree is decided near the borders, where few draws lie; so every other draw is the one
-# of four that is nearest to its cell's border (hard examples {cite}`shrivastava2016hard`).
+# of eight that is nearest to its cell's border (hard examples {cite}`shrivastava2016hard`).
 
 # %%
 device, precision = compute
@@ -179,8 +179,9 @@ for index in (0, len(example) - 1):
 # On every base three things are trained on the same conversations: for each seed the commitment;
 # for some of them two controls, LoRA with no $z^*$ at all, and LoRA with the choice as a line of
 # text in its window, the bound that a commitment would have to reach. Whatever else `ablations`
-# names is trained with the first seed. Before anything is trained it is checked that this
-# tokenizer and window let the probes be read. Runs keep checkpoints and resume to the same bits.
+# names is trained once, on the first base with the first seed. Before anything is trained it is
+# checked that this tokenizer and window let the probes be read. Runs keep checkpoints and resume
+# to the same bits.
 
 # %%
 widest = trained.Probes(item_seed, items, texts, "longer gap", max(gaps))
@@ -188,7 +189,7 @@ for folder in bases.values():
     check_readable(folder, plan, settings, widest.items, widest.texts)
 calls = [(base, seed, name) for base in bases for name in ("commitment", "lora", "note")
          for seed in (seeds if name == "commitment" else control_seeds)]
-calls += [(base, seeds[0], name) for base in bases for name in ablations]
+calls += [(wanted[0], seeds[0], name) for name in ablations]
 with run.stage("training"):
     folders = processes.together("training", [(experiment.train, call) for call in calls])
 runs = dict(zip(calls, folders, strict=True))
@@ -283,10 +284,11 @@ run.figure("kinds", *results.kinds_figure(rows, compared, KINDS),
 # %%
 lasting = ["note", "prefix", "prior"]
 lasting += [name for name in ("no_gaps.prefix", "no_gaps.prior") if "no_gaps" in ablations]
-trained_with["no_gaps"] = seeds[:1]
 asked = [(base, seed, arm, Asked(item_seed, fewer, kind="seen form", gap=length))
-         for length in gaps for base in bases for arm in lasting
-         for seed in trained_with.get(ARMS[arm].training, seeds)]
+         for length in gaps for arm in lasting
+         for base in (wanted[:1] if ARMS[arm].training in ablations else bases)
+         for seed in (seeds[:1] if ARMS[arm].training in ablations
+                      else trained_with.get(ARMS[arm].training, seeds))]
 with run.stage("persistence"):
     found = processes.together("persistence", [(experiment.measure, call) for call in asked])
 rows += [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
@@ -300,16 +302,16 @@ run.figure("persistence", *results.persistence(rows, lasting, gaps),
 # ## What does the work?
 #
 # Baselines at equal bits, and the parts of the method left out one at a time, each trained with
-# the first seed on every base: $z^*$ at the first position alone, where it is one virtual token of
-# prefix tuning; a table of twelve steering vectors, of which the data say which one to use; a
-# $W_c$ that stays random; no cells; $z^*$ in the middle layer, the first or the last half. Profile
-# `laptop` skips this; `study` runs it.
+# the first seed on the first base: $z^*$ at the first position alone, where it is one virtual
+# token of prefix tuning; a table of twelve steering vectors, of which the data say which one to
+# use; a $W_c$ that stays random; no cells; $z^*$ in the middle layer, the first or the last half.
+# Profile `laptop` skips this; `study` runs it.
 
 # %%
 parts = [name for name in ablations if not name.startswith(("values", "independent"))]
 tried = [f"{name}.{origin}" for name in parts for origin in ("prefix", "prior")]
 each = Asked(item_seed, items, texts, families=("fork", "recall", "language"))
-asked = [(base, seeds[0], arm, each) for base in bases for arm in tried]
+asked = [(wanted[0], seeds[0], arm, each) for arm in tried]
 with run.stage("ablations"):
     found = processes.together("ablations", [(experiment.measure, call) for call in asked])
 ablated = [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
@@ -318,10 +320,10 @@ results.table(run, tried)
 
 # %%
 if tried:
-    same_seed = [row for row in rows if row.seed == seeds[0]] + ablated
-    display(run.figure("ablations", *results.arms_figure(same_seed, ["prefix", "prior", *tried]),
-                       "Parts of the method left out and baselines at equal bits, with the first "
-                       "seed on every base; mean with 95 % interval over bases and items."))
+    alike = [row for row in rows if (row.base, row.seed) == (wanted[0], seeds[0])] + ablated
+    display(run.figure("ablations", *results.arms_figure(alike, ["prefix", "prior", *tried]),
+                       "Parts of the method left out and baselines at equal bits: one training "
+                       "each, same base and seed; mean with 95 % interval over items alone."))
 
 # %% [markdown]
 # ## How much fits into a commitment?
@@ -332,7 +334,7 @@ if tried:
 # %%
 sizes = [name for name in ablations if name.startswith(("values", "independent"))]
 each = Asked(item_seed, items, kind="seen form", families=("fork",))
-asked = [(base, seeds[0], f"{name}.prefix", each) for base in bases for name in sizes]
+asked = [(wanted[0], seeds[0], f"{name}.prefix", each) for name in sizes]
 with run.stage("capacity"):
     found = processes.together("capacity", [(experiment.measure, call) for call in asked])
 processes.close()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lablog.files import atomic_write
 
 CANDIDATES = 16  # draws from the prior for each cell
-NEAR = 4  # of those in a cell, how many the one nearest to a border is chosen from
+NEAR = 8  # of those in a cell, how many the one nearest to a border is chosen from
 MEMORY = 50  # batches over which the cells' running means reach back
 Positions = Literal["all", "first"]
 Code = Literal["gaussian", "label"]
