@@ -75,10 +75,11 @@ processes = arms.Workers(workers)
 # %% [markdown]
 # ## The bases in 4 bits
 #
-# A result on one small model may be that model's whim, so there is more than one base: the same
-# recipe from other seeds. None was chosen by its result. They differ in what chapter 1 checks: all
-# recall what stands in the window, but of the seeds that were looked at some had not learnt to
-# compare a guess with a choice ("is it X?") when the recipe ends. The numbers below say which.
+# A result on one small model may be that model's whim, so the profile `study` trains on two bases,
+# the same recipe from other seeds, and takes five seeds of the commitment on each. No base and no
+# seed was chosen by its result. Bases differ in what chapter 1 checks: all recall what stands in
+# the window, but not all have learnt to compare a guess with a choice ("is it X?") when the recipe
+# ends. The numbers below say how well these do.
 #
 # `bitsandbytes` quantises the linear layers as they are loaded, on a CPU as well as on a GPU. What
 # that saves is measured, not assumed: embeddings and norms stay as they are, so a small model with
