@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablog import profiles
 from lablog.commitment import agreement, export, probes, qlora, trained
-from lablog.commitment.conversations import Conversations
+from lablog.commitment.arms import ARMS, Asked, Experiment
+from lablog.commitment.conversations import Conversations, ConversationSettings
 from lablog.commitment.hooks import injected
 from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
 from lablog.commitment.readable import check_readable, longest_probe
@@ -25,7 +26,7 @@ from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model
 from lablog.models.training import TrainingSettings
 from lablog.text.datasets import DialogueDataset
-from lablog.text.dialogues import Draw, Turn, generate, load_settings
+from lablog.text.dialogues import Draw, Turn, generate, load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
 
 DIALOGUES = load_settings()
@@ -157,7 +158,7 @@ def test_plain_tokens_are_those_of_the_first_version(name, request):
         for found, expected in zip((prompt.ids, prompt.exchange, prompt.own),
                                    former(tokenizer, turns, stem, first), strict=True):
             np.testing.assert_array_equal(found, expected, strict=True)
-    data = Conversations(DIALOGUES, tokenizer, 0, 1, 1)
+    data = Conversations(ConversationSettings(DIALOGUES), tokenizer, 0, 1, 1)
     by_line = DialogueDataset(DIALOGUES, tokenizer, 0, 0, 1, 0.0, 1 / 0.02).encode
     for index in range(50):
         turns = generate(DIALOGUES, 1, index).turns
@@ -189,10 +190,12 @@ def test_llama2_tokens_have_each_exchange_between_bos_and_eos(llama2):
 @pytest.mark.parametrize("chat", ["plain", "llama2"])
 def test_training_and_probes_speak_the_same(llama2, chat):
     """Prefix, stem and forks of a training conversation are the probes' prompts, continued."""
-    data = Conversations(DIALOGUES, llama2, 0, 12, 12, recall_share=0.0, chat=chat)
+    told = ConversationSettings(DIALOGUES, recall_share=0.0)
+    data = Conversations(told, llama2, 0, 12, 12, chat)
     rendering, draw = Rendering(llama2, chat), Draw(DIALOGUES, 0, 0)
     openings, questions = (
-        {topic: [draw.turn("U", role, topic, phrasing=n) for n in range(4)]
+        {topic: [draw.turn("U", role, topic, phrasing=n)
+                 for n in range(len(getattr(DIALOGUES, role)))]
          for topic in DIALOGUES.topics} for role in ("opening", "what_is_it"))
     for index in range(12):
         one = data[index]
@@ -211,7 +214,7 @@ def test_training_and_probes_speak_the_same(llama2, chat):
 @pytest.mark.parametrize("chat", ["plain", "llama2"])
 def test_values_and_yes_weigh_in_full_behind_llama2s_tokenizer(llama2, chat):
     """Encoded by itself " yes" is two tokens there, in a line one."""
-    data = Conversations(DIALOGUES, llama2, 0, 1, 1, chat=chat)
+    data = Conversations(ConversationSettings(DIALOGUES), llama2, 0, 1, 1, chat)
     item = data.item([Turn("U", "is it teal?", "x"), Turn("A", "yes, it is teal.", "x")])
     full = [llama2.piece(token) for token in item.ids[item.weights == 1]]
     assert full == ["▁yes", "▁te", "al"]
@@ -293,7 +296,28 @@ def test_values_of_one_token_cost_one_pass(reader, monkeypatch):
     prompt = reader.prompt([*item.opening, item.naming], item.stem)
     lengths = [len(ids) for ids in reader.rendering.continuations(prompt, item.values)[1]]
     name_values(reader, [(prompt, item.values)], None)
-    assert read == [(1 in lengths) + sum(length > 1 for length in lengths)]
+    longer = sum(length > 1 for length in lengths)
+    assert read[0] == 1
+    assert sum(read[1:]) <= longer
+    assert bool(read[1:]) == bool(longer)
+
+
+def test_words_that_are_all_improbable_are_read_to_their_ends(reader, monkeypatch):
+    """What matters is not how probable a value is, but how probable beside the others."""
+    scores = Reader.scores
+    slow, item = Slow(reader), ITEMS.fork[1]
+    turns, values = [*item.opening, item.naming], item.values
+    prompt = reader.prompt(turns, item.stem)
+    firsts = len(prompt.ids)
+
+    def doubtful(self, prompts, z, targets):  # as if all were e^30 times less probable
+        return [found - 30 * (len(one.ids) == firsts)
+                for one, found in zip(prompts, scores(self, prompts, z, targets), strict=True)]
+
+    monkeypatch.setattr(Reader, "scores", doubtful)
+    found = name_values(reader, [(prompt, values)], None)[0].numpy()
+    expected = np.exp([slow.score(turns, item.stem, value) for value in values])
+    np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-5)
 
 
 class Joining(Tokenizer):
@@ -344,19 +368,14 @@ def check(folder: Path, plan: Plan = PLAN, settings=DIALOGUES, items=ITEMS) -> N
     check_readable(folder, plan, settings, items, [generate(DIALOGUES, 0, 0).turns])
 
 
-def test_what_cannot_be_probed_is_refused_before_anything_is_trained(
-    folder, tmp_path, monkeypatch
-):
+def test_what_cannot_be_probed_is_refused_before_anything_is_trained(folder):
     check(folder)
     wrong = PLAN.model_copy(update={"k": 65, "layers": (2, 6)})
     with pytest.raises(ValueError, match=r"k = 65 is larger than the model's width 64: choose a "
                                          r"smaller k\nlayers = \[2, 6\]: .* layers 0 to 5"):
         check(folder, wrong)
-    trainings = []
-    monkeypatch.setattr(trained, "_together", lambda *_: trainings.append(1))
-    with pytest.raises(ValueError, match="k = 65"):
-        trained.study(folder, wrong, "dialogues", [1], tmp_path, (7, 2, 1), 1)
-    assert not trainings
+    chapter = (repository() / "notebooks" / "03_qlora_commitment.py").read_text()
+    assert chapter.index("check_readable(folder, ") < chapter.index("experiment.train")
 
 
 def small_copy(folder: Path, path: Path, **changes) -> Path:
@@ -398,20 +417,17 @@ class Full:
 
     base: Path
     plan: Plan
-    rows: list[dict]
-    folders: dict
-    artifacts: Path
+    experiment: Experiment
 
-    def reader(self, model: str) -> Reader:
+    def reader(self, arm: str) -> Reader:
         tokenizer = Tokenizer(self.base / "tokenizer.model")
-        return Reader(qlora.load_committed(self.base, self.folders[1, model]), tokenizer,
-                      self.plan.chat)
+        return Reader(self.experiment.model(1, 1, ARMS[arm]), tokenizer, self.plan.chat)
 
 
 @pytest.fixture(scope="module")
 def full(llama2, tmp_path_factory) -> Full:
-    """The whole study of one step: z* and its control are trained, every arm is measured."""
-    values = profiles.load("full").values["03_qlora_commitment"]
+    """z* and its controls, trained for one step."""
+    values = profiles.load("full").parameters["03_qlora_commitment"]
     beta, _, _, free, cells = values["schedule"]
     rank, alpha, dropout = values["lora"]
     plan = Plan(
@@ -430,8 +446,11 @@ def full(llama2, tmp_path_factory) -> Full:
         bos_token_id=1, eos_token_id=2,
     )).to(torch.bfloat16).save_pretrained(base, max_shard_size="3MB")
     (base / "tokenizer.model").write_bytes(llama2.path.read_bytes())
-    rows, folders = trained.study(base, plan, values["data"], [1], artifacts, (5, 3, 2), 1)
-    return Full(base, plan, rows.to_dict("records"), folders, artifacts)
+    experiment = Experiment({1: base}, plan, values["data"], ConversationSettings(
+        trained_part(DIALOGUES), gap=tuple(values["gap"])), artifacts)
+    for name in ("commitment", "lora", "note"):
+        experiment.train(1, 1, name)
+    return Full(base, plan, experiment)
 
 
 def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
@@ -442,22 +461,26 @@ def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
     assert full.plan.schedule.cells > 0
 
 
-def test_the_profile_full_trains_and_measures_every_arm(full):
-    assert [row["arm"] for row in full.rows] == list(trained.ARMS)
-    for row in full.rows:
-        for name in ("answered", "recall", "eviction", "same_choice"):
-            assert 0 <= row[name] <= 1
-        assert 0 < row["yes_sum"] < 12
-        assert np.isfinite([row["perplexity"], row["kl_base"]]).all()
-    by = {row["arm"]: row for row in full.rows}
-    assert by["base"]["kl_base"] == pytest.approx(0, abs=1e-6)
-    assert by["prefix"]["kl"] > 0
-    assert 0 < by["prior"]["reached"] <= 1
+@pytest.mark.parametrize("arm", [name for name in ARMS if "." not in name])
+def test_every_probe_of_every_arm_can_be_read_in_the_profile_full(full, arm):
+    asked = Asked(5, 2, 1, families=("fork", "recall", "language", "hangman"), guesses=1)
+    found = full.experiment.measure(1, 1, arm, asked)
+    for name in ("answered", "recall", "eviction", "same_choice", "kept", "hangman"):
+        assert len(found[name]) == 2
+        assert set(found[name]) <= {0, 1}
+    assert all(0 < value < 12 for value in found["yes_sum"])
+    assert found["nll"][0] > 0
+    assert found["kl_base"][0] == pytest.approx(0, abs=1e-4) if ARMS[arm].training == "base" \
+        else found["kl_base"][0] > 0
+    if arm == "prefix":
+        assert min(found["kl"]) > 0
+    if arm == "prior":
+        assert 0 < min(found["reached"]) <= max(found["reached"]) <= 1
 
 
 def test_the_probes_of_the_profile_full_equal_one_by_one_evaluation(full):
     found = assert_forks_equal_one_by_one(
-        full.reader("commitment"), trained.Probes(5, 2, 1), 1, "prior")
+        full.reader("prior"), trained.Probes(5, 2, 1), 1, "prior")
     assert found.yes.std() > 1e-3  # not one half everywhere
     reader = full.reader("lora")
     slow = Slow(reader)
@@ -479,8 +502,8 @@ def test_an_answer_in_llama2_ends_at_eos(full):
 
 @pytest.fixture(scope="module")
 def exported(full) -> export.Export:
-    made = full.artifacts / "export"
-    export.export(full.folders[1, "commitment"], full.base, made)
+    made = full.experiment.artifacts / "export"
+    export.export(full.experiment.folder(1, 1, "commitment"), full.base, made)
     return export.reimport(made, full.base)
 
 
@@ -488,8 +511,8 @@ def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported):
     found = agreement.compare(exported, full.base, trained.Probes(5, 3, 0))
     for one in found.values():
         assert one.logits <= 2e-3
-        assert one.greedy == (3, 3)
-        assert one.named == 1
+        assert one.greedy.all()
+        assert one.named.all()
         for ours, theirs in ((one.fork[0].yes, one.fork[1].yes),
                              (one.fork[0].named, one.fork[1].named)):
             np.testing.assert_allclose(ours, theirs, atol=1e-3)

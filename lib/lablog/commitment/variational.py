@@ -171,7 +171,9 @@ class VariationalCommitment(nn.Module):
             raise ValueError(f"the prefix of row(s) {empty} is empty: nothing fixes a commitment")
         last = (torch.arange(mask.shape[1], device=mask.device) * mask.bool()).argmax(dim=1)
         decisive = hidden[torch.arange(len(hidden), device=mask.device), last]
-        mean, log_variance = self.head(decisive.to(self.head.weight.dtype)).chunk(2, dim=-1)
+        with torch.autocast(decisive.device.type, enabled=False):  # also where the base has bf16
+            read = self.head(decisive.to(self.head.weight.dtype))
+        mean, log_variance = read.chunk(2, dim=-1)
         return Posterior(mean, log_variance.clamp(-10, 4))
 
     def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
