@@ -4,7 +4,7 @@ The references below share no code with what they check: text and tokens are put
 one prompt and one continuation at a time, without padding, batches or caches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +14,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablog import profiles
 from lablog.commitment import agreement, export, probes, qlora, trained
-from lablog.commitment.conversations import Conversations
+from lablog.commitment.arms import ARMS, Asked, Experiment
+from lablog.commitment.conversations import Conversations, ConversationSettings
 from lablog.commitment.hooks import injected
 from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
 from lablog.commitment.readable import check_readable, longest_probe
 from lablog.commitment.reader import Reader, name_values
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct, continuations
+from lablog.commitment.training_results import MAIN
 from lablog.commitment.window import Speech
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model
 from lablog.models.training import TrainingSettings
-from lablog.text.dialogues import Turn, generate, load_settings
+from lablog.text.dialogues import Turn, generate, load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
 
 DIALOGUES = load_settings()
+SPOKEN = ConversationSettings(DIALOGUES)
 ITEMS = probes.make_items(DIALOGUES, 7, 6)
 LLAMA2 = repository().parent / "shared" / "data" / "llama2-tokenizer.model"
 PLAN = Plan(
@@ -156,7 +159,7 @@ def test_plain_tokens_are_those_of_the_first_version(name, request):
         for found, expected in zip((prompt.ids, prompt.exchange, prompt.own),
                                    former(tokenizer, turns, stem, first), strict=True):
             np.testing.assert_array_equal(found, expected, strict=True)
-    data = Conversations(DIALOGUES, tokenizer, 0, 1, 1)
+    data = Conversations(SPOKEN, tokenizer, 0, 1, 1)
     decisive = {*WORDS} | {v for values in DIALOGUES.topics.values() for v in values}
     for index in range(50):
         turns = generate(DIALOGUES, 1, index).turns
@@ -199,7 +202,7 @@ def test_llama2_tokens_have_each_exchange_between_bos_and_eos(llama2):
 @pytest.mark.parametrize("chat", ["plain", "llama2"])
 def test_training_and_probes_speak_the_same(llama2, chat):
     """Prefix, stem and forks of a training conversation are the probes' prompts, continued."""
-    data = Conversations(DIALOGUES, llama2, 0, 12, 12, recall_share=0.0, chat=chat)
+    data = Conversations(replace(SPOKEN, recall_share=0.0), llama2, 0, 12, 12, chat)
     rendering = Rendering(llama2, chat)
     for index in range(12):
         one = data[index]
@@ -207,8 +210,6 @@ def test_training_and_probes_speak_the_same(llama2, chat):
         assert one.prefix.ids.tolist() == rendering.prompt(dialogue.turns[:1]).ids.tolist()
         forks = [one.forks.ids[(one.fork == 0) | (one.fork == n)].tolist()
                  for n in range(1, one.fork.max() + 1)]
-        spoken = [turn for role in ("opening", "what_is_it") for turn in getattr(DIALOGUES, role)]
-        assert len(spoken) == 8
         for topic in DIALOGUES.topics:
             opening = [Turn("U", text.format(topic=topic, a="an" if topic[0] in "aeiou" else "a"),
                             "opening") for text in DIALOGUES.opening]
@@ -226,7 +227,7 @@ def test_training_and_probes_speak_the_same(llama2, chat):
 @pytest.mark.parametrize("chat", ["plain", "llama2"])
 def test_values_and_yes_weigh_in_full_behind_llama2s_tokenizer(llama2, chat):
     """Encoded by itself " yes" is two tokens there, in a line one."""
-    data = Conversations(DIALOGUES, llama2, 0, 1, 1, chat=chat)
+    data = Conversations(SPOKEN, llama2, 0, 1, 1, chat)
     item = data.item([Turn("U", "is it teal?", "x"), Turn("A", "yes, it is teal.", "x")])
     full = [llama2.piece(token) for token in item.ids[item.weights == 1]]
     assert full == ["▁yes", "▁te", "al"]
@@ -360,18 +361,16 @@ def check(folder: Path, plan: Plan = PLAN, settings=DIALOGUES, items=ITEMS) -> N
 
 
 def test_what_cannot_be_probed_is_refused_before_anything_is_trained(
-    folder, tmp_path, monkeypatch
+    folder
 ):
     check(folder)
     wrong = PLAN.model_copy(update={"k": 65, "layers": (2, 6)})
     with pytest.raises(ValueError, match=r"k = 65 is larger than the model's width 64: choose a "
                                          r"smaller k\nlayers = \[2, 6\]: .* layers 0 to 5"):
         check(folder, wrong)
-    trainings = []
-    monkeypatch.setattr(trained, "_together", lambda *_: trainings.append(1))
-    with pytest.raises(ValueError, match="k = 65"):
-        trained.study(folder, wrong, "dialogues", [1], tmp_path, (7, 2, 1), 1)
-    assert not trainings
+    chapter = (repository() / "notebooks" / "03_qlora_commitment.py").read_text()
+    before, training = (chapter.index(call) for call in ("check_readable(folder", ".train, call"))
+    assert before < training
 
 
 def small_copy(folder: Path, path: Path, **changes) -> Path:
@@ -411,22 +410,26 @@ def test_words_with_the_same_tokens_are_refused(folder, monkeypatch, pair, fault
 class Full:
     """What the profile `full` makes of a Llama of two small layers."""
 
-    base: Path
-    plan: Plan
-    rows: list[dict]
-    folders: dict
-    artifacts: Path
+    experiment: Experiment
+    rows: dict[str, dict[str, list[float]]]
 
-    def reader(self, model: str) -> Reader:
+    @property
+    def plan(self) -> Plan:
+        return self.experiment.plan
+
+    @property
+    def base(self) -> Path:
+        return self.experiment.bases[1]
+
+    def reader(self, name: str) -> Reader:
         tokenizer = Tokenizer(self.base / "tokenizer.model")
-        return Reader(qlora.load_committed(self.base, self.folders[1, model]), tokenizer,
-                      self.plan.chat)
+        return Reader(self.experiment.model(1, 1, ARMS[name]), tokenizer, self.plan.chat)
 
 
 @pytest.fixture(scope="module")
 def full(llama2, tmp_path_factory) -> Full:
     """The whole study of one step: z* and its control are trained, every arm is measured."""
-    values = profiles.load("full").values["03_qlora_commitment"]
+    values = profiles.load("full").parameters["03_qlora_commitment"]
     beta, _, _, free, cells = values["schedule"]
     rank, alpha, dropout = values["lora"]
     plan = Plan(
@@ -445,8 +448,11 @@ def full(llama2, tmp_path_factory) -> Full:
         bos_token_id=1, eos_token_id=2,
     )).to(torch.bfloat16).save_pretrained(base, max_shard_size="3MB")
     (base / "tokenizer.model").write_bytes(llama2.path.read_bytes())
-    rows, folders = trained.study(base, plan, values["data"], [1], artifacts, (5, 3, 2), 1)
-    return Full(base, plan, rows.to_dict("records"), folders, artifacts)
+    experiment = Experiment({1: base}, plan, values["data"], ConversationSettings(
+        trained_part(DIALOGUES), gap=tuple(values["gap"])), artifacts)
+    for name in ("commitment", "lora", "note"):
+        experiment.train(1, 1, name)
+    return Full(experiment, {arm: experiment.measure(1, 1, arm, Asked(5, 3, 2)) for arm in MAIN})
 
 
 def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
@@ -458,23 +464,25 @@ def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
 
 
 def test_the_profile_full_trains_and_measures_every_arm(full):
-    assert [row["arm"] for row in full.rows] == list(trained.ARMS)
-    for row in full.rows:
+    for arm, row in full.rows.items():
         for name in ("answered", "recall", "eviction", "same_choice"):
-            assert 0 <= row[name] <= 1
-        assert 0 < row["yes_sum"] < 12
-        assert np.isfinite([row["perplexity"], row["kl_base"]]).all()
-    by = {row["arm"]: row for row in full.rows}
-    assert by["base"]["kl_base"] == pytest.approx(0, abs=1e-6)
-    assert by["prefix"]["kl"] > 0
-    assert 0 < by["prior"]["reached"] <= 1
+            assert len(row[name]) == 3
+            assert set(row[name]) <= {0.0, 1.0}
+        assert np.isfinite([*row["yes_sum"], *row["nll"], *row["kl_base"]]).all()
+        assert ("reached" in row) == (ARMS[arm].source == "prior")
+        assert ("kl" in row) == (arm == "prefix")
+    assert full.rows["base"]["kl_base"] == pytest.approx([0, 0], abs=1e-6)
+    assert min(full.rows["prefix"]["kl"]) > 0
+    assert min(full.rows["prior"]["kl_base"]) > 1e-3  # z* reaches the decoder
+    assert {round(12 * share) / 12 for share in full.rows["prior"]["reached"]} == {
+        *full.rows["prior"]["reached"]}
 
 
 def test_the_probes_of_the_profile_full_equal_one_by_one_evaluation(full):
     found = assert_forks_equal_one_by_one(
-        full.reader("commitment"), trained.Probes(5, 2, 1), 1, "prior")
+        full.reader("prior"), trained.Probes(5, 2, 1), 1, "prior")
     assert found.yes.std() > 1e-3  # not one half everywhere
-    reader, slow = full.reader("lora"), None
+    reader = full.reader("lora")
     slow = Slow(reader)
     item = ITEMS.recall[0]
     turns = [*item.distractors, item.requestion]
@@ -494,8 +502,8 @@ def test_an_answer_in_llama2_ends_at_eos(full):
 
 @pytest.fixture(scope="module")
 def exported(full) -> export.Export:
-    made = full.artifacts / "export"
-    export.export(full.folders[1, "commitment"], full.base, made)
+    made = full.experiment.artifacts / "export"
+    export.export(full.experiment.folder(1, 1, "commitment"), full.base, made)
     return export.reimport(made, full.base)
 
 
@@ -503,8 +511,8 @@ def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported):
     found = agreement.compare(exported, full.base, trained.Probes(5, 3, 0))
     for one in found.values():
         assert one.logits <= 2e-3
-        assert one.greedy == (3, 3)
-        assert one.named == 1
+        assert one.greedy.tolist() == [True] * 3
+        assert one.named.tolist() == [True] * 9
         for ours, theirs in ((one.fork[0].yes, one.fork[1].yes),
                              (one.fork[0].named, one.fork[1].named)):
             np.testing.assert_allclose(ours, theirs, atol=1e-3)
