@@ -37,8 +37,8 @@ PIP          := $(PY) -m pip --disable-pip-version-check --quiet
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-21s %s\n", $$1, $$2}' Makefile
-	@echo; printf '  %-26s %s\n' \
-	  'PROFILE=smoke|laptop|full' 'which settings (default laptop); or path/to/own.yaml' \
+	@echo; printf '  %-33s %s\n' \
+	  'PROFILE=smoke|laptop|study|full' 'which settings (default laptop); or path/to/own.yaml' \
 	  'SET="model=my.gguf"' 'override single values; results get a folder of their own' \
 	  'NOTEBOOKS="01 02"' 'only these'
 
@@ -141,7 +141,8 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@$(PY) -m lablog.bench
 
-SHOWN := 02_lambda_calibration/heat.svg 03_qlora_commitment/arms.svg
+SHOWN := 02_lambda_calibration/heat.svg \
+         $(addprefix 03_qlora_commitment/,arms.svg kinds.svg persistence.svg ablations.svg capacity.svg)
 publish: ## copy this profile's records and the README's figures into book/records/
 	@mkdir -p book/records/$(PROFILE)
 	@cp build/$(PROFILE)/records/*.json book/records/$(PROFILE)/

@@ -135,7 +135,7 @@ run.figure(
 # **Forked hidden choice.** The model says that it has chosen one of twelve things. The
 # conversation is forked: "is it X?" for each X, and "what is it?". A model that holds a choice
 # gives yes a total probability near one, $\sum_X P(\text{yes} \mid \text{is it } X) \approx 1$,
-# and favours the same X in both forms.
+# and favours the same X in both forms. By chance the two forms agree in one item of twelve.
 #
 # The first answers are drawn at temperature 1 from random numbers that belong to the item, so
 # all configurations face the same dice.
@@ -154,30 +154,56 @@ for turn in (*example.distractors, example.requestion):
 print(coherence.Thresholds())
 
 # %% [markdown]
-# ## The log's four experiments
+# ## The log's four experiments, twice
 #
 # The log ran $\lambda = 1$, $0.1$ and $0.01$ in all layers and $0.01$ in the last 8 of 32, that
-# is the last quarter. Each is repeated here over several seeds of $z^*$. Two controls stand
-# beside every row. The *redrawn* control injects directions of the same norm but draws a new one
-# every turn: if it does as well, then constancy is not what helps. The *text* control puts one
-# line into the window, the first answer or the choice: what a commitment would have to equal.
+# is the last quarter. Each is repeated here over several seeds of $z^*$. But the same $\lambda$ is
+# not the same experiment in another model: where $h$ is longer, it is a smaller push. So each row
+# is run a second time with the $\lambda$ that has the *dose* of the log's experiment here.
+#
+# That dose needs the mean norm of the residual stream of Llama-2-7B, which the log did not
+# record. Sun et al. {cite}`sun2024massive` give quantiles of its magnitudes $|h_i|$: median 0.2,
+# upper tenth 0.6, upper hundredth 1.1. For normal coordinates these mean $\lVert h \rVert =
+# \sqrt{4096}\,\sigma$ of 19, 23 or 27, of which the middle one is taken. With $d = 4096$ and $k =
+# 64$, $\lVert W_c z^* \rVert \approx 1.40$, and $\lambda = 1$ in 32 layers was a dose near 2. The
+# quantiles are those of a single hidden state, and norms grow along the layers, so the factor may
+# be two or three off. It decides where these rows lie, not what is measured there.
 
 # %%
-strengths, ranges = (1.0, 0.1, 0.01), ("all", "last quarter")
-tasks = sweep.grid(strengths, ("all",), seeds, ("commitment", "redrawn"))
-tasks += sweep.grid((0.01,), ("last quarter",), seeds, ("commitment", "redrawn"))[2:]
+named = (*sweep.NAMED_ROWS, *laboratory.rows_at_the_logs_dose())
+run.metric("log_residual_norm", sweep.LOG_RESIDUAL_NORM, "")
+for row in named:
+    print(f"{row.key}: λ = {row.strength:.4g}, {row.layers} (layers {laboratory.span(row.layers)})")
+
+# %% [markdown]
+# Two controls stand beside every row. The *redrawn* control injects directions of the same norm
+# but draws a new one for every turn, and in a fork for every question: what the two question
+# forms agree on cannot come from a direction that they share. If it does as well, then constancy
+# is not what helps. The *text* control puts one line into the window, the first answer or the
+# choice: what a commitment would have to equal.
+
+# %%
+tasks = sweep.named_tasks(named, seeds)
 with run.stage("sweep"):
     rows = laboratory.run(tasks, run.artifacts)
-results.record_named_rows(run, rows)
+results.record_named_rows(run, rows, named)
 table = sweep.summarise(rows)
+
+# %% [markdown]
+# The intervals come from one bootstrap for all probes: seeds are drawn anew with replacement, and
+# independently of them items, because every seed faced the same items
+# {cite}`owen2007pigeonhole`. Five seeds vary too little among themselves, so the percentiles are
+# expanded as Hesterberg proposes {cite}`hesterberg2015bootstrap`. Where every answer was the same,
+# nothing can be drawn anew, and the interval is Wilson's over the items. Perplexity and KL have
+# no items; their intervals are Student's t over seeds.
 
 # %%
 run.figure(
     "named_rows",
-    *plots.named_rows(table),
-    "The probes for the log's four experiments, their redrawn controls and the two baselines; "
-    "means with 95 % intervals (over seeds; over items for the baselines). A model that holds a "
-    "choice has Σ P(yes) at the dotted line.",
+    *plots.named_rows(table, named),
+    "The probes for the log's four experiments, at the log's λ and at the log's dose, their "
+    "redrawn controls and the two baselines; means with 95 % intervals over seeds and items. A "
+    "model that holds a choice has Σ P(yes) at the dotted line.",
 )
 
 # %% [markdown]
@@ -187,7 +213,8 @@ run.figure(
 # %%
 for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
     if task.control != "redrawn":
-        print(f"λ = {task.strength:g}, {task.layers}: {laboratory.continuation(task)!r}")
+        shown = f"λ = {task.strength:.3g}, {task.layers}, dose {laboratory.dose(task):.2g}"
+        print(f"{shown}: {laboratory.continuation(task)!r}")
 
 # %% [markdown]
 # ## Report
@@ -202,8 +229,12 @@ run.finish(results.ZERO_SHOT)
 # - A random direction means nothing to the model. That it fails, or succeeds by making one value
 #   likely everywhere, says little about a direction that was trained; that is chapter 3.
 # - Recall after eviction and agreement between the question forms can rise for a dull reason: the
-#   direction may favour one value whatever is asked. The Σ P(yes) column and the language metrics
-#   tell the two apart only in part.
+#   direction may favour one value whatever is asked. The redrawn control excludes what any
+#   direction of that length does; it does not exclude a preference of one constant direction.
+# - A row that differs from λ = 0 here is one of many looked at. Chapter 2 tests all settings
+#   against both λ = 0 and the redrawn control, and corrects for their number.
+# - At the log's λ the doses are small in this model. That nothing happens there says nothing about
+#   the log; the rows at the log's dose come closer, as far as one published norm carries.
 # - In a model of few layers the named ranges are coarse: a quarter of three layers is one.
 # - The offline model knows one kind of conversation. The log's claims were about
 #   Llama-2-7B-Chat; the profile `full` runs this notebook on it.

@@ -16,8 +16,8 @@
 # helps as much. The lab log planned to *train* the commitment instead, with QLoRA, and stopped
 # there, believing that this needs an NVIDIA GPU. It does not. This chapter carries the plan out on
 # whatever machine it runs on and asks: **does a latent that was trained, sampled once per
-# conversation and never written into the window, make a model keep to what it said, also when it is
-# asked in ways that the training never saw?**
+# conversation and never written into the window, make a model keep to what it said, also when it
+# is asked in ways that the training never saw?**
 #
 # The base model lies in memory in 4 bits (NF4 with double quantisation); low-rank adapters, a
 # variational head and the projection $W_c$ are trained on top of it.
@@ -40,7 +40,8 @@ steps: int = 24  # optimiser steps of each run
 batch: list[int] = [12, 1]  # conversations in a micro-batch, and micro-batches in a step
 checkpointing: bool = False  # recompute activations in the backward pass to save memory
 learning_rate: float = 3e-3  # peak, then cosine to zero
-seeds: list[int] = [1, 2]  # one training of z* and of each control, on every base
+seeds: list[int] = [1, 2]  # one training of z* each, on every base
+control_seeds: list[int] = [1]  # of these, with which the controls are trained too
 ablations: list[str] = []  # trainings beside the main ones, with the first seed (see `TRAININGS`)
 item_seed: int = 11  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
@@ -56,7 +57,7 @@ workers: int = 2  # processes that train and measure at a time, one thread each
 from lablog import figures, record
 from lablog.commitment import agreement, arms, export, trained
 from lablog.commitment import training_results as results
-from lablog.commitment.arms import ARMS, Asked, together
+from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.conversations import ConversationSettings
 from lablog.commitment.novelty import KINDS, whole_topics
 from lablog.commitment.personas import PERSONAS, record_personas
@@ -69,6 +70,7 @@ from lablog.text.tokenizer import Tokenizer
 
 figures.use_style()
 run = record.begin("03_qlora_commitment", globals())
+processes = arms.Workers(workers)
 
 # %% [markdown]
 # ## The bases in 4 bits
@@ -79,15 +81,15 @@ run = record.begin("03_qlora_commitment", globals())
 # compare a guess with a choice ("is it X?") when the recipe ends. The numbers below say which.
 #
 # `bitsandbytes` quantises the linear layers as they are loaded, on a CPU as well as on a GPU. What
-# that saves is measured, not assumed: embeddings and norms stay as they are, so a small model
-# with a large vocabulary gains less than the factor of eight that "4 bits against 32" suggests.
+# that saves is measured, not assumed: embeddings and norms stay as they are, so a small model with
+# a large vocabulary gains less than the factor of eight that "4 bits against 32" suggests.
 
 # %%
 wanted = base_seeds if model.startswith("offline:") else base_seeds[:1]
 with run.stage("model"):
-    bases = dict(zip(wanted, together("bases", [
+    bases = dict(zip(wanted, processes.together("bases", [
         (source.hugging_face_folder, (model, run.artifacts, seed)) for seed in wanted
-    ], workers), strict=True))
+    ]), strict=True))
 for folder in bases.values():
     for weights in sorted(folder.glob("*.safetensors")):
         run.file(weights)
@@ -110,8 +112,8 @@ run.metrics_table("bases")
 # at every real position, $\lambda W_c z^*$ is added, as in chapter 1. The loss is on the model's
 # own turns. The prior must decide everywhere, also where no posterior has its mass. So a share
 # $s_t$ of the conversations gets its $z^*$ not from $q$ but from the prior: it is cut into one
-# cell for each commitment $c$, where that commitment's posterior is the densest, and a conversation
-# gets a draw from its own cell. What is minimised in step $t$, and shown below, is
+# cell for each commitment $c$, where that commitment's posterior is the densest, and a
+# conversation gets a draw from its own cell. What is minimised in step $t$, and shown below, is
 #
 # $$ \mathcal L_t = \mathbb E_{z^* \sim (1 - s_t)\, q + s_t\, p(\cdot \mid \text{cell } c)}
 #    \Bigl[-\sum_i w_i \log p(x_i \mid x_{<i}, z^*)\Bigr] +
@@ -119,7 +121,9 @@ run.metrics_table("bases")
 #
 # Both $\beta_t$ and $s_t$ are zero at first and then rise. The posteriors that cut are running
 # means over batches: cut along those of one batch alone, a draw near a border belongs to another
-# commitment in the next batch, and a decoder cannot learn a border that moves.
+# commitment in the next batch, and a decoder cannot learn a border that moves. Whether two
+# questions agree is decided near the borders, where few draws lie; so every other draw is the one
+# of four that is nearest to its cell's border (hard examples {cite}`shrivastava2016hard`).
 
 # %%
 device, precision = compute
@@ -142,16 +146,16 @@ plan = Plan(
 # Two kinds of conversation alternate. In the guessing game the decoder says that it has chosen
 # something; after some other talk the conversation forks into "what is it?" and several "is it
 # Y?", all under one $z^*$. In the other, a favourite is asked for, or asked for again with the
-# first answer evicted. Right and wrong guesses are weighed as if every value had been guessed once. A
-# decoder that is calibrated then has $\sum_Y P(\text{yes} \mid Y) = 1$ whether it holds a choice
-# or not; that sum is a check of calibration and no evidence of a commitment.
+# first answer evicted. Right and wrong guesses are weighed as if every value had been guessed
+# once. A decoder that is calibrated then has $\sum_Y P(\text{yes} \mid Y) = 1$ whether it holds a
+# choice or not; that sum is a check of calibration and no evidence of a commitment.
 #
 # What a prefix fixes is a *persona*: persona number $i$ holds value number $i$ of every topic, so
 # that $z^*$ has one of twelve things to carry, about $\log 12 \approx 2.5$ nats.
 #
 # Training meets only a part of `data/dialogues.yaml`. Held out are the last phrasings of every
-# question and private line, four values of one topic, and one topic whole. So a probe can be new in
-# one of five ways. The base has read all of it, as a pretrained model has read English; what is
+# question and private line, four values of one topic, and one topic whole. So a probe can be new
+# in one of five ways. The base has read all of it, as a pretrained model has read English; what is
 # new, is new to everything that was trained here.
 
 # %%
@@ -172,21 +176,21 @@ for index in (0, len(example) - 1):
 # %% [markdown]
 # ## Training
 #
-# On every base and for each seed three things are trained on the same conversations: the
-# commitment; LoRA with no $z^*$ at all; and LoRA with the choice as a line of text in its window,
-# the bound that a commitment would have to reach. Whatever else `ablations` names is trained with
-# the first seed. Before anything is trained it is checked that this tokenizer and window let the
-# probes be read. Runs keep checkpoints and resume to the same bits.
+# On every base three things are trained on the same conversations: for each seed the commitment;
+# for some of them two controls, LoRA with no $z^*$ at all, and LoRA with the choice as a line of
+# text in its window, the bound that a commitment would have to reach. Whatever else `ablations`
+# names is trained with the first seed. Before anything is trained it is checked that this
+# tokenizer and window let the probes be read. Runs keep checkpoints and resume to the same bits.
 
 # %%
 widest = trained.Probes(item_seed, items, texts, "longer gap", max(gaps))
 for folder in bases.values():
     check_readable(folder, plan, settings, widest.items, widest.texts)
-calls = [(base, seed, name) for base in bases for seed in seeds
-         for name in ("commitment", "lora", "note")]
+calls = [(base, seed, name) for base in bases for name in ("commitment", "lora", "note")
+         for seed in (seeds if name == "commitment" else control_seeds)]
 calls += [(base, seeds[0], name) for base in bases for name in ablations]
 with run.stage("training"):
-    folders = together("training", [(experiment.train, call) for call in calls], workers)
+    folders = processes.together("training", [(experiment.train, call) for call in calls])
 runs = dict(zip(calls, folders, strict=True))
 history = results.record_training(run, runs)
 run.figure("training", *results.training_curves(history),
@@ -209,25 +213,26 @@ run.figure("budget", *results.budget(runs), "Tokens and time of each training.")
 # length; the trained commitment with $z^*$ from the prefix (which the window does not hold), from
 # the prior (nothing was said before; the latent alone decides), and redrawn from the prior for
 # every turn and every question; and the choice as a line of text, for the base and for a LoRA that
-# was trained to read it. The last column is a game of several turns, after Baldelli et al. (2026):
+# was trained to read it. One column is a game of several turns, after {cite}`baldelli2026hangman`:
 # the model answers guesses, then the conversation is forked into every question; it counts if all
 # answers, before and in the forks, are true of one value.
 #
-# On a CPU all rows are read with the dequantised weights in f32, because that is the function which
-# was trained: evaluated in 4 bits, `bitsandbytes` multiplies in bf16 on some CPUs, whatever was
-# asked for.
+# On a CPU all rows are read with the dequantised weights in f32, because that is the function
+# which was trained: evaluated in 4 bits, `bitsandbytes` multiplies in bf16 on some CPUs, whatever
+# was asked for.
 
 # %%
 whole = Asked(item_seed, items, texts, families=("fork", "recall", "language", "hangman"),
               guesses=guesses)
 main = [name for name, arm in ARMS.items() if name in results.MAIN]
+trained_with = {"base": seeds[:1], "lora": control_seeds, "note": control_seeds}
 asked = [(base, seed, arm, whole) for base in bases for arm in main
-         for seed in (seeds[:1] if ARMS[arm].training == "base" else seeds)]
+         for seed in trained_with.get(ARMS[arm].training, seeds)]
 with run.stage("probes"):
-    found = together("probes", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("probes", [(experiment.measure, call) for call in asked])
 rows = [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
-results.record_arms(run, rows, seeds)
-results.record_contrasts(run, rows, seeds)
+results.record_arms(run, rows)
+results.record_contrasts(run, rows)
 results.table(run, main)
 
 # %% [markdown]
@@ -244,21 +249,21 @@ run.figure("arms", *results.arms_figure(rows, main),
 #
 # *Seen form* recombines what training had; *new phrasing* is the table above; *new combination*
 # asks about values that training never met, in a topic of which it met the others; *new topic*
-# about a topic of which it met nothing; *longer gap* puts more talk in between than it ever had. In
-# a new topic nothing says which value a persona should hold: there one can only ask whether a draw
-# holds *some* value, the same in both forms.
+# about a topic of which it met nothing; *longer gap* puts more talk in between than it ever had.
+# In a new topic nothing says which value a persona should hold: there one can only ask whether a
+# draw holds *some* value, the same in both forms.
 
 # %%
 compared = ("lora", "note", "prefix", "prior", "redrawn")
 others = [Asked(item_seed, fewer, kind=kind, families=("fork", "recall"))
           for kind in KINDS if kind != trained.HEADLINE]
 asked = [(base, seed, arm, each) for each in others for base in bases for arm in compared
-         for seed in seeds]
+         for seed in trained_with.get(ARMS[arm].training, seeds)]
 with run.stage("kinds"):
-    found = together("kinds", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("kinds", [(experiment.measure, call) for call in asked])
 rows += [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
 for kind in KINDS:
-    results.record_arms(run, rows, seeds, kind, prefix=f"{results.slug(kind)}.")
+    results.record_arms(run, rows, kind, prefix=f"{results.slug(kind)}.")
 results.table(run, compared, "new_topic.")
 
 # %%
@@ -271,20 +276,22 @@ run.figure("kinds", *results.kinds_figure(rows, compared, KINDS),
 #
 # The same choice and the same favourite after more and more exchanges of other talk. Training had
 # at most as many as `gap` says in a guessing game, and two to four between a favourite and the
-# question for it. A line of text must be found again over the same distance; the latent is added at
-# every position and need not be found, but the model must still read a window longer than it knows.
+# question for it. A line of text must be found again over the same distance; the latent is added
+# at every position and need not be found, but the model must still read a window longer than it
+# knows.
 
 # %%
 lasting = ["note", "prefix", "prior"]
 lasting += [name for name in ("no_gaps.prefix", "no_gaps.prior") if "no_gaps" in ablations]
+trained_with["no_gaps"] = seeds[:1]
 asked = [(base, seed, arm, Asked(item_seed, fewer, kind="seen form", gap=length))
          for length in gaps for base in bases for arm in lasting
-         for seed in (seeds[:1] if "no_gaps" in arm else seeds)]
+         for seed in trained_with.get(ARMS[arm].training, seeds)]
 with run.stage("persistence"):
-    found = together("persistence", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("persistence", [(experiment.measure, call) for call in asked])
 rows += [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
 for length in gaps:
-    results.record_arms(run, rows, seeds, "seen form", length, f"gap{length}.")
+    results.record_arms(run, rows, "seen form", length, f"gap{length}.")
 run.figure("persistence", *results.persistence(rows, lasting, gaps),
            "Same X in both forms, and recall after eviction, against exchanges of other talk "
            "(phrasings seen in training); mean with 95 % interval.")
@@ -292,10 +299,10 @@ run.figure("persistence", *results.persistence(rows, lasting, gaps),
 # %% [markdown]
 # ## What does the work?
 #
-# Baselines at equal bits, and the parts of the method left out one at a time, each trained with the
-# first seed on every base: $z^*$ at the first position alone, where it is one virtual token of
-# prefix tuning; a table of twelve steering vectors, of which the data say which one to use; a $W_c$
-# that stays random; no cells; $z^*$ in the middle layer, the first or the last half. Profile
+# Baselines at equal bits, and the parts of the method left out one at a time, each trained with
+# the first seed on every base: $z^*$ at the first position alone, where it is one virtual token of
+# prefix tuning; a table of twelve steering vectors, of which the data say which one to use; a
+# $W_c$ that stays random; no cells; $z^*$ in the middle layer, the first or the last half. Profile
 # `laptop` skips this; `study` runs it.
 
 # %%
@@ -304,9 +311,9 @@ tried = [f"{name}.{origin}" for name in parts for origin in ("prefix", "prior")]
 each = Asked(item_seed, items, texts, families=("fork", "recall", "language"))
 asked = [(base, seeds[0], arm, each) for base in bases for arm in tried]
 with run.stage("ablations"):
-    found = together("ablations", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("ablations", [(experiment.measure, call) for call in asked])
 ablated = [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
-results.record_arms(run, ablated, seeds[:1])
+results.record_arms(run, ablated)
 results.table(run, tried)
 
 # %%
@@ -327,9 +334,10 @@ sizes = [name for name in ablations if name.startswith(("values", "independent")
 each = Asked(item_seed, items, kind="seen form", families=("fork",))
 asked = [(base, seeds[0], f"{name}.prefix", each) for base in bases for name in sizes]
 with run.stage("capacity"):
-    found = together("capacity", [(experiment.measure, call) for call in asked], workers)
+    found = processes.together("capacity", [(experiment.measure, call) for call in asked])
+processes.close()
 held = [results.Measured(*call, values) for call, values in zip(asked, found, strict=True)]
-results.record_arms(run, held, seeds[:1], "seen form", prefix="capacity.")
+results.record_arms(run, held, "seen form", prefix="capacity.")
 if sizes:
     display(run.figure("capacity", *results.capacity(held, sizes),
                        "Left: KL of the posterior against what is needed to tell the commitments "
@@ -377,8 +385,8 @@ run.figure("latent_space", *results.latent_space(
 # %% [markdown]
 # ## The same in llama.cpp
 #
-# What was trained is exported, read back with the hash of every file and of the base compared,
-# and put to use in the patched llama.cpp:
+# What was trained is exported, read back with the hash of every file and of the base compared, and
+# put to use in the patched llama.cpp:
 #
 # | file | holds | read by |
 # |---|---|---|
@@ -393,8 +401,8 @@ run.figure("latent_space", *results.latent_space(
 # together, each with a commitment of its own: it is given $\lambda$, $W_c z^*$ and the layers of
 # every sequence, and adds the vectors by itself.
 #
-# Two things are compared. *Numbers*: the largest difference of any logit behind "is it X?", and
-# of $\sum_X P(\text{yes})$. *Behaviour*: the share of greedy answers that are the same text, the
+# Two things are compared. *Numbers*: the largest difference of any logit behind "is it X?", and of
+# $\sum_X P(\text{yes})$. *Behaviour*: the share of greedy answers that are the same text, the
 # share of answers that name the same value, and the probes themselves, with the dequantised
 # weights in f32 on both sides.
 
@@ -433,14 +441,14 @@ except ValueError as refusal:
 # The same training takes real dialogues between people who were given personas: `personas` names a
 # CSV file in the layout of Synthetic-Persona-Chat, with the columns `user 1 personas`, `user 2
 # personas` and `Best Generated Conversation`, whose lines begin `User 1:` or `User 2:`. The second
-# speaker's persona is the prefix; the dialogue follows, cut to what the model's window allows, with
-# the loss on the second speaker's turns. A row that cannot be used stops the run with its number:
-# correct it, or name it in `personas_leave_out`. Nothing is dropped in silence.
+# speaker's persona is the prefix; the dialogue follows, cut to what the model's window allows,
+# with the loss on the second speaker's turns. A row that cannot be used stops the run with its
+# number: correct it, or name it in `personas_leave_out`. Nothing is dropped in silence.
 #
 # One persona in five is held out. If $z^*$ carries something of a persona that training never saw,
 # the held-out dialogues are likelier under it than under the adapter trained without $z^*$, and
-# less likely under the $z^*$ of somebody else. The second comparison is the stricter one: the first
-# also changes when $z^*$ only disturbs.
+# less likely under the $z^*$ of somebody else. The second comparison is the stricter one: the
+# first also changes when $z^*$ only disturbs.
 
 # %%
 record_personas(run, personas, personas_leave_out, bases[wanted[0]], plan)
@@ -465,17 +473,18 @@ run.finish((*results.sections([*main, *tried], KINDS), *agreement.NATIVE, PERSON
 #
 # - *Holding* and *deciding* are two things. From the prefix, $z^*$ is read off the turns that the
 #   window will lose: it carries over what was said. Sampled once from the prior, it decides what
-#   was never said; there the first answer of a favourite is itself sampled, and a draw near a border
-#   between two choices is not one choice.
-# - $z^*$ is one label of twelve here, however many topics share it. The figure of capacity says how
-#   far that goes; nothing here says that a free text fits into a vector.
+#   was never said; there the first answer of a favourite is itself sampled, and a draw near a
+#   border between two choices is not one choice.
+# - $z^*$ is one label of twelve here, however many topics share it. The figure of capacity says
+#   how far that goes; nothing here says that a free text fits into a vector.
 # - A new topic has no right answer for a persona: agreement there is agreement with itself alone.
 # - A draw from the prior may contradict a text that already states another value; the held-out
 #   perplexity under the prior, and recall in the window, show what that costs.
 # - The protocol of the whole games follows the cited study; models, words and prompts do not, so
 #   the numbers can be laid beside theirs, not compared with them.
-# - Agreement of llama.cpp with PyTorch says that the exported files hold what was trained, not that
-#   a quantised GGUF of them, which most people would run, behaves the same.
+# - Agreement of llama.cpp with PyTorch says that the exported files hold what was trained, not
+#   that a quantised GGUF of them, which most people would run, behaves the same.
 # - The default model is small and knows one kind of talk. On personas it starts from near nothing:
-#   its tokenizer spells most words of real dialogues in pieces. The profile `full` trains the log's
-#   configuration on Llama-2-7B-Chat, which needs a GPU of 24 GB for its size, not for its method.
+#   its tokenizer spells most words of real dialogues in pieces. The profile `full` trains the
+#   log's configuration on Llama-2-7B-Chat, which needs a GPU of 24 GB for its size, not for its
+#   method.

@@ -1,5 +1,6 @@
 """The book, from a tiny result folder: strict, whole without a network, never half replaced."""
 
+import html as escaping
 import re
 import shutil
 from datetime import UTC, datetime
@@ -119,6 +120,20 @@ def test_the_book_has_chapters_results_and_instructions(made: tuple[Path, Path])
     for piece in ("value 50.0%", "値 50.0%", "abcdef0123", "with uncommitted changes", "12 s",
                   "300 MiB", "Some CPU", "2 threads", "3.11.7", "seeds 1, 2"):
         assert piece in results, piece
+
+
+def test_what_the_project_published_is_told_apart_from_the_clones_own(made: tuple[Path, Path]):
+    """Each published record's report with its commit and the pictures beside it; not this run's."""
+    page = (made[1] / "published.html").read_text()
+    published = sorted((REPOSITORY / "book" / "records").glob("*/*.json"))
+    assert published
+    for path in published:
+        record = Record.read(path)
+        assert f"{record.notebook}, profile {record.profile}" in page
+        assert record.source.commit[:10] in page
+        beside = [f for f in record.figures if (path.parent / f"{f.name}.svg").is_file()]
+        assert all(escaping.escape(figure.caption[:30], quote=False) in page for figure in beside)
+    assert "abcdef0123" not in page
 
 
 def test_the_page_of_speed_shows_every_measure_its_target_and_the_picture(

@@ -30,22 +30,40 @@ class BookError(RuntimeError):
 
 def results_page(records: Sequence[Record]) -> str:
     """All mandated reports, each with where and how long it ran (Markdown)."""
-    parts = ["# Results at a glance\n"]
-    for record in records:
-        machine, memory = record.machine, (record.peak_memory_bytes or 0) / 2**20
-        link = f"notebooks/{record.notebook}.ipynb"
-        seeds = ", ".join(map(str, record.seeds)) or "none"
-        parts.append(
-            f"## [{record.notebook}]({link})\n\n"
+    parts = ["# Results at a glance\n", *(
+        _result(record, f"[{record.notebook}](notebooks/{record.notebook}.ipynb)")
+        for record in records)]
+    return "\n".join(parts)
+
+
+def published_page(folder: Path) -> str:
+    """The reports and figures that the project publishes, by profile (Markdown); `folder` holds a
+    folder of records a profile, with its figures beside them."""
+    parts = ["# Published results\n\nWhat the project's own runs recorded, whatever this clone has "
+             "run itself. The intervals, seeds, machine and commit are those of the record.\n"]
+    for profile in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for path in sorted(profile.glob("*.json")):
+            record = Record.read(path)
+            parts.append(_result(record, f"{record.notebook}, profile {record.profile}"))
+            parts += [f"![{figure.name}](records/{profile.name}/{figure.name}.svg)"
+                      f"\n\n*{figure.caption}*\n" for figure in record.figures
+                      if (profile / f"{figure.name}.svg").is_file()]
+    return "\n".join(parts)
+
+
+def _result(record: Record, title: str) -> str:
+    """One record's report, under a title."""
+    machine, memory = record.machine, (record.peak_memory_bytes or 0) / 2**20
+    seeds = ", ".join(map(str, record.seeds)) or "none"
+    told = (f"## {title}\n\n"
             f"Profile {record.profile}, commit `{record.source.commit[:10]}`"
             f"{' with uncommitted changes' if record.source.dirty else ''}, seeds {seeds}; "
             f"{record.seconds:.0f} s and {memory:.0f} MiB on {machine.cpu} with {machine.threads} "
             f"threads ({machine.device}), Python {machine.python}, "
-            f"PyTorch {machine.packages.get('torch', 'none')}.\n"
-        )
-        if record.report:
-            parts.append(f"```text\n{record.report.en}\n\n{record.report.ja}\n```\n")
-    return "\n".join(parts)
+            f"PyTorch {machine.packages.get('torch', 'none')}.\n")
+    if record.report:
+        told += f"\n```text\n{record.report.en}\n\n{record.report.ja}\n```\n"
+    return told
 
 
 def _inputs(folder: Path) -> str:
@@ -87,6 +105,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
         name = f"{record.notebook}.ipynb"
         shutil.copyfile(folder / "notebooks" / name, source / "notebooks" / name)
     (source / "results.md").write_text(results_page(records))
+    (source / "published.md").write_text(published_page(source / "records"))
     (source / "speed.md").write_text(speed.page(speed.latest(), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)

@@ -175,6 +175,120 @@ def test_a_redrawn_direction_changes_exactly_at_the_turns(speech, folder, torch_
     assert np.abs(rows - reference).max() <= 5e-3
 
 
+def directions(count, width=64, seed=2):
+    rng = np.random.default_rng(seed)
+    return [Commitment(rng.standard_normal(width).astype(np.float32), 0.4, (0, 5))
+            for _ in range(count)]
+
+
+def test_every_forked_question_is_read_under_a_direction_of_its_own(
+        speech, folder, torch_model, items):
+    """The opening under the first, question q of item i under number 1 + 13 i + q, as in PyTorch
+    with one direction a position; values of several tokens too, which other sequences decode."""
+    pool, tokenizer = directions(200), Tokenizer(folder / "tokenizer.model")
+    result = probes.run_fork(speech, items.fork[:3], Injection(tuple(pool)))
+
+    def probability(history, text, continuation, number):
+        opening, start = (len(tokenizer.encode(t, bos=True)) for t in (render(history), text))
+        ids = tokenizer.encode(text + continuation, bos=True)
+        addition = torch.zeros(1, len(ids), 64)
+        addition[:, :opening] = 0.4 * torch.from_numpy(pool[0].direction)
+        addition[:, opening:] = 0.4 * torch.from_numpy(pool[number].direction)
+        with torch.inference_mode(), injected(torch_model, addition, (0, 5)):
+            rows = torch_model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return math.exp(sum(rows[i - 1, ids[i]] for i in range(start, len(ids))))
+
+    pieces = set()
+    for i in (0, 2):  # of two groups: two items fit into the context
+        item = items.fork[i]
+        for x, guess in enumerate(item.guesses[:4]):
+            text = prompt([*item.opening, guess])
+            yes, no = (sum(probability(item.opening, text, f" {w}", 2 + 13 * i + x)
+                           for w in (word, word.title())) for word in ("yes", "no"))
+            assert result.yes[i, x] == pytest.approx(yes / (yes + no), abs=2e-3)
+        text = prompt([*item.opening, item.naming])
+        answers = [f" {item.stem} {value}".replace("  ", " ") for value in item.values]
+        pieces |= {len(tokenizer.encode(value)) for value in item.values}
+        named = np.array([probability(item.opening, text, a, 1 + 13 * i) for a in answers])
+        np.testing.assert_allclose(result.named[i], named / named.sum(), atol=2e-3)
+    assert len(pieces) > 1  # some values are one token and some are more
+
+
+def test_a_context_forgets_what_the_questions_were_read_under(speech, items):
+    before = probes.run_fork(speech, items.fork, Injection())
+    redrawn = probes.run_fork(speech, items.fork, Injection(tuple(directions(200))))
+    after = probes.run_fork(speech, items.fork, Injection())
+    np.testing.assert_array_equal(before.yes, after.yes)
+    np.testing.assert_array_equal(before.named, after.named)
+    assert np.abs(before.named - redrawn.named).max() > 1e-3
+
+
+class Obedient:
+    """A context and its speech in one, of a model whose commitment decides by itself: it holds
+    the value where the direction is largest and answers both question forms accordingly."""
+
+    sequences = 27
+
+    def __init__(self):
+        self.context, self.everywhere, self.own = self, None, {}
+
+    def commit(self, commitment, sequence=None):
+        if sequence is None:
+            self.everywhere = commitment
+        else:
+            self.own[sequence] = commitment
+
+    def clear(self):
+        pass
+
+    def fork(self, source, targets):
+        pass
+
+    def history(self, turns):
+        return list(turns)
+
+    def prompt(self, turns, stem=""):
+        return list(turns)
+
+    def continuations(self, turns, stem, values):
+        return values
+
+    def prefill(self, contents):
+        return {s: [(content[-1], int(np.argmax((self.own.get(s) or self.everywhere).direction)))]
+                for s, content in contents.items()}
+
+    def word_probabilities(self, last, words):
+        return {s: np.array([0.9, 0.1] if value in turn.text.lower().split() else [0.1, 0.9])
+                for s, (turn, held) in last.items() for value in [VALUES[held]]}
+
+    def scores(self, last, continuations):
+        return {s: np.where(np.arange(12) == held, -0.1, -5.0) for s, (_, held) in last.items()}
+
+
+VALUES = [f"thing{x}" for x in range(12)]
+
+
+def obedient_items(count):
+    guesses = tuple(Turn("U", f"is it {value} ?", "is_it") for value in VALUES)
+    note = Turn("A", "it is thing0", "private")
+    item = probes.ForkItem(tuple(VALUES), (Turn("U", "choose", "opening"),), guesses,
+                           Turn("U", "what is it?", "what_is_it"), "", note, 0)
+    return [item] * count
+
+
+def test_a_shared_direction_that_decides_makes_both_forms_agree_and_redrawn_ones_do_not():
+    """The planted effect: agreement in every item, and in one of twelve when it is redrawn."""
+    rng = np.random.default_rng(7)
+    pool = tuple(Commitment(row.astype(np.float32), 1.0, (0, 0))
+                 for row in rng.standard_normal((1024, 12)))
+    count = 600
+    shared = probes.run_fork(Obedient(), obedient_items(count), Injection(pool[:1]))
+    assert shared.same.all()
+    np.testing.assert_allclose(shared.yes_sum, 0.9 + 11 * 0.1)
+    redrawn = probes.run_fork(Obedient(), obedient_items(count), Injection(pool))
+    assert abs(redrawn.same.mean() - 1 / 12) < 3.5 * math.sqrt(11 / 144 / count)
+
+
 def test_coherence_equals_pytorch(speech, folder, torch_model, material, commitment):
     base = coherence.measure(speech, material, Injection())
     assert base.kl_mean == base.kl_p95 == 0
@@ -201,7 +315,6 @@ def test_the_material_must_be_read_unmodified_first(speech, material, model):
 @given(st.lists(st.integers(0, 3), max_size=40))
 def test_repetition_counts_repeats(tokens):
     rate = coherence.repeated_ngrams(tokens)
-    assert 0 <= rate < 1
     grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
     repeats = sum(gram in grams[:i] for i, gram in enumerate(grams))
     assert rate == pytest.approx(repeats / len(grams) if grams else 0)

@@ -2,14 +2,17 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lablog.commitment import calibration, coherence, sweep
+from lablog.commitment import calibration, coherence, probes, sweep
+from lablog.intervals import hierarchical
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,9 @@ def test_a_redrawn_direction_has_the_norm_of_the_commitment(laboratory):
     norms = [np.linalg.norm(c.direction) for c in redrawn]
     np.testing.assert_allclose(norms, np.linalg.norm(one.direction), rtol=1e-5)
     cosines = [abs(redrawn[0].direction @ c.direction) / norms[0] ** 2 for c in redrawn[1:]]
-    assert max(cosines) < 0.6
+    assert len(redrawn) > 13  # more than a fork has questions
+    # In 64 dimensions |cos| has mean 0.1 and standard deviation 0.075.
+    assert np.mean(cosines) == pytest.approx(math.sqrt(2 / (math.pi * 64)), abs=0.01)
 
 
 def test_the_dose_is_what_the_log_defines(laboratory):
@@ -77,13 +82,51 @@ def test_the_dose_is_what_the_log_defines(laboratory):
     assert laboratory.dose(sweep.Task("none")) == 0
 
 
+def test_the_logs_doses_are_those_of_its_model():
+    """By hand: 32 layers of ‖W_c z*‖ = sqrt(8192 / 4160) against ‖h‖ = sqrt(4096) · 0.6 / 1.645."""
+    assert stats.norm.ppf(0.95) == pytest.approx(1.645, abs=1e-3)  # the upper tenth of |h_i|
+    assert pytest.approx(64 * 0.6 / 1.645, abs=0.5) == sweep.LOG_RESIDUAL_NORM
+    one = 32 * math.sqrt(8192 / 4160) / sweep.LOG_RESIDUAL_NORM
+    doses = [sweep.log_dose(row.strength, row.layers) for row in sweep.NAMED_ROWS]
+    assert doses == pytest.approx([one, one / 10, one / 100, one / 400])
+
+
+def test_rows_at_the_logs_dose_have_it_in_this_model(laboratory):
+    rows = laboratory.rows_at_the_logs_dose()
+    assert [row.key for row in rows] == [f"log_dose.{row.key}" for row in sweep.NAMED_ROWS]
+    typical = math.sqrt(2 * 64 / (64 + 16))
+    for row, named in zip(rows, sweep.NAMED_ROWS, strict=True):
+        assert row.layers == named.layers
+        task = sweep.Task("commitment", row.strength, row.layers, 3)
+        (one,) = laboratory.injection(task).commitments
+        dose = laboratory.dose(task) * typical / np.linalg.norm(one.direction)
+        assert dose == pytest.approx(sweep.log_dose(named.strength, named.layers))
+        assert row.english == f"the log's dose of {named.english}"
+
+
+def test_named_tasks_hold_both_controls_once():
+    tasks = sweep.named_tasks((*sweep.NAMED_ROWS, sweep.NAMED_ROWS[0]), (1, 2))
+    assert tasks[:2] == [sweep.Task("none"), sweep.Task("text")]
+    assert len(tasks) == len(set(tasks)) == 2 + 4 * 2 * 2
+    assert sweep.Task("redrawn", 0.01, "last quarter", 2) in tasks
+
+
+def test_ranges_of_the_same_layers_have_the_same_span():
+    opened = object.__new__(sweep.Laboratory)
+    opened.model = SimpleNamespace(layers=3)
+    assert [opened.span(name) for name in sweep.RANGES] == ["0–2", "2", "0", "0"]
+    opened.model = SimpleNamespace(layers=32)
+    assert len({opened.span(name) for name in sweep.RANGES}) == 4
+
+
 @given(st.integers(1, 200))
 def test_named_ranges_lie_in_the_model(layers):
-    for name in sweep.RANGES:
-        first, last = sweep.layer_range(name, layers)
-        assert 0 <= first <= last < layers
-    assert sweep.layer_range("last quarter", 32) == (24, 31)  # the log's last 8 layers
+    quarter = -(-layers // 4)
     assert sweep.layer_range("all", layers) == (0, layers - 1)
+    assert sweep.layer_range("first quarter", layers) == (0, quarter - 1)
+    assert sweep.layer_range("last quarter", layers) == (layers - quarter, layers - 1)
+    assert sweep.layer_range("layer 0", layers) == (0, 0)
+    assert sweep.layer_range("last quarter", 32) == (24, 31)  # the log's last 8 layers
 
 
 def test_an_unknown_range_is_refused():
@@ -91,14 +134,56 @@ def test_an_unknown_range_is_refused():
         sweep.layer_range("last qarter", 8)
 
 
-def test_summaries_are_means_with_t_intervals(laboratory, tmp_path):
+def test_rows_hold_their_items(laboratory):
+    """What the journal keeps is what the probes said, item by item."""
+    task = sweep.Task("redrawn", 0.5, "all", 1)
+    row, injection = laboratory.evaluate(task), laboratory.injection(task)
+    recall = laboratory.with_speech(
+        lambda s: probes.run_recall(s, laboratory.items.recall, injection))
+    fork = laboratory.with_speech(lambda s: probes.run_fork(s, laboratory.items.fork, injection))
+    expected = {"answered": recall.answered, "recall": recall.recalled,
+                "eviction": recall.recalled_after_eviction, "same_choice": fork.same,
+                "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass}
+    rows = pd.DataFrame([row, row])
+    assert set(sweep.BY_ITEM) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(sweep.by_item(rows, name), [values, values], rtol=1e-5)
+        assert row[name] == pytest.approx(values.mean())
+    assert row["same_choice_items"] == "".join(str(int(x)) for x in fork.same)
+
+
+def test_language_is_measured_where_it_is_asked_for(laboratory, tmp_path):
+    tasks = [sweep.Task("redrawn", 0.5, "all", 1, language=language) for language in (False, True)]
+    rows = laboratory.run(tasks, tmp_path)
+    assert rows["perplexity"].isna().tolist() == [True, False]
+    assert rows["word"].tolist()[0] == "unread"
+    assert rows["yes_sum_items"].nunique() == 1
+    assert sweep.interval_of(rows, "perplexity") is None
+    assert laboratory.run(tasks, tmp_path).equals(rows)
+
+
+def test_summaries_are_means_with_intervals_over_what_varied(laboratory, tmp_path):
     rows = laboratory.run(TASKS, tmp_path)
     table = sweep.summarise(rows)
     part = rows[(rows["control"] == "commitment") & (rows["layers"] == "all")]
     entry = table[(table["control"] == "commitment") & (table["layers"] == "all")].iloc[0]
     low, high = stats.t.interval(0.95, 1, part["kl_mean"].mean(), stats.sem(part["kl_mean"]))
     assert entry["kl_mean"] == pytest.approx(part["kl_mean"].mean())
-    assert (entry["kl_mean_low"], entry["kl_mean_high"]) == pytest.approx((low, high))
+    assert (entry["kl_mean_low"], entry["kl_mean_high"]) == pytest.approx((max(low, 0), high))
+    for name in sweep.BY_ITEM:
+        expected = hierarchical(sweep.by_item(part, name), share=name != "yes_sum")
+        assert (entry[f"{name}_low"], entry[f"{name}_high"]) == (expected.low, expected.high)
+    assert entry["span"] == "0–5"
+    assert entry["range"] == "all"
+
+
+def test_a_measure_of_language_stays_in_its_range_and_has_no_interval_of_no_width():
+    rows = pd.DataFrame({"same_top": [0.99, 1.0, 1.0], "kl_p95": [0.0, 0.1, 3.0],
+                         "distinct_1": [0.5, 0.5, 0.5]})
+    assert sweep.interval_of(rows, "same_top").high == 1.0
+    assert sweep.interval_of(rows, "kl_p95").low == 0.0
+    assert sweep.interval_of(rows, "kl_p95").high > 3
+    assert sweep.interval_of(rows, "distinct_1") is None
 
 
 @given(st.floats(1e-3, 10), st.floats(0.3, 4), st.floats(1e-3, 20))

@@ -267,15 +267,28 @@ def _measures(reader: Reader, source: Source, material: Probes, asked: Asked,
     return {name: np.asarray(values).astype(float).tolist() for name, values in found.items()}
 
 
-def together(description: str, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
-             workers: int) -> list[Any]:
-    """Results of independent calls, in order, `workers` at a time in processes of their own.
+class Workers:
+    """Processes that live as long as the chapter, one thread each: several small models at a time
+    are faster than one on several threads. A context manager, or `close` it."""
 
-    One thread each: several small models at a time are faster than one on several threads.
-    """
-    with (ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
-          progress(len(calls), description, "run") as bar):
-        futures = [pool.submit(function, *arguments) for function, arguments in calls]
-        for future in futures:
-            future.add_done_callback(lambda _: bar.update())
-        return [future.result() for future in futures]
+    def __init__(self, number: int) -> None:
+        self.pool = ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"))
+
+    def together(self, description: str,
+                 calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+        """Results of independent calls, in order, with a progress bar."""
+        with progress(len(calls), description, "run") as bar:
+            futures = [self.pool.submit(function, *arguments) for function, arguments in calls]
+            for future in futures:
+                future.add_done_callback(lambda _: bar.update())
+            return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """End the processes; calls that have not begun are dropped."""
+        self.pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

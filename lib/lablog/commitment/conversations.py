@@ -27,6 +27,7 @@ from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, genera
 from lablog.text.tokenizer import Tokenizer
 
 Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
+IN_WINDOW = 0.25  # share of recall conversations whose statement stays in the window
 STREAM, GAPS = 105, 108  # spawn keys, apart from those of the dialogues' splits and of the probes
 
 
@@ -59,6 +60,7 @@ class ConversationSettings:
     gap: tuple[int, int] = (0, 0)
     independent: int = 0
     word_weight: float = 0.02
+    named_weight: float = 4.0
     guesses: int = 3
     recall_share: float = 0.25
     note: bool = False
@@ -69,9 +71,10 @@ class Conversations(Dataset[Conversation]):
 
     Conversation number i is of persona i mod N: a batch of N holds each persona once.
 
-    The loss is on the assistant's turns: 1 on values, yes and no, `word_weight` on other words. Of
-    `guesses` forks "is it Y?" one is right and the others weigh as much as all N - 1 wrong ones,
-    so that a calibrated decoder has Σ_Y P(yes | Y) = 1.
+    The loss is on the assistant's turns: 1 on values, yes and no, `word_weight` of that on other
+    words. Of `guesses` forks "is it Y?" one is right and the others weigh as much as all N - 1
+    wrong ones, so that a calibrated decoder has Σ_Y P(yes | Y) = 1; naming, which is asked once
+    where twelve guesses are, weighs `named_weight`.
     """
 
     def __init__(self, settings: ConversationSettings, tokenizer: Tokenizer, seed: int, size: int,
@@ -142,8 +145,8 @@ class Conversations(Dataset[Conversation]):
         values, guesses = self.dialogues.topics[topic], self.settings.guesses
         wrong = sorted((v for v in values if v != value), key=lambda _: draw.random())
         stem = [*draw.exchange("opening", "chosen", topic), *draw.distractors(topic, gap)]
-        forks: list[Fork] = [(stem, 1.0, True),
-                             (draw.exchange("what_is_it", "it_is", topic, value), 1.0, False)]
+        forks: list[Fork] = [(stem, 1.0, True), (
+            draw.exchange("what_is_it", "it_is", topic, value), self.settings.named_weight, False)]
         # The wrong guesses stand for all N - 1.
         for number, guessed in enumerate([value, *wrong[: guesses - 1]]):
             many = (len(values) - 1) / (guesses - 1) if number else 1.0
@@ -152,8 +155,9 @@ class Conversations(Dataset[Conversation]):
 
     def _recall(self, draw: Draw, dialogue: Dialogue, topic: str, value: str) -> list[Fork]:
         asked = draw.exchange("question", "answer", topic, value)
-        kept = dialogue.turns if draw.random() < 0.5 else dialogue.turns[2:]
-        return [([], 1.0, True), (asked, 1.0, False), (kept, 1.0, False)]
+        kept = dialogue.turns if draw.random() < IN_WINDOW else dialogue.turns[2:]
+        weight = self.settings.named_weight
+        return [([], 1.0, True), (asked, weight, False), (kept, weight, False)]
 
     def _independent(self, draw: Draw) -> Conversation:
         """A prefix that states a value of each of the first `independent` topics; the guessing

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lablog.commitment.sweep import NAMED_ROWS, RANGES
+from lablog.commitment.sweep import RANGES, NamedRow
 from lablog.figures import COLOURS, GREY, MARKERS
 
 Drawn = tuple[Figure, pd.DataFrame]
@@ -25,7 +25,7 @@ LABELS = {
 
 
 def _columns(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    columns = ["control", "layers", "strength", "seeds", "word", "dose"]
+    columns = ["control", "range", "span", "strength", "seeds", "word", "dose"]
     return table[columns + [f"{n}{end}" for n in names for end in ("", "_low", "_high")]]
 
 
@@ -61,43 +61,53 @@ def residual(norms: np.ndarray, direction_norm: float, strengths: Sequence[float
     return figure, data
 
 
-def named_rows(table: pd.DataFrame) -> Drawn:
-    """The three probe families for the log's four rows, their controls and the baselines."""
+def distinct(table: pd.DataFrame) -> pd.DataFrame:
+    """One row for each configuration: names of ranges that mean the same layers are one."""
+    return table.drop_duplicates(["control", "span", "strength"])
+
+
+def named_rows(table: pd.DataFrame, named: Sequence[NamedRow]) -> Drawn:
+    """The three probe families for named rows with their doses, controls and baselines."""
     rows = [("unmodified", "none", "all", 0.0), ("a line of text instead", "text", "all", 0.0)]
-    rows += [(label, "commitment", layers, strength) for label, strength, layers in NAMED_ROWS]
-    rows += [(f"{label}: redrawn", "redrawn", layers, s) for label, s, layers in NAMED_ROWS]
+    rows += [(row.english, "commitment", row.layers, row.strength) for row in named]
+    rows += [(f"{row.english}: redrawn", "redrawn", row.layers, row.strength) for row in named]
     keyed = table.set_index(["control", "layers", "strength"])
     data = pd.DataFrame(
-        [{"row": label, **keyed.loc[(c, layers, s), :].to_dict()} for label, c, layers, s in rows]
+        [{"row": label, "strength": s, **keyed.loc[(c, layers, s), :].to_dict()}
+         for label, c, layers, s in rows]
     )
     names = ("recall", "eviction", "same_choice", "yes_sum")
-    figure, panels = plt.subplots(1, 4, figsize=(9.6, 3.8), sharey=True)
+    figure, panels = plt.subplots(1, 4, figsize=(12.4, 1.2 + 0.3 * len(rows)), sharey=True)
     position = np.arange(len(data))[::-1]
+    labels = [f"{row} (dose {dose:.2g})" if dose else row
+              for row, dose in zip(data["row"], data["dose"], strict=True)]
     for axes, name in zip(panels, names, strict=True):
         for control, colour, marker in zip(("none", "text", "commitment", "redrawn"),
                                            COLOURS[:4], MARKERS, strict=False):
             chosen = np.array([row[1] == control for row in rows])
             axes.errorbar(data[name][chosen], position[chosen],
                           xerr=_errors(data[chosen], name), fmt=marker, color=colour, capsize=2)
-        axes.set(xlabel=LABELS[name], yticks=position, yticklabels=data["row"])
+        axes.set(xlabel=LABELS[name], yticks=position, yticklabels=labels)
         if name == "yes_sum":
             axes.axvline(1, color=GREY, linestyle=":")
         else:
             axes.set_xlim(-0.03, 1.03)
-    keep = ["row", "word", "seeds"] + [f"{n}{e}" for n in names for e in ("", "_low", "_high")]
-    return figure, data[keep]
+    keep = ["row", "strength", "dose", "word", "seeds"]
+    return figure, data[keep + [f"{n}{e}" for n in names for e in ("", "_low", "_high")]]
 
 
-def _curves(axes: Axes, table: pd.DataFrame, name: str, horizontal: str) -> None:
-    for number, layers in enumerate(RANGES):
-        part = table[(table["layers"] == layers) & (table["control"] == "commitment")]
-        part = part.sort_values(horizontal)
-        axes.errorbar(part[horizontal], part[name], yerr=_errors(part, name), label=layers,
-                      color=COLOURS[number], marker=MARKERS[number], capsize=2)
-    redrawn = table[(table["layers"] == "all") & (table["control"] == "redrawn")]
-    redrawn = redrawn.sort_values(horizontal)
-    axes.errorbar(redrawn[horizontal], redrawn[name], yerr=_errors(redrawn, name), color=GREY,
-                  marker="x", linestyle=":", label="all, redrawn every turn", capsize=2)
+def _curves(axes: Axes, table: pd.DataFrame, name: str) -> None:
+    """One measure against dose: solid the commitment, dotted the control, a colour a range."""
+    ranges = table.loc[table["control"] == "commitment", "range"].unique()
+    for number, layers in enumerate(ranges):
+        for control, line, label in (("commitment", "-", layers),
+                                     ("redrawn", ":", f"{layers}, redrawn")):
+            part = table[(table["range"] == layers) & (table["control"] == control)]
+            part = part.dropna(subset=name).sort_values("dose")
+            if len(part):
+                axes.errorbar(part["dose"], part[name], yerr=_errors(part, name), label=label,
+                              color=COLOURS[number], marker=MARKERS[number], linestyle=line,
+                              capsize=2, fillstyle="full" if line == "-" else "none")
     for value in table[table["control"] == "none"][name]:
         axes.axhline(value, color=GREY, linewidth=1, label="unmodified")
     axes.set(xscale="log", ylabel=LABELS[name])
@@ -105,10 +115,10 @@ def _curves(axes: Axes, table: pd.DataFrame, name: str, horizontal: str) -> None
 
 def dose(table: pd.DataFrame) -> Drawn:
     """Coherence against dose, with intervals over seeds."""
-    names = ("perplexity", "kl_p95", "own_kl_p95", "repeated_4grams")
+    table, names = distinct(table), ("perplexity", "kl_p95", "own_kl_p95", "repeated_4grams")
     figure, panels = plt.subplots(2, 2, figsize=(9.0, 5.8), sharex=True)
     for axes, name in zip(panels.flat, names, strict=True):
-        _curves(axes, table, name, "dose")
+        _curves(axes, table, name)
         if name != "repeated_4grams":
             axes.set_yscale("log")
         if name.endswith("kl_p95"):
@@ -120,37 +130,52 @@ def dose(table: pd.DataFrame) -> Drawn:
 
 
 def by_range(table: pd.DataFrame) -> Drawn:
-    """The probes against λ, one curve per layer range."""
-    names = ("recall", "eviction", "same_choice", "yes_sum")
+    """The probes against dose, one pair of curves per distinct layer range."""
+    table, names = distinct(table), ("recall", "eviction", "same_choice", "yes_sum")
     figure, panels = plt.subplots(2, 2, figsize=(9.0, 5.8), sharex=True)
     for axes, name in zip(panels.flat, names, strict=True):
-        _curves(axes, table, name, "strength")
+        _curves(axes, table, name)
     for axes in panels[1]:
-        axes.set_xlabel("λ")
+        axes.set_xlabel("dose: λ · layers · ‖W_c z*‖ / mean ‖h‖")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure, _columns(table, names)
 
 
 def heat(table: pd.DataFrame) -> Drawn:
-    """Recall and forked choice over (λ, layer range), the log's word in each cell."""
-    part = table[table["control"] == "commitment"]
-    figure, panels = plt.subplots(3, 1, figsize=(8.4, 6.6), sharex=True)
-    names = ("recall", "eviction", "same_choice")
-    words = part.pivot(index="layers", columns="strength", values="word").reindex(list(RANGES))
-    for axes, name in zip(panels, names, strict=True):
-        grid = part.pivot(index="layers", columns="strength", values=name).reindex(list(RANGES))
-        image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(grid.to_numpy()):
-            mark = {"incoherent": "†", "coherent but repetitive": "*"}.get(
-                str(words.iloc[row, column]), "")
-            axes.text(column, row, f"{value:.2f}{mark}", ha="center", va="center", fontsize=9,
-                      color="white" if value < 0.55 else "black")
-        axes.set(yticks=range(len(RANGES)), yticklabels=RANGES, title=LABELS[name])
-        axes.grid(visible=False)
-        figure.colorbar(image, ax=axes, label="share")
-    panels[-1].set(xticks=range(len(grid.columns)), xticklabels=[f"{s:g}" for s in grid.columns],
-                   xlabel="λ († incoherent, * coherent but repetitive)")
-    return figure, _columns(part, names)
+    """Three probes over λ and distinct layer range: left their value, right what it is above the
+    redrawn control; in each cell the dose and the log's word."""
+    table = distinct(table)
+    names, part = ("recall", "eviction", "same_choice"), table[table["control"] == "commitment"]
+    ranges = list(part["range"].unique())
+
+    def over(control: str, name: str) -> pd.DataFrame:
+        rows = table[table["control"] == control]
+        return rows.pivot(index="range", columns="strength", values=name).reindex(ranges)
+
+    words, doses = over("commitment", "word"), over("commitment", "dose").to_numpy(dtype=float)
+    strengths = [f"{strength:g}" for strength in sorted(part["strength"].unique())]
+    figure, panels = plt.subplots(3, 2, figsize=(12.0, 1.6 + 1.6 * len(ranges)), sharex=True,
+                                  sharey=True)
+    for (left, right), name in zip(panels, names, strict=True):
+        value = over("commitment", name)
+        gain = value - over("redrawn", name)
+        for axes, grid, colours, lowest in ((left, value, "cividis", 0), (right, gain, "PuOr", -1)):
+            image = axes.imshow(grid, cmap=colours, vmin=lowest, vmax=1, aspect="auto")
+            for (row, column), number in np.ndenumerate(grid.to_numpy()):
+                mark = {"incoherent": "†", "coherent but repetitive": "*"}.get(
+                    str(words.iloc[row, column]), "")
+                text = f"{number:.2f}{mark}\n({doses[row, column]:.1g})"
+                dark = lowest == 0 and number < 0.55
+                axes.text(column, row, text, ha="center", va="center", fontsize=7.5,
+                          color="white" if dark else "black")
+            title = LABELS[name] if lowest == 0 else f"{LABELS[name]}, less redrawn"
+            axes.set(yticks=range(len(ranges)), yticklabels=ranges, title=title)
+            axes.grid(visible=False)
+            figure.colorbar(image, ax=axes, label="share" if lowest == 0 else "difference")
+    for axes in panels[-1]:
+        axes.set(xticks=range(len(strengths)), xticklabels=strengths,
+                 xlabel="λ († incoherent, * coherent but repetitive; in brackets: dose)")
+    return figure, _columns(table[table["control"].isin(["commitment", "redrawn"])], names)
 
 
 def budget(table: pd.DataFrame, nats: float) -> Drawn:

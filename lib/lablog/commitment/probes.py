@@ -233,7 +233,11 @@ def _ask(speech: Speech, histories: dict[int, list[Turn]], questions: dict[int, 
 
 def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
              note: Note = "none") -> ForkResult:
-    """Every fork of every hidden choice; with note ``text`` the choice heads the window."""
+    """Every fork of every hidden choice; with note ``text`` the choice heads the window.
+
+    An injection that changes gives every question of every fork a direction of its own, and what
+    is decoded to score an answer has that of its question.
+    """
     context = speech.context
     widest = max(len(item.values) for item in items) + 1
     room = context.sequences // widest
@@ -253,13 +257,14 @@ def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
             base: speech.history(history)
             for base, history in zip(bases, histories, strict=True)
         })
-        injection.turn(context, 1)
         asked: dict[int, list[int]] = {}
         for base, history, item in zip(bases, histories, group, strict=True):
             context.fork(base, range(base + 1, base + 1 + len(item.values)))
             asked[base] = speech.prompt([*history, item.naming], item.stem)
             for offset, guess in enumerate(item.guesses):
                 asked[base + 1 + offset] = speech.prompt([*history, guess])
+        # Question q of item i is turn 1 + i · widest + q of what is injected: none is asked twice.
+        injection.questions(context, {s: 1 + begin * widest + s for s in asked})
         last = context.prefill(asked)
         forks = {base + 1 + x for base, item in zip(bases, group, strict=True)
                  for x in range(len(item.values))}
@@ -269,6 +274,7 @@ def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
             {base: speech.continuations([*history, item.naming], item.stem, item.values)
              for base, history, item in zip(bases, histories, group, strict=True)},
         )
+        injection.asked(context, range(len(group) * widest))
         for row, (base, item) in enumerate(zip(bases, group, strict=True), begin):
             size = len(item.values)
             pairs = np.array([answers[base + 1 + x] for x in range(size)])

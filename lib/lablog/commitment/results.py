@@ -9,7 +9,17 @@ import numpy as np
 import pandas as pd
 
 from lablog.commitment.calibration import Solution
-from lablog.commitment.sweep import NAMED_ROWS, PROPORTIONS, RANGES, interval_of
+from lablog.commitment.sweep import (
+    AT_LOG_DOSE,
+    BY_ITEM,
+    NAMED_ROWS,
+    PROPORTIONS,
+    RANGES,
+    NamedRow,
+    by_item,
+    interval_of,
+)
+from lablog.comparisons import holm, p_greater
 from lablog.intervals import geometric_over_seeds, wilson
 from lablog.models import training
 from lablog.record import Run
@@ -22,20 +32,27 @@ UNITS = {"recall": "fraction", "eviction": "fraction", "same_choice": "fraction"
          "kl_mean": "nat", "kl_p95": "nat", "own_kl_mean": "nat", "own_kl_p95": "nat",
          "same_top": "fraction", "repeated_4grams": "fraction", "distinct_1": "fraction",
          "distinct_2": "fraction", "dose": ""}
-NAMED_KEYS = ("lambda1.all", "lambda0.1.all", "lambda0.01.all", "lambda0.01.last_quarter")
+PROBES = ("recall", "eviction", "same_choice")
+ALPHA = 0.05
 
 
 def record_group(run: Run, key: str, rows: pd.DataFrame) -> None:
-    """Add ``<key>.<measure>`` for every measure of one configuration (rows: its seeds)."""
+    """Add ``<key>.<measure>`` for every measure of one configuration (rows: its seeds).
+
+    n is the number of items, which all seeds share; a numerator counts answers over all seeds.
+    Coherence that was not measured is left out.
+    """
     seeds = tuple(int(seed) for seed in rows["seed"]) if len(rows) > 1 else None
     items = int(rows["items"].iloc[0])
     for name, unit in UNITS.items():
-        counts = {}
+        if rows[name].isna().any():
+            continue
+        counts: dict[str, float] = {"n": items} if name in BY_ITEM else {}
         if name in PROPORTIONS:
-            counts = {"numerator": float((rows[name] * items).round().sum()),
-                      "denominator": float(items * len(rows))}
-        run.metric(f"{key}.{name}", float(rows[name].mean()), unit, n=items * len(rows),
-                   seeds=seeds, interval=interval_of(rows, name), **counts)
+            counts |= {"numerator": by_item(rows, name).sum(),
+                       "denominator": float(items * len(rows))}
+        run.metric(f"{key}.{name}", float(rows[name].mean()), unit, seeds=seeds,
+                   interval=interval_of(rows, name), **counts)
     words = rows["word"].value_counts()
     run.metric(f"{key}.word", str(words.index[0]), "class", seeds=seeds,
                numerator=float(words.iloc[0]), denominator=float(len(rows)))
@@ -71,117 +88,181 @@ def _configuration(rows: pd.DataFrame, control: str, layers: str, strength: floa
                 & (rows["strength"] == strength)]
 
 
-def record_named_rows(run: Run, rows: pd.DataFrame) -> None:
-    """The log's four rows, each with its redrawn control, and the two baselines.
+def record_named_rows(run: Run, rows: pd.DataFrame,
+                      named: Sequence[NamedRow] = NAMED_ROWS) -> None:
+    """Named rows (the log's four), each with its redrawn control, and the two baselines.
 
     Raises ValueError when the sweep does not hold one of them.
     """
     record_group(run, "unmodified", rows[rows["control"] == "none"])
     record_group(run, "text", rows[rows["control"] == "text"])
-    for key, (label, strength, layers) in zip(NAMED_KEYS, NAMED_ROWS, strict=True):
+    for row in named:
         for control, prefix in (("commitment", ""), ("redrawn", "redrawn.")):
-            part = _configuration(rows, control, layers, strength)
+            part = _configuration(rows, control, row.layers, row.strength)
             if part.empty:
-                raise ValueError(f"the sweep holds no row {label!r} ({control}): add {strength:g} "
-                                 "to the strengths")
-            record_group(run, prefix + key, part)
+                raise ValueError(f"the sweep holds no row {row.english!r} ({control}): add "
+                                 f"{row.strength:g} to the strengths")
+            record_group(run, prefix + row.key, part)
+
+
+def compare_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """Every distinct cell (layers × λ) against λ = 0 and against the redrawn control.
+
+    Names of ranges that mean the same layers are one cell. Both comparisons are paired: the same
+    items, and for the control the same seeds. One row per cell and probe: the mean differences,
+    their p-values, the larger of the two (both must hold), and all three adjusted by Holm over all
+    cells and probes. ValueError when a cell has no redrawn control.
+    """
+    found = []
+    unmodified = rows[rows["control"] == "none"]
+    commitments = rows[rows["control"] == "commitment"]
+    for (span, strength), cell in commitments.groupby(["span", "strength"], sort=False):
+        mine = cell.drop_duplicates("seed").sort_values("seed")
+        same = (rows["span"] == span) & (rows["strength"] == strength)
+        control = rows[same & (rows["control"] == "redrawn")]
+        control = control.drop_duplicates("seed").sort_values("seed")
+        if list(control["seed"]) != list(mine["seed"]):
+            raise ValueError(f"λ = {strength:g} in layers {span} has no redrawn control under the "
+                             "same seeds: sweep both controls")
+        names = " = ".join(cell["layers"].unique())
+        for name in PROBES:
+            over = {"unmodified": by_item(mine, name) - by_item(unmodified, name)[0],
+                    "redrawn": by_item(mine, name) - by_item(control, name)}
+            means = {f"over_{key}": float(values.mean()) for key, values in over.items()}
+            tests = {f"p_{key}": p_greater(values) for key, values in over.items()}
+            found.append({"range": names, "span": span, "strength": strength,
+                          "dose": mine["dose"].mean(), "probe": name,
+                          "coherent": (mine["word"] == "coherent").mean() > 0.5,
+                          **means, **tests, "p": max(tests.values())})
+    table = pd.DataFrame(found)
+    for name in ("p_unmodified", "p_redrawn", "p"):
+        table[f"{name}_holm"] = holm(table[name].to_numpy())
+    return table
 
 
 def record_improvements(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
-    """Claim A08: which (λ, range) keep coherence and beat λ = 0, and on which probe.
+    """Claim A08: in which cells (λ × distinct layers) does a commitment work, and on which probe?
 
-    A configuration counts as coherent if most seeds are, and as better on a probe if the whole
-    interval over seeds lies above the value at λ = 0 on the same items.
+    A cell works on a probe if most of its seeds are coherent and it is better than both λ = 0 and
+    the redrawn control, at 5 % after Holm's correction over all cells and probes. Returns the
+    comparisons with a column ``works``.
     """
-    baseline = rows[rows["control"] == "none"].iloc[0]
-    probes = ("recall", "eviction", "same_choice")
-    found = []
-    commitments = rows[rows["control"] == "commitment"]
-    for (layers, strength), group in commitments.groupby(["layers", "strength"], sort=False):
-        entry = {"layers": layers, "strength": strength,
-                 "coherent": group["word"].mode().iloc[0] == "coherent"}
-        for name in probes:
-            interval = interval_of(group, name)
-            entry[name] = interval is not None and interval.low > baseline[name]
-        found.append(entry)
-    table = pd.DataFrame(found)
-    cells, coherent = float(len(table)), table["coherent"]
-    for name in probes:
-        count = int((coherent & table[name]).sum())
-        run.metric(f"coherent_and_better.{name}", count, "count", numerator=float(count),
-                   denominator=cells)
-    both = int((coherent & table["recall"] & table["same_choice"]).sum())
-    run.metric("coherent_and_better.recall_and_same_choice", both, "count", numerator=float(both),
-               denominator=cells)
+    table = compare_cells(rows)
+    table["works"] = table["coherent"] & (table["p_holm"] < ALPHA)
+    cells = float(len(table) / len(PROBES))
+    seeds = tuple(int(seed) for seed in rows.loc[rows["control"] == "commitment", "seed"].unique())
+
+    def count(name: str, chosen: pd.Series) -> None:
+        run.metric(name, int(chosen.sum()), "count", numerator=float(chosen.sum()),
+                   denominator=cells, seeds=seeds, n=int(rows["items"].iloc[0]))
+
+    run.metric("cells", int(cells), "count")
+    run.metric("comparisons", len(table), "count")
+    for name in PROBES:
+        part = table[table["probe"] == name]
+        count(f"works.{name}", part["works"])
+        for other in ("unmodified", "redrawn"):
+            count(f"above_{other}.{name}", part["coherent"] & (part[f"p_{other}_holm"] < ALPHA))
+    wide = table.pivot(index=["span", "strength"], columns="probe", values="works")
+    count("works.recall_and_same_choice", wide["recall"] & wide["same_choice"])
+    count("coherent_cells", table.groupby(["span", "strength"])["coherent"].first())
+    run.metric("smallest_adjusted_p", float(table["p_holm"].min()), "")
     return table
 
 
 def record_budget(
-    run: Run, layers: str, solutions: Sequence[Solution | None], seeds: Sequence[int]
+    run: Run, layers: str, solutions: Sequence[Solution | None], seeds: Sequence[int],
+    unit_doses: Sequence[float],
 ) -> pd.DataFrame:
-    """λ of the KL budget in one range, geometric mean over seeds; returns the table drawn."""
-    name = f"budget.{layers.replace(' ', '_')}.lambda"
-    strengths = [solution.strength for solution in solutions if solution]
+    """λ of the KL budget in one range and its dose, geometric means over seeds with t intervals.
+
+    unit_doses: dose of λ = 1 under each seed. Returns the table drawn.
+    """
+    key = f"budget.{layers.replace(' ', '_')}"
+    strengths = np.array([s.strength if s else np.nan for s in solutions])
     table = pd.DataFrame({
-        "layers": layers, "seed": list(seeds),
-        "strength": [s.strength if s else float("nan") for s in solutions],
-        "kl_p95": [s.divergence if s else float("nan") for s in solutions],
+        "layers": layers, "seed": list(seeds), "strength": strengths,
+        "dose": strengths * np.asarray(unit_doses),
+        "kl_p95": [s.divergence if s else np.nan for s in solutions],
         "evaluations": [s.evaluations if s else 0 for s in solutions],
     })
-    if len(strengths) < 2:
-        run.metric(name, None, "", seeds=tuple(seeds),
-                   undefined=f"{len(strengths)} of {len(solutions)} seeds reach the budget")
-        return table.assign(mean=float("nan"), low=float("nan"), high=float("nan"))
-    interval = geometric_over_seeds(strengths)
-    mean = float(np.exp(np.mean(np.log(strengths))))
-    run.metric(name, mean, "", interval=interval, seeds=tuple(seeds), n=len(strengths))
-    return table.assign(mean=mean, low=interval.low, high=interval.high)
+    reached = table.dropna(subset="strength")
+    means = {"mean": np.nan, "low": np.nan, "high": np.nan}
+    for column, name in (("dose", "dose"), ("strength", "lambda")):
+        if len(reached) < 2:
+            run.metric(f"{key}.{name}", None, "", seeds=tuple(seeds),
+                       undefined=f"{len(reached)} of {len(table)} seeds reach the budget")
+            continue
+        interval = geometric_over_seeds(reached[column].tolist())
+        mean = float(np.exp(np.log(reached[column]).mean()))
+        run.metric(f"{key}.{name}", mean, "", interval=interval, seeds=tuple(reached["seed"]))
+        means = {"mean": mean, "low": interval.low, "high": interval.high}
+    return table.assign(**means)
 
 
-def _rows(keys: Sequence[str], english: Sequence[str], japanese: Sequence[str],
-          template: tuple[str, str]) -> list[tuple[str, str]]:
-    return [(f"{en}: {template[0]}".replace("KEY", key), f"{ja}: {template[1]}".replace("KEY", key))
-            for key, en, ja in zip(keys, english, japanese, strict=True)]
+_BASELINES = (("unmodified", "unmodified (λ = 0)", "無変更 (λ = 0)"),
+              ("text", "a line of text instead", "テキスト一行で代用"))
+_LOG = tuple((row.key, row.english, row.japanese) for row in NAMED_ROWS)
+_AT_DOSE = tuple((row.key, row.english, row.japanese) for row in AT_LOG_DOSE)
+_ALL = (*_BASELINES, *_LOG, *_AT_DOSE)
+_PROBES = ("dose {KEY.dose:value}, recall {KEY.recall}, after eviction {KEY.eviction}, forked "
+           "choice {KEY.same_choice}, Σ P(yes) {KEY.yes_sum}",
+           "用量 {KEY.dose:value}, 想起 {KEY.recall}, 窓外 {KEY.eviction}, 分岐選択の一致 "
+           "{KEY.same_choice}, Σ P(yes) {KEY.yes_sum}")
+_LANGUAGE = ("dose {KEY.dose:value}, {KEY.word:value} in {KEY.word:counts} runs - perplexity "
+             "{KEY.perplexity:value}, KL p95 {KEY.kl_p95:value} nat, repeated 4-grams "
+             "{KEY.repeated_4grams:value}",
+             "用量 {KEY.dose:value}, {KEY.word:value} {KEY.word:counts}回 - パープレキシティ "
+             "{KEY.perplexity:value}, KL p95 {KEY.kl_p95:value} nat, 4-gram反復率 "
+             "{KEY.repeated_4grams:value}")
 
 
-_ROW_KEYS = ("unmodified", "text", *NAMED_KEYS)
-_ROW_EN = ("unmodified (λ = 0)", "a line of text instead", *(row[0] for row in NAMED_ROWS))
-_ROW_JA = ("無変更 (λ = 0)", "テキスト一行で代用", "λ = 1, 全層", "λ = 0.1, 全層", "λ = 0.01, 全層",
-           "λ = 0.01, 最後の四分の一")
-_REDRAWN = [f"redrawn.{key}" for key in NAMED_KEYS]
-_PROBES = ("recall {KEY.recall}, after eviction {KEY.eviction:value}, forked choice "
-           "{KEY.same_choice:value}, Σ P(yes) {KEY.yes_sum:value}",
-           "想起 {KEY.recall}, 窓外 {KEY.eviction:value}, 分岐選択の一致 {KEY.same_choice:value}, "
-           "Σ P(yes) {KEY.yes_sum:value}")
-_LANGUAGE = ("{KEY.word:value} in {KEY.word:counts} runs - perplexity {KEY.perplexity:value}, "
-             "KL p95 {KEY.kl_p95:value} nat, repeated 4-grams {KEY.repeated_4grams:value}",
-             "{KEY.word:value} {KEY.word:counts}回 - パープレキシティ {KEY.perplexity:value}, "
-             "KL p95 {KEY.kl_p95:value} nat, 4-gram反復率 {KEY.repeated_4grams:value}")
+def _rows(named: Sequence[tuple[str, str, str]], template: tuple[str, str],
+          prefix: str = "") -> list[tuple[str, str]]:
+    return [(f"{en}: {template[0]}".replace("KEY", prefix + key),
+             f"{ja}: {template[1]}".replace("KEY", prefix + key)) for key, en, ja in named]
+
 
 ZERO_SHOT = (
-    Section(("Probes", "プローブ"), _rows(_ROW_KEYS, _ROW_EN, _ROW_JA, _PROBES)),
-    Section(("Control: direction redrawn every turn", "対照: 毎ターン方向を引き直す"),
-            _rows(_REDRAWN, _ROW_EN[2:], _ROW_JA[2:], _PROBES)),
-    Section(("Language", "言語"), _rows(_ROW_KEYS, _ROW_EN, _ROW_JA, _LANGUAGE)),
+    Section(("Probes", "プローブ"), _rows(_ALL, _PROBES)),
+    Section(("Control: direction redrawn every turn and every forked question",
+             "対照: 毎ターン、また分岐した質問ごとに方向を引き直す"),
+            _rows((*_LOG, *_AT_DOSE), _PROBES, "redrawn.")),
+    Section(("Language", "言語"), _rows(_ALL, _LANGUAGE)),
     Section(("Mechanism", "機構"), [
-        ("‖W_c z*‖ {direction_norm}, mean ‖h‖ {residual_norm}, initialisations per process "
-         "{initialisations}", "‖W_c z*‖ {direction_norm}, 平均 ‖h‖ {residual_norm}, "
-         "プロセス当たりの初期化 {initialisations}"),
+        ("‖W_c z*‖ {direction_norm}, mean ‖h‖ {residual_norm} here and {log_residual_norm} in the "
+         "log's model, initialisations per process {initialisations}",
+         "‖W_c z*‖ {direction_norm}, 平均 ‖h‖ {residual_norm} (ログのモデルでは "
+         "{log_residual_norm}), プロセス当たりの初期化 {initialisations}"),
     ]),
 )
 
 CALIBRATION = (
-    Section(("λ that spends the KL budget", "KL予算を使い切る λ"), [
-        (f"{layers}: {{budget.{layers.replace(' ', '_')}.lambda}}",) * 2 for layers in RANGES
+    Section(("λ that spends the KL budget, and its dose", "KL予算を使い切る λ とその用量"), [
+        (f"{layers}: {{budget.{key}.lambda}}, dose {{budget.{key}.dose}}",
+         f"{layers}: {{budget.{key}.lambda}}, 用量 {{budget.{key}.dose}}")
+        for layers in RANGES for key in [layers.replace(" ", "_")]
     ]),
-    Section(("Coherent and better than λ = 0 (of all λ and ranges)",
-             "首尾一貫し、かつ λ = 0 を上回る組 (全ての λ と範囲のうち)"), [
-        ("on recall {coherent_and_better.recall:counts}, after eviction "
-         "{coherent_and_better.eviction:counts}, on forked choice "
-         "{coherent_and_better.same_choice:counts}, on recall and forked choice "
-         "{coherent_and_better.recall_and_same_choice:counts}",
-         "想起 {coherent_and_better.recall:counts}, 窓外 {coherent_and_better.eviction:counts}, "
-         "分岐選択 {coherent_and_better.same_choice:counts}, 想起と分岐選択の両方 "
-         "{coherent_and_better.recall_and_same_choice:counts}"),
+    Section(("Coherent, and better than both λ = 0 and the redrawn control after Holm's correction "
+             "(of the distinct cells)",
+             "首尾一貫し、Holm補正後に λ = 0 と引き直し対照の両方を上回る組 (異なる組のうち)"), [
+        ("on recall {works.recall:counts}, after eviction {works.eviction:counts}, on forked "
+         "choice {works.same_choice:counts}, on recall and forked choice "
+         "{works.recall_and_same_choice:counts}; smallest adjusted p {smallest_adjusted_p} of "
+         "{comparisons} comparisons",
+         "想起 {works.recall:counts}, 窓外 {works.eviction:counts}, 分岐選択 "
+         "{works.same_choice:counts}, 想起と分岐選択の両方 "
+         "{works.recall_and_same_choice:counts}; 最小の補正後p {smallest_adjusted_p} "
+         "(比較 {comparisons} 件)"),
+        ("better than λ = 0 alone: recall {above_unmodified.recall:counts}, after eviction "
+         "{above_unmodified.eviction:counts}, forked choice {above_unmodified.same_choice:counts}",
+         "λ = 0 のみを上回る組: 想起 {above_unmodified.recall:counts}, 窓外 "
+         "{above_unmodified.eviction:counts}, 分岐選択 {above_unmodified.same_choice:counts}"),
+        ("better than the redrawn control alone: recall {above_redrawn.recall:counts}, after "
+         "eviction {above_redrawn.eviction:counts}, forked choice "
+         "{above_redrawn.same_choice:counts}; coherent at all {coherent_cells:counts}",
+         "引き直し対照のみを上回る組: 想起 {above_redrawn.recall:counts}, 窓外 "
+         "{above_redrawn.eviction:counts}, 分岐選択 {above_redrawn.same_choice:counts}; "
+         "首尾一貫した組 {coherent_cells:counts}"),
     ]),
 )

@@ -9,9 +9,9 @@ import queue
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ import pandas as pd
 from lablog.commitment import coherence, latent, probes
 from lablog.commitment.window import Injection, Speech
 from lablog.files import sha256, sha256_of
-from lablog.intervals import Interval, over_seeds, wilson
+from lablog.intervals import Interval, hierarchical, over_seeds
 from lablog.models.llama_cpp import Commitment, Context, Model
 from lablog.progress import progress
 from lablog.provenance import usable_threads
@@ -27,10 +27,46 @@ from lablog.text.dialogues import load_settings
 
 Control = Literal["commitment", "redrawn", "none", "text"]
 RANGES = ("all", "last quarter", "first quarter", "layer 0")
-NAMED_ROWS = (("λ = 1, all layers", 1.0, "all"), ("λ = 0.1, all layers", 0.1, "all"),
-              ("λ = 0.01, all layers", 0.01, "all"),
-              ("λ = 0.01, last quarter", 0.01, "last quarter"))
+
+
+class NamedRow(NamedTuple):
+    """A row that has a name in the records and in both languages: λ in a named range."""
+
+    key: str
+    english: str
+    japanese: str
+    strength: float
+    layers: str
+
+
+NAMED_ROWS = (
+    NamedRow("lambda1.all", "λ = 1, all layers", "λ = 1, 全層", 1.0, "all"),
+    NamedRow("lambda0.1.all", "λ = 0.1, all layers", "λ = 0.1, 全層", 0.1, "all"),
+    NamedRow("lambda0.01.all", "λ = 0.01, all layers", "λ = 0.01, 全層", 0.01, "all"),
+    NamedRow("lambda0.01.last_quarter", "λ = 0.01, last quarter", "λ = 0.01, 最後の四分の一",
+             0.01, "last quarter"),
+)
 """The log's four experiments; its "last 8 layers" of 32 are the last quarter."""
+AT_LOG_DOSE = tuple(
+    row._replace(key=f"log_dose.{row.key}", english=f"the log's dose of {row.english}",
+                 japanese=f"ログの {row.japanese} と同じ用量")
+    for row in NAMED_ROWS
+)
+"""The same four with the dose, not the λ, that they had in the log; λ depends on the model."""
+LOG_WIDTH, LOG_LAYERS, LOG_K = 4096, 32, 64
+"""The log's model, Llama-2-7B, and the dimension of its z*."""
+LOG_RESIDUAL_NORM = 23.0
+"""Mean ‖h‖ of ordinary tokens of Llama-2-7B, derived from published quantiles.
+
+Sun, Chen, Kolter and Liu, Massive Activations in Large Language Models (COLM 2024,
+arXiv:2402.17762), table 1: of the magnitudes |h_i| in a hidden state of LLaMA2-7B the median is
+0.2, the upper 10 % begin at 0.6 and the upper 1 % at 1.1. For coordinates N(0, σ²) these are
+0.674 σ, 1.645 σ and 2.576 σ, so that ‖h‖ = √4096 σ is 19, 23 or 27; the middle one is taken. One
+hidden state stands for 32 layers here, and norms grow along the layers: trust it to a factor of
+two or three, no better.
+"""
+REDRAWN = 1024
+"""Directions of the redrawn control. More than a fork has questions; no multiple of 13 is one."""
 SMALL = 50_000_000
 """Parameters up to which one thread a context is faster than many threads in one."""
 
@@ -43,6 +79,17 @@ def layer_range(name: str, layers: int) -> tuple[int, int]:
     if name not in ranges:
         raise ValueError(f"layer range {name!r}: expected one of {', '.join(RANGES)}")
     return ranges[name]
+
+
+def expected_norm(width: int, k: int) -> float:
+    """‖W_c z*‖ of a typical commitment, sqrt(2d/(d + k))."""
+    return math.sqrt(2 * width / (width + k))
+
+
+def log_dose(strength: float, layers: str) -> float:
+    """The dose that λ in a named range was in the log's model."""
+    first, last = layer_range(layers, LOG_LAYERS)
+    return strength * (last - first + 1) * expected_norm(LOG_WIDTH, LOG_K) / LOG_RESIDUAL_NORM
 
 
 @dataclass(frozen=True)
@@ -67,23 +114,38 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """One configuration: a control, λ, a named layer range and the commitment's seed."""
+    """One configuration: a control, λ, a named layer range and the commitment's seed.
+
+    language: whether coherence is measured too, which costs half of the time.
+    """
 
     control: Control
     strength: float = 0.0
     layers: str = "all"
     seed: int = 0
+    language: bool = True
 
 
 def grid(strengths: Iterable[float], ranges: Iterable[str], seeds: Iterable[int],
-         controls: Sequence[Control] = ("commitment",)) -> list[Task]:
+         controls: Sequence[Control] = ("commitment",), language: bool = True) -> list[Task]:
     """Every combination, preceded by the unmodified model and the text-only baseline."""
     seeds, strengths = list(seeds), [s for s in strengths if s != 0]
     tasks = [Task("none"), Task("text")]
     return tasks + [
-        Task(control, strength, layers, seed)
+        Task(control, strength, layers, seed, language)
         for control in controls for layers in ranges for strength in strengths for seed in seeds
     ]
+
+
+def named_tasks(rows: Sequence[NamedRow], seeds: Iterable[int]) -> list[Task]:
+    """The two baselines, and every row with its redrawn control under every seed."""
+    controls: tuple[Control, ...] = ("commitment", "redrawn")
+    seeds = list(seeds)
+    tasks = [Task("none"), Task("text"), *(
+        Task(control, row.strength, row.layers, seed)
+        for row in rows for control in controls for seed in seeds
+    )]
+    return list(dict.fromkeys(tasks))
 
 
 class Laboratory:
@@ -153,9 +215,9 @@ class Laboratory:
         first = latent.sample(task.seed, self.settings.k, self.model.width)
         if task.control == "commitment":
             return Injection((Commitment(first.direction, task.strength, layers),))
-        # Turn t of the control gets a direction of its own; 16 are more than a dialogue's turns.
+        # Turn t of the control, or forked question t, gets a direction of its own.
         rng = np.random.default_rng([task.seed, 104])
-        drawn = rng.standard_normal((16, self.model.width))
+        drawn = rng.standard_normal((REDRAWN, self.model.width))
         drawn *= first.norm / np.linalg.norm(drawn, axis=1, keepdims=True)
         return Injection(tuple(
             Commitment(direction.astype(np.float32), task.strength, layers) for direction in drawn
@@ -169,23 +231,39 @@ class Laboratory:
         norm = latent.sample(task.seed, self.settings.k, self.model.width).norm
         return task.strength * (last - first + 1) * norm / float(self.residual.mean())
 
+    def rows_at_the_logs_dose(self) -> tuple[NamedRow, ...]:
+        """The log's four experiments at the λ that has their dose in this model.
+
+        The dose is that of a commitment of typical norm, so that one λ holds for all seeds.
+        """
+        norm, rows = expected_norm(self.model.width, self.settings.k), []
+        for row in AT_LOG_DOSE:
+            first, last = self.layers(row.layers)
+            unit = (last - first + 1) * norm / float(self.residual.mean())
+            rows.append(row._replace(strength=log_dose(row.strength, row.layers) / unit))
+        return tuple(rows)
+
     def evaluate(self, task: Task) -> dict[str, Any]:
-        """One row: the task, its dose, and all metrics."""
+        """One row: the task, its dose, and all metrics; those of the probes item by item too."""
         injection = self.injection(task)
         note: probes.Note = "text" if task.control == "text" else "none"
 
         def work(speech: Speech) -> dict[str, Any]:
             recall = probes.run_recall(speech, self.items.recall, injection, note)
             fork = probes.run_fork(speech, self.items.fork, injection, note)
+            by_item = {
+                "answered": recall.answered, "recall": recall.recalled,
+                "eviction": recall.recalled_after_eviction, "same_choice": fork.same,
+                "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass,
+            }
+            row = asdict(task) | {"dose": self.dose(task), "items": len(self.items.recall)}
+            for name, values in by_item.items():
+                row |= {name: float(values.mean()), f"{name}_items": _packed(values)}
+            if not task.language:
+                return row | UNMEASURED
             language = coherence.measure(speech, self.material, injection)
-            word = language.word(self.baseline, coherence.Thresholds())
-            return {
-                **asdict(task), "dose": self.dose(task), "items": len(self.items.recall),
-                "answered": float(recall.answered.mean()),
-                "recall": float(recall.recalled.mean()),
-                "eviction": float(recall.recalled_after_eviction.mean()),
-                "yes_sum": float(fork.yes_sum.mean()), "same_choice": float(fork.same.mean()),
-                "answer_mass": float(fork.answer_mass.mean()), **asdict(language), "word": word,
+            return row | asdict(language) | {
+                "word": language.word(self.baseline, coherence.Thresholds())
             }
 
         return self.with_speech(work)
@@ -228,28 +306,57 @@ class Laboratory:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        return pd.DataFrame([done[self._identity(task)] | asdict(task) for task in tasks])
+        return pd.DataFrame([
+            done[self._identity(task)] | asdict(task) | {"span": self.span(task.layers)}
+            for task in tasks
+        ])
+
+    def span(self, name: str) -> str:
+        """The layers of a named range as text; equal for names that mean the same here."""
+        first, last = self.layers(name)
+        return f"{first}" if first == last else f"{first}–{last}"
 
     def _identity(self, task: Task) -> tuple[Any, ...]:
-        return (task.control, task.strength, self.layers(task.layers), task.seed)
+        return (task.control, task.strength, self.layers(task.layers), task.seed, task.language)
+
+
+UNMEASURED = {field.name: math.nan for field in fields(coherence.Coherence)} | {"word": "unread"}
+"""What a row holds in place of coherence that was not asked for."""
+
+
+def _packed(values: np.ndarray) -> str:
+    """One value an item as text for the journal: 0110… for booleans."""
+    if values.dtype == bool:
+        return "".join("01"[value] for value in values.astype(int))
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+def by_item(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """One measure of the probes, float64 [rows, items]."""
+    packed = rows[f"{name}_items"]
+    return np.array([[float(x) for x in (text if name in PROPORTIONS else text.split())]
+                     for text in packed])
 
 
 MEASURES = ("recall", "eviction", "same_choice", "yes_sum", "answered", "perplexity", "kl_mean",
             "kl_p95", "own_kl_mean", "own_kl_p95", "same_top", "repeated_4grams", "distinct_1",
             "distinct_2", "answer_mass", "dose")
 PROPORTIONS = ("recall", "eviction", "same_choice", "answered")
+BY_ITEM = (*PROPORTIONS, "yes_sum", "answer_mass")
+SHARES = ("same_top", "repeated_4grams", "distinct_1", "distinct_2")
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds and 95 % interval (``_low``, ``_high``) of every measure.
 
-    One row per (control, λ, range). Over seeds the interval is Student's t; without seeds
-    (unmodified model, text baseline) proportions have Wilson's interval over items, others none.
+    One row per (control, λ, range), with the layers' span and the names that share it.
     """
+    names = rows.groupby("span", sort=False)["layers"].unique().map(" = ".join)
     table = []
     for key, group in rows.groupby(["control", "layers", "strength"], sort=False):
         entry: dict[str, Any] = dict(zip(("control", "layers", "strength"), key, strict=True))
-        entry["seeds"] = len(group)
+        entry |= {"span": group["span"].iloc[0], "seeds": len(group),
+                  "range": names[group["span"].iloc[0]]}
         entry["word"] = group["word"].mode().iloc[0]
         entry["words"] = ", ".join(f"{w} {n}" for w, n in group["word"].value_counts().items())
         for name in MEASURES:
@@ -262,10 +369,14 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval_of(group: pd.DataFrame, name: str) -> Interval | None:
-    """The interval of one measure over the rows (seeds) of one configuration."""
-    if len(group) > 1:
-        return over_seeds(group[name].tolist())
-    if name in PROPORTIONS:
-        items = int(group["items"].iloc[0])
-        return wilson(round(float(group[name].iloc[0]) * items), items)
-    return None
+    """The interval of one measure over the rows (seeds) of one configuration.
+
+    Probes: the hierarchical bootstrap over seeds and items. Language, which has no items:
+    Student's t over seeds; None for one seed, or where the seeds do not differ at all.
+    """
+    if name in BY_ITEM:
+        return hierarchical(by_item(group, name), share=name in (*PROPORTIONS, "answer_mass"))
+    values = group[name].to_numpy()
+    if len(values) < 2 or np.isnan(values).any() or np.ptp(values) == 0:
+        return None
+    return over_seeds(values.tolist(), within=(0.0, 1.0 if name in SHARES else math.inf))

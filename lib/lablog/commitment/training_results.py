@@ -51,13 +51,20 @@ class Measured:
 
 
 def stacked(rows: Sequence[Measured], arm: str, measure: str, kind: str = HEADLINE,
-            gap: int | None = None) -> np.ndarray | None:
-    """A measure of an arm as float64 [bases, seeds, items]; None where it was not measured."""
+            gap: int | None = None, seeds: Sequence[int] = ()) -> np.ndarray | None:
+    """A measure of an arm as float64 [bases, seeds, items], of all its seeds or the given ones;
+    None where it was not measured."""
     found: dict[int, list[Sequence[float]]] = {}
     for row in rows:
-        if (row.arm, row.asked.kind, row.asked.gap) == (arm, kind, gap) and measure in row.values:
+        if ((row.arm, row.asked.kind, row.asked.gap) == (arm, kind, gap)
+                and measure in row.values and (not seeds or row.seed in seeds)):
             found.setdefault(row.base, []).append(row.values[measure])
     return np.array(list(found.values()), float) if found else None
+
+
+def seeds_of(rows: Sequence[Measured], arm: str) -> list[int]:
+    """The seeds with which an arm was measured."""
+    return sorted({row.seed for row in rows if row.arm == arm})
 
 
 def record_values(run: Run, name: str, values: np.ndarray, unit: str, seeds: Sequence[int],
@@ -149,13 +156,14 @@ def record_training(run: Run, runs: Runs) -> pd.DataFrame:
     return history
 
 
-def record_arms(run: Run, rows: Sequence[Measured], seeds: Sequence[int], kind: str = HEADLINE,
+def record_arms(run: Run, rows: Sequence[Measured], kind: str = HEADLINE,
                 gap: int | None = None, prefix: str = "") -> None:
     """``<prefix><arm>.<measure>`` for every arm measured on a kind of probe.
 
     The intervals cover bases, seeds and items together; those of language cover texts.
     """
     for arm in dict.fromkeys(row.arm for row in rows):
+        seeds = seeds_of(rows, arm)
         for name, unit in UNITS.items():
             values = stacked(rows, arm, name, kind, gap)
             if values is not None:
@@ -179,27 +187,35 @@ def _record_ratio(run: Run, name: str, nll: np.ndarray, tokens: np.ndarray, unit
                interval=Interval(math.exp(interval.low), math.exp(interval.high), interval.method))
 
 
-def record_contrasts(run: Run, rows: Sequence[Measured], seeds: Sequence[int]) -> None:
-    """What the targets ask for: paired differences and ratios, item by item and seed by seed."""
+def record_contrasts(run: Run, rows: Sequence[Measured]) -> None:
+    """What the targets ask for: paired differences and ratios, item by item and seed by seed, over
+    the seeds that both arms have."""
+    def both(arm: str, control: str) -> list[int]:
+        return sorted(set(seeds_of(rows, arm)) & set(seeds_of(rows, control)))
+
     for arm, control, measure in (("prior", "redrawn", "same_choice"),
                                   ("prior", "lora", "same_choice"),
                                   ("prefix", "lora", "eviction"), ("prior", "redrawn", "eviction"),
                                   ("prefix", "note", "same_choice"),
                                   ("prefix", "note", "eviction"), ("prefix", "lora", "recall"),
                                   ("prior", "lora", "recall")):
-        a, b = stacked(rows, arm, measure), stacked(rows, control, measure)
-        if a is not None and b is not None:
+        seeds = both(arm, control)
+        a, b = (stacked(rows, name, measure, seeds=seeds) for name in (arm, control))
+        if seeds and a is not None and b is not None:
             record_values(run, f"{arm}_minus_{control}.{measure}", a - b, "", seeds)
-    tokens, control_nll = (stacked(rows, "lora", name) for name in ("own_tokens", "nll"))
     for arm in ("prefix", "prior"):
-        nll = stacked(rows, arm, "nll")
-        if nll is not None and control_nll is not None and tokens is not None:
+        seeds = both(arm, "lora")
+        tokens, control_nll = (stacked(rows, "lora", name, seeds=seeds)
+                               for name in ("own_tokens", "nll"))
+        nll = stacked(rows, arm, "nll", seeds=seeds)
+        if seeds and nll is not None and control_nll is not None and tokens is not None:
             _record_ratio(run, f"{arm}.perplexity_over_lora", nll - control_nll, tokens, "ratio",
                           seeds)
     evicted = stacked(rows, "lora", "eviction")
     if evicted is not None:
         values = len(next(iter(load_settings().topics.values())))
-        record_values(run, "lora.eviction_over_chance", evicted * values, "ratio", seeds)
+        record_values(run, "lora.eviction_over_chance", evicted * values, "ratio",
+                      seeds_of(rows, "lora"))
 
 
 def table(run: Run, arms: Sequence[str], prefix: str = "") -> pd.DataFrame:
@@ -207,7 +223,7 @@ def table(run: Run, arms: Sequence[str], prefix: str = "") -> pd.DataFrame:
     record, columns = run.record(), {**LABELS, "yes_sum": "Σ P(yes)",
                                      "yes_largest": "largest P(yes)", "perplexity": "perplexity"}
     names = {metric.name for metric in record.metrics}
-    shown = []
+    shown: list[dict[str, str]] = []
     for arm in arms:
         entry = {"": ARMS[arm].label}
         for measure, label in columns.items():
@@ -215,7 +231,7 @@ def table(run: Run, arms: Sequence[str], prefix: str = "") -> pd.DataFrame:
             if name in names:
                 entry[label] = _without_counts(record, name)
         shown.append(entry)
-    return pd.DataFrame(shown).fillna("–").set_index("")
+    return pd.DataFrame(shown, columns=None if shown else [""]).fillna("–").set_index("")
 
 
 def _without_counts(record: Record, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +18,8 @@ class Injection:
     """What is injected at each turn of a conversation: turn t gets ``commitments[t % n]``.
 
     One commitment is the experiment (sampled once); several are the control that draws a
-    direction of the same norm anew every turn; none (or strength 0) is the unmodified model.
+    direction of the same norm anew for every turn and every forked question; none (or strength
+    0) is the unmodified model.
     """
 
     commitments: tuple[Commitment, ...] = ()
@@ -34,6 +35,22 @@ class Injection:
             context.commit(None)
         elif number == 0 or self.changes:
             context.commit(self.commitments[number % len(self.commitments)])
+
+    def questions(self, context: Context, numbers: Mapping[int, int]) -> None:
+        """Give questions that are asked together, one a sequence, what their numbers get.
+
+        Only an injection that changes does anything: each question is then a turn of its own.
+        """
+        if self.changes:
+            for sequence, number in numbers.items():
+                chosen = self.commitments[number % len(self.commitments)]
+                context.commit(chosen, sequence=sequence)
+
+    def asked(self, context: Context, sequences: Iterable[int]) -> None:
+        """Take back what :meth:`questions` gave to `sequences`."""
+        if self.changes:
+            for sequence in sequences:
+                context.commit(None, sequence=sequence)
 
 
 class Speech:
@@ -111,7 +128,8 @@ class Speech:
         """log P(continuation | content) for each sequence's continuations, float64 [n].
 
         `last` holds the logits [vocabulary] behind each sequence's content. Continuations of
-        several tokens are decoded together, in the n sequences behind each.
+        several tokens are decoded together, in the n sequences behind each, which then have its
+        commitment for their own.
         """
         first = dict(zip(last, _log_softmax(np.stack(list(last.values()))), strict=True))
         result = {s: np.array([first[s][tokens[0]] for tokens in several])
@@ -120,8 +138,12 @@ class Speech:
         for sequence, several in continuations.items():
             for offset, tokens in enumerate(several):
                 if len(tokens) > 1:
-                    self.context.fork(sequence, [sequence + 1 + offset])
-                    longer[sequence + 1 + offset] = (sequence, offset, tokens)
+                    copy = sequence + 1 + offset
+                    self.context.fork(sequence, [copy])
+                    own = self.context.committed(sequence)
+                    if own is not self.context.committed(copy):
+                        self.context.commit(own, sequence=copy)
+                    longer[copy] = (sequence, offset, tokens)
         rows = self.context.decode({s: tokens[:-1] for s, (_, _, tokens) in longer.items()}, "all")
         for copy, (sequence, offset, tokens) in longer.items():
             steps = _log_softmax(rows[copy])

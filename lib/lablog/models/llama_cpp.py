@@ -328,6 +328,10 @@ class Context:
         ))
         self._own[sequence] = commitment
 
+    def committed(self, sequence: int) -> Commitment | None:
+        """The commitment that a sequence has of its own."""
+        return self._own.get(sequence)
+
     # --- evaluation ---------------------------------------------------------------------------
 
     def clear(self) -> None:
