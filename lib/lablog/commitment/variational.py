@@ -171,7 +171,9 @@ class VariationalCommitment(nn.Module):
             raise ValueError(f"the prefix of row(s) {empty} is empty: nothing fixes a commitment")
         last = (torch.arange(mask.shape[1], device=mask.device) * mask.bool()).argmax(dim=1)
         decisive = hidden[torch.arange(len(hidden), device=mask.device), last]
-        mean, log_variance = self.head(decisive.to(self.head.weight.dtype)).chunk(2, dim=-1)
+        # In f32 also where products are in bf16, as the running means of the cells are.
+        found = self.head(decisive.to(self.head.weight.dtype)).float()
+        mean, log_variance = found.chunk(2, dim=-1)
         return Posterior(mean, log_variance.clamp(-10, 4))
 
     def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
