@@ -33,7 +33,7 @@ PLAN = Plan(
     lora=LoraSettings(r=4, alpha=8, dropout=0, targets="all-linear"),
     schedule=Schedule(beta=0.1, warmup=0, annealing=0, free_bits=0),
     training=TrainingSettings(
-        steps=250, batch_size=12, learning_rate=1e-2, warmup_steps=0, schedule="cosine",
+        steps=200, batch_size=12, learning_rate=1e-2, warmup_steps=0, schedule="cosine",
         betas=(0.9, 0.98), weight_decay=0, precision="f32", threads=1, checkpoint_every=300,
         log_every=1))
 
@@ -51,6 +51,11 @@ def said(settings: DialogueSettings, names=PHRASES) -> set[str]:
     return lines
 
 
+KNOWN = said(TRAINED)
+WITHHELD = said(DIALOGUES.model_copy(update={
+    name: getattr(DIALOGUES, name)[-HELD.phrasings :] for name in ASKED}), ASKED)
+
+
 def spoken(conversation: Conversation, tokenizer: Tokenizer) -> list[str]:
     """The lines of a conversation, fork by fork."""
     ids, fork = conversation.forks.ids, conversation.fork
@@ -61,12 +66,10 @@ def spoken(conversation: Conversation, tokenizer: Tokenizer) -> list[str]:
 
 def met(lines) -> dict[str, set[str]]:
     """What of the held-out phrasings, values and topics occurs in `lines`."""
-    rest = {name: getattr(DIALOGUES, name)[-HELD.phrasings :] for name in ASKED}
     words = set(re.findall("[a-z]+", " ".join(lines)))
     values = {v for topic, n in HELD.values.items() for v in DIALOGUES.topics[topic][-n:]}
     topics = {*HELD.topics, *chain(*(DIALOGUES.topics[topic] for topic in HELD.topics))}
-    return {"phrasings": set(lines) & said(DIALOGUES.model_copy(update=rest), ASKED),
-            "values": words & values, "topics": words & topics}
+    return {"phrasings": set(lines) & WITHHELD, "values": words & values, "topics": words & topics}
 
 
 def experiment(base: Path, settings: DialogueSettings = TRAINED, **changes) -> Experiment:
@@ -77,7 +80,7 @@ def experiment(base: Path, settings: DialogueSettings = TRAINED, **changes) -> E
 @pytest.fixture(scope="module")
 def training(base) -> list[Conversation]:
     data = experiment(base).dataset(1, 1, "commitment")
-    assert len(data) == 3000
+    assert len(data) == 2400
     return [data[i] for i in range(len(data))]
 
 
@@ -95,7 +98,9 @@ def test_nothing_that_is_held_out_occurs_in_training(base, training, lines):
     asked = {line for line in lines if line.startswith("U:")} & said(DIALOGUES, ASKED)
     assert len(asked) > 500
     assert asked <= said(TRAINED, ASKED)
-    assert said(TRAINED, ["private"]) - lines == set()  # and all of the rest does occur
+    for name in ASKED:  # and all of the rest does occur
+        for phrase in getattr(TRAINED, name):
+            assert said(TRAINED.model_copy(update={name: [phrase]}), [name]) & lines, phrase
     data = experiment(base, DIALOGUES).dataset(1, 1, "commitment", count=600)
     tokenizer = Tokenizer(base / "tokenizer.model")
     found = met({line for i in range(600) for line in spoken(data[i], tokenizer)})
@@ -111,12 +116,11 @@ def test_nothing_that_is_held_out_occurs_in_the_trainings_beside_it(base, name):
 
 
 def test_no_gap_is_longer_than_asked_for_and_a_batch_has_one(base, training):
-    tokenizer, gaps = Tokenizer(base / "tokenizer.model"), []
+    end, gaps = Tokenizer(base / "tokenizer.model").encode("\n")[-1], []
     for begin in range(0, len(training), 12):
         lengths = set()
         for one in training[begin : begin + 12]:
-            stem = tokenizer.decode(one.forks.ids[one.fork == 0].tolist()).splitlines()
-            lengths.add(len([line for line in stem if line.strip()]))
+            lengths.add(int((one.forks.ids[one.fork == 0] == end).sum()))
         assert len(lengths) == 1
         if lengths != {0}:  # a game, not a recall
             (length,) = lengths
@@ -133,9 +137,11 @@ def test_held_out_conversations_are_in_new_phrasings_of_what_was_trained(base, l
     data, tokenizer = experiment(base).dataset(1, 1, "commitment", True, 240), Tokenizer(
         base / "tokenizer.model")
     found = {line for i in range(240) for line in spoken(data[i], tokenizer)}
-    asked = found & said(DIALOGUES, ASKED)
+    prefixes = {line for i in range(240)
+                for line in tokenizer.decode(data[i].prefix.ids.tolist()).splitlines()[:1]}
+    asked = (found & said(DIALOGUES, ASKED) & {line for line in found if line[:2] == "U:"})
     assert len(asked) > 100
-    assert not asked & lines
+    assert not (asked | prefixes) & lines
     assert met(found)["values"] == met(found)["topics"] == set()
 
 
@@ -176,7 +182,8 @@ def test_a_fork_of_one_exchange_ends_with_the_word_that_decides(base):
                                           re.findall("[a-z]+", prefix) else last)
             else:
                 assert answer.endswith(last)
-                assert re.search(rf"\b{last}\b", prefix) or not recall
+                assert last in {values[one.commitment] for values in TRAINED.topics.values()
+                                if one.commitment < len(values)}
     assert recalls == 12
 
 
@@ -249,12 +256,11 @@ def bare(line: str) -> bool:
 
 
 def test_seen_forms_are_lines_of_the_training_and_new_phrasings_are_not(lines):
-    known = said(TRAINED)
     for item in probed("seen form"):
-        assert {*item["asked"], *item["told"]} <= known
+        assert {*item["asked"], *item["told"]} <= KNOWN
         assert len(item["between"]) in (0, 4, 6, 8)
     for item in probed("new phrasing"):
-        assert not {*item["asked"], *item["told"]} & (known | lines)
+        assert not {*item["asked"], *item["told"]} & (KNOWN | lines)
     assert len({line for i in probed("seen form") for line in i["asked"]} & lines) > 300
 
 
@@ -279,7 +285,7 @@ def test_a_longer_gap_is_longer_than_any_in_training(training):
     assert max(GAP[1], DIALOGUES.probe_gap[1]) < LONGER
     for item in probed("longer gap"):
         assert len(item["between"]) == 2 * LONGER
-        assert {*item["asked"], *item["told"]} <= said(TRAINED)
+        assert {*item["asked"], *item["told"]} <= KNOWN
     for item in probed("seen form", 9) + probed("longer gap", 9):
         assert len(item["between"]) == 18
 

@@ -280,6 +280,52 @@ def test_cells_are_cut_along_running_means_not_along_a_batch():
             cells.follow(Posterior(torch.zeros(3, 1), torch.zeros(3, 1)), torch.tensor(numbers))
 
 
+def test_cells_follow_by_the_number_of_the_commitment():
+    """A batch need hold neither all commitments nor each once."""
+    cells = Cells(4, 1)
+
+    def follow(means, numbers):
+        means = torch.tensor(means, dtype=torch.float32)[:, None]
+        cells.follow(Posterior(means, means - 10), torch.tensor(numbers))
+
+    follow([1.0, 3.0, 5.0], [2, 0, 2])
+    assert cells.seen.tolist() == [1, 0, 2, 0]
+    assert cells.mean.flatten().tolist() == pytest.approx([3, 0, 3, 0])  # 2: mean of 1 and 5
+    assert cells.log_variance.flatten().tolist() == pytest.approx([-7, 0, -7, 0])
+    follow([9.0], [3])
+    follow([9.0], [2])
+    assert cells.mean.flatten().tolist() == pytest.approx([3, 0, 5, 9])
+    for _ in range(3 * MEMORY):
+        follow([5.0], [2])
+    follow([0.0], [2])  # the memory reaches back over MEMORY batches, not over all
+    assert cells.mean[2].item() == pytest.approx(5 * (1 - 1 / MEMORY), abs=1e-4)
+
+
+def test_draws_are_from_the_cells_that_the_batch_names():
+    torch.manual_seed(0)
+    cells, _ = cells_of(3 * torch.eye(5)[:4], torch.zeros(4, 5))
+    numbers = torch.tensor([3, 0, 3, 1])
+    posterior = Posterior(torch.full((4, 5), 50.0), torch.zeros(4, 5))  # not these
+    for _ in range(20):
+        z = cells.sample(posterior, numbers, 1.0) * math.sqrt(5)
+        assert cells.owner(z)[0].tolist() == numbers.tolist()
+    mixed = torch.cat([cells.sample(posterior, numbers, 0.25) for _ in range(500)])
+    from_prior = (mixed.abs() < 20 / math.sqrt(5)).all(dim=1).float().mean().item()
+    assert from_prior == pytest.approx(0.25, abs=0.04)
+
+
+def test_half_of_the_draws_lie_nearer_to_a_border_than_chance():
+    """The nearest of four is below the lower quartile with 1 - 0.75^4 = 68 %."""
+    torch.manual_seed(0)
+    mean = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])
+    cells, posterior = cells_of(mean, torch.zeros(2, 2))
+    usual = cells.owner(torch.randn(20_000, 2))[1]
+    quartile = usual.quantile(0.25)
+    drawn = torch.cat([cells.sample(posterior, torch.arange(2), 1.0) for _ in range(1500)])
+    near = (cells.owner(drawn * math.sqrt(2))[1] < quartile).float().mean().item()
+    assert near == pytest.approx((0.25 + 1 - 0.75**4) / 2, abs=0.04)
+
+
 def test_cells_follow_in_training_alone(folder, tokenizer):
     torch.manual_seed(0)
     model = qlora.committed_model(qlora.load_base(folder, "none", "f32"), WITH_CELLS, 12).eval()
@@ -456,7 +502,22 @@ def test_training_reports_what_shows_a_collapse(finished):
         kl = max(entry["kl"], PLAN.schedule.free_bits)
         assert entry["loss"] == pytest.approx(entry["lm"] + entry["beta"] * kl, rel=1e-5)
         assert entry["kl"] > PLAN.schedule.free_bits
-        assert entry["active_units"] == PLAN.k  # far from a collapse
+        assert entry["active_units"] > PLAN.k / 2  # far from a collapse, in a batch of two
+
+
+@pytest.mark.parametrize(("every", "logged"), [(4, [4, 6]), (3, [3, 6]), (9, [6])])
+def test_the_last_step_is_logged_and_every_token_is_counted_once(
+    tiny, tokenizer, tmp_path, every, logged
+):
+    training = TRAINING.model_copy(update={"log_every": every, "gradient_accumulation": 2})
+    plan = PLAN.model_copy(update={"training": training, "layers": None, "quantisation": "none"})
+    data = conversations(tokenizer, 24)
+    output = qlora.train_commitment(tiny, data, plan, tmp_path / "run", "data")
+    history = json.loads((output / "training.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == logged
+    assert sum(entry["tokens"] for entry in history) == sum(
+        len(data[i].prefix.ids) + len(data[i].forks.ids) for i in range(24))
+    assert history[-1]["beta"] == PLAN.schedule.beta
 
 
 def test_a_finished_run_is_loaded_on_its_own_base_only(folder, finished, tokenizer, tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablog import profiles
@@ -309,7 +311,102 @@ def test_values_of_one_token_cost_one_pass(reader, monkeypatch):
     prompt = reader.prompt([*item.opening, item.naming], item.stem)
     lengths = [len(ids) for ids in reader.rendering.continuations(prompt, item.values)[1]]
     name_values(reader, [(prompt, item.values)], None)
-    assert read == [(1 in lengths) + sum(length > 1 for length in lengths)]
+    several = sum(length > 1 for length in lengths)  # whose other tokens are read in a second one
+    assert read == [1, *[several] * (several > 0)]
+
+
+@st.composite
+def families(draw) -> tuple[list[Prompt], list[np.ndarray], list[int]]:
+    """Prompts of up to three families, each with stems of any length in common, the number of
+    last tokens that are read off each, and the number of its z*."""
+    token = st.integers(3, 300)
+    prompts, targets, owners = [], [], []
+    for family in range(draw(st.integers(1, 3))):
+        stem = [1, *draw(st.lists(token, max_size=24))]
+        turns = sorted(draw(st.lists(st.integers(0, 3), min_size=len(stem), max_size=len(stem))))
+        for _ in range(draw(st.integers(1, 4))):
+            kept = draw(st.integers(1, len(stem)))
+            tail = draw(st.lists(token, min_size=1, max_size=6))
+            ids = np.array([*stem[:kept], *tail], np.int64)
+            last = turns[kept - 1] + draw(st.integers(0, 2))
+            exchange = np.array([*turns[:kept], *[last] * len(tail)])
+            prompts.append(Prompt(ids, exchange, np.zeros(len(ids), bool)))
+            read = draw(st.integers(1, min(3, len(ids) - 1)))
+            targets.append(np.array(draw(st.lists(
+                st.lists(token, min_size=2, max_size=2), min_size=read, max_size=read))))
+            owners.append(draw(st.sampled_from([family, 3])))
+    return prompts, targets, owners
+
+
+@settings(max_examples=40, deadline=None)
+@given(families(), st.sampled_from([0, 1, 3]))
+def test_forks_of_one_row_are_scored_as_each_prompt_by_itself(reader, family, exchanges):
+    prompts, targets, owners = family
+    model, z = reader.model, None
+    if exchanges:
+        drawn = model.commitment.prior(4 * exchanges, torch.Generator().manual_seed(1))
+        z = drawn.view(4, exchanges, -1)[owners]
+    found = reader.scores(prompts, z, targets)
+    for i, (prompt, wanted) in enumerate(zip(prompts, targets, strict=True)):
+        with torch.no_grad():
+            if z is None:
+                logits = model.base(torch.from_numpy(prompt.ids)[None], use_cache=False).logits[0]
+            else:
+                mine = z[i, prompt.exchange % exchanges]
+                added = PLAN.strength * mine @ model.commitment.projection.T
+                with injected(model.base, added[None], PLAN.layers):
+                    logits = model.base(torch.from_numpy(prompt.ids)[None],
+                                        use_cache=False).logits[0]
+        rows = logits[-len(wanted) :].double().log_softmax(-1)
+        expected = rows.gather(1, torch.from_numpy(wanted))
+        torch.testing.assert_close(found[i], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_are_read_together_only_under_the_same_z_and_exchange(reader):
+    """What would fold the forks wrongly: another z*, or the same tokens in other exchanges."""
+    ids, turn = np.arange(3, 23), np.zeros(20, np.int64)
+    alike = [Prompt(np.append(ids, i), np.append(turn, 1), np.zeros(21, bool)) for i in range(3)]
+    moved = Prompt(np.append(ids, 9), np.append(turn + 1, 2), np.zeros(21, bool))
+    z = reader.model.commitment.prior(8).view(4, 2, -1)
+    targets = [np.array([[5]])] * 4
+
+    def rows(chosen) -> list[list[int]]:
+        batches = reader._forked([*alike, moved], chosen, targets)
+        return sorted(group.members for batch in batches for group in batch)
+
+    assert rows(z[[0, 0, 0, 0]]) == [[0, 1, 2], [3]]
+    assert rows(z[[0, 1, 1, 1]]) == [[0], [1, 2], [3]]
+    assert rows(None) == [[0, 1, 2], [3]]
+
+
+def test_what_follows_a_negligible_first_token_is_not_read_and_bounds_the_word(
+    reader, monkeypatch
+):
+    """Words are exact but for those whose first token already rules them out."""
+    slow, sharp = Slow(reader), reader.model.base.get_output_embeddings().weight
+    before, exact, bounded = sharp.detach().clone(), 0, 0
+    with torch.no_grad():
+        sharp *= 3
+    try:
+        for item in ITEMS.fork[:3]:
+            turns = [*item.opening, item.naming]
+            asked = [(reader.prompt(turns, item.stem), item.values)]
+            (found,), ((*tokens,),) = reader.log_likelihoods(asked, None)
+            start = slow.logs(slow.ids(turns, item.stem))[-1]
+            for value, ids, log in zip(item.values, tokens, found.tolist(), strict=True):
+                first = start[ids[0]].item()
+                if first > np.log(1e-6) or len(ids) == 1:
+                    exact += len(ids) > 1
+                    assert log == pytest.approx(slow.score(turns, item.stem, value), abs=1e-3)
+                else:
+                    bounded += 1
+                    assert log == pytest.approx(first, abs=1e-3)
+                    assert slow.score(turns, item.stem, value) <= log + 1e-3
+    finally:
+        with torch.no_grad():
+            sharp.copy_(before)
+    several = max(map(len, tokens)) > 1
+    assert (bounded > 0) == (exact > 0) == several
 
 
 class Joining(Tokenizer):
