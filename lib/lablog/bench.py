@@ -53,9 +53,12 @@ def paired(reference: Callable[[], None], candidate: Callable[[], None], pairs: 
 
 
 class Decoder:
-    """Decodes token by token with one of the two builds of libllama, through nothing but C."""
+    """Decodes token by token with one of the two builds of libllama, through nothing but C.
 
-    def __init__(self, library: Path, gguf: Path, window: int = 256) -> None:
+    sequences: how many are decoded together, each with a token in every batch.
+    """
+
+    def __init__(self, library: Path, gguf: Path, window: int = 256, sequences: int = 1) -> None:
         binding = bindings()
         self.library = ctypes.CDLL(str(next(library.glob("libllama.*"))))
         void = ctypes.c_void_p
@@ -65,8 +68,8 @@ class Decoder:
             ("llama_decode", ctypes.c_int32, [void, binding.llama_batch]),
             ("llama_get_memory", void, [void]),
             ("llama_memory_clear", None, [void, ctypes.c_bool]),
-            ("llama_batch_get_one", binding.llama_batch,
-             [ctypes.POINTER(ctypes.c_int32), ctypes.c_int32]),
+            ("llama_batch_init", binding.llama_batch, [ctypes.c_int32] * 3),
+            ("llama_batch_free", None, [binding.llama_batch]),
             ("llama_model_n_embd", ctypes.c_int32, [void]),
             ("llama_model_n_layer", ctypes.c_int32, [void]),
             ("llama_free", None, [void]), ("llama_model_free", None, [void]),
@@ -77,34 +80,47 @@ class Decoder:
             str(gguf).encode(), binding.llama_model_default_params()
         )
         parameters = binding.llama_context_default_params()
-        parameters.n_ctx, parameters.n_threads = window, 1
+        parameters.n_ctx, parameters.n_seq_max = window * sequences, sequences
+        parameters.n_threads = parameters.n_threads_batch = 1
         self.context = self.library.llama_init_from_model(self.model, parameters)
-        self._token = (ctypes.c_int32 * 1)(300)
+        self._batch = self.library.llama_batch_init(sequences, 0, 1)
+        self._batch.n_tokens = sequences
+        for sequence in range(sequences):
+            self._batch.token[sequence] = 300
+            self._batch.n_seq_id[sequence] = 1
+            self._batch.seq_id[sequence][0] = sequence
+            self._batch.logits[sequence] = 1
 
     def run(self, tokens: int) -> None:
-        """Decode `tokens` tokens from an empty cache."""
+        """Decode `tokens` tokens of every sequence from an empty cache."""
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), False)
-        for _ in range(tokens):
-            code = self.library.llama_decode(
-                self.context, self.library.llama_batch_get_one(self._token, 1)
-            )
+        for position in range(tokens):
+            for number in range(self._batch.n_tokens):
+                self._batch.pos[number] = position
+            code = self.library.llama_decode(self.context, self._batch)
             if code:
                 raise RuntimeError(f"llama_decode returned {code}")
 
     def commit(self, strength: float) -> None:
-        """Set a commitment in all layers (the patched build only)."""
+        """Set a commitment in all layers (the patched build only); of several sequences, a
+        different one for each."""
         width = self.library.llama_model_n_embd(self.model)
         last = self.library.llama_model_n_layer(self.model) - 1
-        vector = latent.sample(1, 64, width).direction
-        code = bindings().llama_cpp._lib.llama_set_commitment(
-            self.context, vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), width, width,
-            strength, 0, last,
-        )
-        if code:
-            raise RuntimeError(f"llama_set_commitment returned {code}")
+        library = bindings().llama_cpp._lib
+        for sequence in range(self._batch.n_tokens):
+            vector = latent.sample(1 + sequence, 64, width).direction
+            what = (vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), width, width, strength,
+                    0, last)
+            if self._batch.n_tokens == 1:
+                code = library.llama_set_commitment(self.context, *what)
+            else:
+                code = library.llama_set_commitment_seq(self.context, sequence, *what)
+            if code:
+                raise RuntimeError(f"setting a commitment returned {code}")
 
     def close(self) -> None:
         """Free context and model."""
+        self.library.llama_batch_free(self._batch)
         self.library.llama_free(self.context)
         self.library.llama_model_free(self.model)
 
@@ -131,38 +147,47 @@ def random_llama(artifacts: Path) -> Path:
 
 
 def native_decode(run: Run) -> None:
-    """Decoding with a commitment in all layers over decoding with the unpatched library.
+    """Decoding with a commitment in all layers over decoding with the unpatched library: of one
+    sequence with the context's, and of eight sequences together, each with its own.
 
     A token of the offline model takes a tenth of a millisecond, and where the allocator happens to
     put a context moves that by several per cent. So contexts are made anew for every round, in
     alternating order, and the interval is over rounds.
     """
     offline = source.gguf_file("offline:laptop", repository() / "build/laptop/artifacts")
-    native = native_folder()
-    for suffix, gguf, tokens, pairs, rounds in (
-        ("offline", offline, 200, 10, 40), ("50m", random_llama(run.artifacts), 24, 4, 12)
+    wide = random_llama(run.artifacts)
+    for suffix, gguf, sequences, tokens, pairs, rounds in (
+        ("offline", offline, 1, 200, 10, 40),
+        ("offline.per_sequence", offline, 8, 60, 10, 40),
+        ("50m", wide, 1, 24, 4, 12),
+        ("50m.per_sequence", wide, 8, 8, 4, 12),
     ):
-        medians, rates = [], []
-        bar = progress(rounds, f"decode {suffix}", "round")
-        for number in range(rounds):
-            libraries = [native / "lib-stock", native / "lib"]
-            decoders = {
-                library: Decoder(library, gguf) for library in libraries[:: 1 - 2 * (number % 2)]
-            }
-            stock, patched = (decoders[library] for library in libraries)
-            patched.commit(0.01)
-            medians.append(
-                paired(partial(stock.run, tokens), partial(patched.run, tokens), pairs)
-            )
-            rates.append(tokens / _seconds(partial(patched.run, tokens)))
-            stock.close()
-            patched.close()
-            bar.update()
-        bar.close()
-        run.metric(f"native.decode.committed_over_stock.{suffix}", float(np.median(medians)),
-                   "ratio", interval=bootstrap_percentile(medians, 50), n=rounds)
-        run.metric(f"native.decode.tokens_per_s.{suffix}", float(np.median(rates)), "tokens/s",
-                   n=rounds)
+        decode_ratio(run, suffix, gguf, sequences, tokens, pairs, rounds)
+
+
+def decode_ratio(run: Run, suffix: str, gguf: Path, sequences: int, tokens: int, pairs: int,
+                 rounds: int) -> None:
+    """Record one ratio: `tokens` tokens of each of the sequences, in `pairs` a round."""
+    libraries = [native_folder() / "lib-stock", native_folder() / "lib"]
+    medians, rates = [], []
+    bar = progress(rounds, f"decode {suffix}", "round")
+    for number in range(rounds):
+        decoders = {
+            library: Decoder(library, gguf, sequences=sequences)
+            for library in libraries[:: 1 - 2 * (number % 2)]
+        }
+        stock, patched = (decoders[library] for library in libraries)
+        patched.commit(0.01)
+        medians.append(paired(partial(stock.run, tokens), partial(patched.run, tokens), pairs))
+        rates.append(sequences * tokens / _seconds(partial(patched.run, tokens)))
+        stock.close()
+        patched.close()
+        bar.update()
+    bar.close()
+    run.metric(f"native.decode.committed_over_stock.{suffix}", float(np.median(medians)), "ratio",
+               interval=bootstrap_percentile(medians, 50), n=rounds)
+    run.metric(f"native.decode.tokens_per_s.{suffix}", float(np.median(rates)), "tokens/s",
+               n=rounds)
 
 
 def native_build(run: Run) -> None:

@@ -127,7 +127,7 @@ def _item_counts(items: int, draws: int, seed: int) -> np.ndarray:
     picks = np.random.default_rng([seed, 0]).integers(0, items, size=(draws, items))
     picks += items * np.arange(draws)[:, None]
     counts = np.bincount(picks.ravel(), minlength=draws * items)
-    return counts.reshape(draws, items).astype(np.float32)
+    return counts.reshape(draws, items).astype(float)
 
 
 @lru_cache(maxsize=8)

@@ -92,7 +92,7 @@ function(llama_tree SDIST DIR)
             WORKING_DIRECTORY "${WORK}/${ROOT}" RESULT_VARIABLE FAILED ERROR_VARIABLE ERROR)
         if(FAILED)
             message(FATAL_ERROR "native/patches/${PATCH_NAME} does not apply to llama.cpp of llama-cpp-python "
-                "${LLAMA_SDIST_VERSION}:\n${ERROR}See native/README.md, 'Rebasing the patch'.")
+                "${LLAMA_SDIST_VERSION}:\n${ERROR}See native/README.md, 'Rebasing the patches'.")
         endif()
     endforeach()
 

@@ -11,7 +11,15 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from lablog.commitment import arms, qlora, trained
-from lablog.commitment.arms import ARMS, TRAININGS, Asked, Experiment, Training, planned, together
+from lablog.commitment.arms import (
+    ARMS,
+    TRAININGS,
+    Asked,
+    Experiment,
+    Training,
+    Workers,
+    planned,
+)
 from lablog.commitment.conversations import Conversations, collate
 from lablog.commitment.qlora import CommittedModel, Plan, committed_model, load_base
 from lablog.commitment.variational import CommitmentSettings, VariationalCommitment
@@ -244,7 +252,9 @@ def test_the_metric_of_collapse_tells_a_collapsed_run_from_another(experiment):
 
 def test_trainings_side_by_side_have_the_bits_of_one_after_the_other(experiment, tmp_path):
     apart = replace(experiment, artifacts=tmp_path)
-    folders = together("training", [(apart.train, (1, seed, "commitment")) for seed in (1, 2)], 2)
+    with Workers(2) as workers:
+        folders = workers.together(
+            "training", [(apart.train, (1, seed, "commitment")) for seed in (1, 2)])
     alone = [experiment.train(1, seed, "commitment") for seed in (1, 2)]
     assert [f.name for f in folders] == [f.name for f in alone]
     for one, other in zip(folders, alone, strict=True):

@@ -28,7 +28,8 @@ from lablog.commitment.window import Speech
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model
 from lablog.models.training import TrainingSettings
-from lablog.text.dialogues import Turn, generate, load_settings, trained_part
+from lablog.text.datasets import DialogueDataset
+from lablog.text.dialogues import Draw, Turn, generate, load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
 
 DIALOGUES = load_settings()
@@ -162,24 +163,13 @@ def test_plain_tokens_are_those_of_the_first_version(name, request):
                                    former(tokenizer, turns, stem, first), strict=True):
             np.testing.assert_array_equal(found, expected, strict=True)
     data = Conversations(SPOKEN, tokenizer, 0, 1, 1)
-    decisive = {*WORDS} | {v for values in DIALOGUES.topics.values() for v in values}
+    by_line = DialogueDataset(DIALOGUES, tokenizer, 0, 0, 1, 0.0, 1 / 0.02).encode
     for index in range(50):
         turns = generate(DIALOGUES, 1, index).turns
-        item = data.item(turns, 0.7)
-        expected_ids, _, said = former(tokenizer, turns)
-        words = [0.0]
-        for turn in turns:  # every word begins a token, "." and "," end one
-            words += [0.0] * len(tokenizer.encode(f"{turn.speaker}:"))
-            for word in f"{turn.text}\n".replace(".", " .").replace(",", " ,").split(" "):
-                bare, glued = word.strip("\n?"), word[:1] in ".,"
-                for text in ([bare, word[len(bare):]] if bare != word else [word]):
-                    length = len(tokenizer.encode(text if glued or text in "?\n" else f" {text}"))
-                    words += [(1.0 if text in decisive else 0.02) * (turn.speaker == "A")] * (
-                        length if text else 0)
-        np.testing.assert_array_equal(item.ids, expected_ids)
-        np.testing.assert_array_equal(item.weights > 0, said)
-        np.testing.assert_allclose(item.weights, 0.7 * np.array(words), rtol=1e-6)
-        assert item.weights.dtype == np.float32
+        item, lines = data.item(turns, 0.7), [by_line(turn.speaker, turn.text) for turn in turns]
+        np.testing.assert_array_equal(item.ids, np.concatenate([[1], *(ids for ids, _ in lines)]))
+        weights = np.concatenate([np.zeros(1, np.float32), *(each for _, each in lines)])
+        np.testing.assert_array_equal(item.weights, weights * np.float32(0.7 * 0.02), strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -205,25 +195,23 @@ def test_llama2_tokens_have_each_exchange_between_bos_and_eos(llama2):
 def test_training_and_probes_speak_the_same(llama2, chat):
     """Prefix, stem and forks of a training conversation are the probes' prompts, continued."""
     data = Conversations(replace(SPOKEN, recall_share=0.0), llama2, 0, 12, 12, chat)
-    rendering = Rendering(llama2, chat)
+    rendering, draw = Rendering(llama2, chat), Draw(DIALOGUES, 0, 0)
+    openings, questions = (
+        {topic: [draw.turn("U", role, topic, phrasing=n)
+                 for n in range(len(getattr(DIALOGUES, role)))]
+         for topic in DIALOGUES.topics} for role in ("opening", "what_is_it"))
     for index in range(12):
         one = data[index]
-        dialogue = generate(DIALOGUES, 0, index, "train", "compare", "simple", index)
-        assert one.prefix.ids.tolist() == rendering.prompt(dialogue.turns[:1]).ids.tolist()
-        forks = [one.forks.ids[(one.fork == 0) | (one.fork == n)].tolist()
-                 for n in range(1, one.fork.max() + 1)]
-        for topic in DIALOGUES.topics:
-            opening = [Turn("U", text.format(topic=topic, a="an" if topic[0] in "aeiou" else "a"),
-                            "opening") for text in DIALOGUES.opening]
-            chosen = [Turn("A", text, "chosen") for text in DIALOGUES.chosen]
-            asked = [Turn("U", text.format(topic=topic), "what_is_it")
-                     for text in DIALOGUES.what_is_it]
-            prompts = [rendering.prompt([o, c, a], "").ids.tolist()
-                       for o in opening for c in chosen for a in asked]
-            if any(forks[0][: len(prompt)] == prompt for prompt in prompts):
-                break
-        else:
-            pytest.fail("no probe's prompt begins this training conversation")
+        prefix = generate(DIALOGUES, 0, index, "train", "compare", "simple", index).turns[:1]
+        assert one.prefix.ids.tolist() == rendering.prompt(prefix).ids.tolist()
+        fork = one.forks.ids[(one.fork == 0) | (one.fork == 1)].tolist()
+        prompts = [
+            rendering.prompt([asked, Turn("A", chosen, "chosen"), question], "").ids.tolist()
+            for topic in DIALOGUES.topics for asked in openings[topic]
+            for chosen in DIALOGUES.chosen for question in questions[topic]]
+        (found,) = (prompt for prompt in prompts if fork[: len(prompt)] == prompt)
+        answer = llama2.decode(fork[len(found):])
+        assert probes.named_value(answer, [v for vs in DIALOGUES.topics.values() for v in vs])
 
 
 @pytest.mark.parametrize("chat", ["plain", "llama2"])

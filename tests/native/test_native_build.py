@@ -21,6 +21,8 @@ API = {
     "llama_set_commitment_lambda",
     "llama_set_commitment_range",
     "llama_clear_commitment",
+    "llama_set_commitment_seq",
+    "llama_clear_commitment_seq",
     "llama_commitment_error",
 }
 
@@ -113,7 +115,8 @@ def test_the_tree_is_patched_exactly_once(tmp_path: Path, sdist: Path) -> None:
 
     code, said = cmake("-P", script)
     assert code == 0, said
-    assert f"Applying {PATCHES[0].name}" in said
+    for patch in PATCHES:
+        assert f"Applying {patch.name}" in said
     assert header.read_text().count("LLAMA_API int32_t llama_clear_commitment(") == 1
     before = header.stat().st_mtime_ns
 
@@ -127,25 +130,47 @@ def test_the_tree_is_patched_exactly_once(tmp_path: Path, sdist: Path) -> None:
     assert cmake("-P", forgetful) == (0, "")
 
     # a changed patch starts over from the unpatched tree, and dates the files it touches
-    first = patches / PATCHES[0].name
-    first.write_text(first.read_text().replace("Forget the commitment", "Drop the commitment"))
+    last = patches / PATCHES[-1].name
+    last.write_text(last.read_text().replace("The sequence uses the", "This sequence uses the"))
     untouched = tmp_path / "tree" / "src" / "llama-vocab.cpp"
     date = untouched.stat().st_mtime_ns
     code, said = cmake("-P", script)
     assert code == 0, said
-    assert "Drop the commitment" in header.read_text()
+    assert "This sequence uses the" in header.read_text()
     assert header.stat().st_mtime_ns > before
     assert untouched.stat().st_mtime_ns == date, "what did not change is not compiled again"
 
     # a patch that does not apply is an error that leaves the last good tree alone
-    text = first.read_text()
-    assert "\n     // Memory\n" in text
-    first.write_text(text.replace("\n     // Memory\n", "\n     // nothing like it\n"))
+    text = last.read_text()
+    context = "\n     // What a llama_commitment_status means"
+    assert context in text
+    last.write_text(text.replace(context, "\n     // nothing like it"))
     code, said = cmake("-P", script)
     assert code != 0
-    assert f"native/patches/{first.name} does not apply" in said
-    assert "Rebasing the patch" in said
-    assert "Drop the commitment" in header.read_text()
+    assert f"native/patches/{last.name} does not apply" in said
+    assert "Rebasing the patches" in said
+    assert "This sequence uses the" in header.read_text()
+
+
+@needs_cmake
+def test_what_one_would_send_upstream_applies_to_the_unpatched_tree(
+    tmp_path: Path, sdist: Path
+) -> None:
+    patches = sorted((NATIVE / "upstream").glob("*.patch"))
+    assert [patch.name[:4] for patch in patches] == ["0001", "0002"]
+    for patch in patches:
+        assert patch.name in (NATIVE / "UPSTREAM.md").read_text()
+    script = tmp_path / "tree.cmake"
+    script.write_text(f"""
+        include("{NATIVE}/cmake/LlamaSource.cmake")
+        llama_tree("{sdist}" "{tmp_path}/tree" MEMBERS include src
+                   PATCHES {" ".join(map(str, patches))})
+    """)
+    code, said = cmake("-P", script)
+    assert code == 0, said
+    header = (tmp_path / "tree" / "include" / "llama.h").read_text()
+    for function in ("llama_set_adapter_cvec_scaled", "llama_set_adapter_cvec_seq"):
+        assert re.search(rf"LLAMA_API .*\b{function}\(", header), function
 
 
 def test_patches_only_add_to_the_public_header(sdist: Path) -> None:

@@ -34,8 +34,8 @@ UNITS = {"recall": "fraction", "eviction": "fraction", "same_choice": "fraction"
          "kept": "fraction", "answered": "fraction", "reached": "fraction", "kl": "nat"}
 COUNTED = ("recall", "eviction", "same_choice", "hangman", "kept", "answered")
 LABELS = {"recall": "recall in the window", "eviction": "recall after eviction",
-          "same_choice": "same X in both forms", "yes_named": "P(yes) of the X it names",
-          "hangman": "one answer in a whole game"}
+          "same_choice": "same X in both forms", "yes_named": "P(yes) of X named",
+          "hangman": "a game of one answer"}
 MAIN = ("base", "lora", "random", "prefix", "prior", "redrawn", "window", "note")
 
 
@@ -471,8 +471,10 @@ def latent_space(draws: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]],
         axes.set(title=f"base {base}, seed {seed}")
         data += [{"base": base, "seed": seed, "x": a, "y": b, "choice": values[v]}
                  for a, b, v in zip(x, y, named, strict=True)]
-    figure.supxlabel("first component of z*")
-    figure.supylabel("second component of z*")
+    for axes in panels[-1]:
+        axes.set(xlabel="first component of z*")
+    for axes in panels[:, 0]:
+        axes.set(ylabel="second component")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure, pd.DataFrame(data)
 
