@@ -445,9 +445,7 @@ def check(folder: Path, plan: Plan = PLAN, settings=DIALOGUES, items=ITEMS) -> N
     check_readable(folder, plan, settings, items, [generate(DIALOGUES, 0, 0).turns])
 
 
-def test_what_cannot_be_probed_is_refused_before_anything_is_trained(
-    folder
-):
+def test_what_cannot_be_probed_is_refused_before_anything_is_trained(folder):
     check(folder)
     wrong = PLAN.model_copy(update={"k": 65, "layers": (2, 6)})
     with pytest.raises(ValueError, match=r"k = 65 is larger than the model's width 64: choose a "
