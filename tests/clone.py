@@ -238,10 +238,14 @@ class Clone:
                 os.utime(path, (moment, moment))
 
     def spawn(self, *command: str, **options: object) -> subprocess.Popen[str]:
-        """Start a command in a session of its own, with the clone's library."""
+        """Start a command in a session of its own, with the clone's library.
+
+        It heeds Ctrl-C, which a shell makes everything ignore that it starts in the background.
+        """
         process = subprocess.Popen(
             command, cwd=self.root, env=self.environment, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **options,  # type: ignore[call-overload]
         )
         self.started.append(process)

@@ -11,6 +11,8 @@ import yaml
 
 from lablog.files import data_file
 from lablog.text.dialogues import (
+    ASKED,
+    FIRST,
     PHRASES,
     Draw,
     Form,
@@ -19,9 +21,12 @@ from lablog.text.dialogues import (
     generate,
     load_settings,
     named_value,
+    new_phrasings,
     prompt,
     render,
     says_yes,
+    things,
+    trained_part,
 )
 
 SETTINGS = load_settings()
@@ -153,23 +158,65 @@ def test_values_and_verdicts_are_read_from_free_text():
     assert [says_yes(t) for t in (" Yes, it is.", "no.", "nobody knows")] == [True, False, None]
 
 
-BAD = {
-    "topics.color": (["red"], "topics.color"),
-    "topics.animal": (["red", *"abcdefghijkl"], "'red'"),
-    "answer": (["a", "b", "c", "d"], "answer: 'a'"),
-    "opening": (["{topik}"] * 4, "topik"),
-    "true_guess": (1.5, "true_guess = 1.5"),
-    "gap": ([3, 1], "gap: [3, 1]"),
-    "mix": ({"favorite": 1.0}, "mix.favorite"),
-    "guess": (1, "guess = 1"),
-    "distractors": ([["hello {nobody}", "ack"]] * 30, "hello {nobody}"),
-}
+def test_what_a_commitment_may_meet_is_cut_by_phrasings_values_and_topics():
+    part, new, held = trained_part(SETTINGS), new_phrasings(SETTINGS), SETTINGS.held_out
+    assert held.phrasings >= 1
+    for name in PHRASES:
+        phrases = getattr(SETTINGS, name)
+        kept = len(phrases) - (held.phrasings if name in ASKED else 0)
+        assert getattr(part, name) == phrases[:kept]
+        assert getattr(new, name) == (phrases[kept:] if name in ASKED else phrases)
+    assert {*ASKED} == {*FIRST.values(), "is_it", "what_is_it"}  # all that the user asks
+    assert new.topics == SETTINGS.topics
+    assert part.topics.keys() == SETTINGS.topics.keys() - {*held.topics}
+    for topic, values in part.topics.items():
+        whole = SETTINGS.topics[topic]
+        assert values == whole[: len(whole) - held.values.get(topic, 0)]
+    assert 2 <= min(map(len, part.topics.values())) < part.personas == 12
 
 
-@pytest.mark.parametrize("key", BAD)
-def test_a_bad_setting_is_refused_naming_file_key_and_value(key: str, tmp_path: Path):
+def test_things_are_values_of_all_topics_in_turn():
+    topics = list(SETTINGS.topics.values())
+    for number in (2, 9, 96):
+        made = things(SETTINGS, number)
+        assert list(made.topics) == ["thing"]
+        assert made.topics["thing"] == [topics[i % 8][i // 8] for i in range(number)]
+        assert made.personas == number
+    made, draw = things(SETTINGS, 96), Draw(things(SETTINGS, 96), 0, 9)
+    talk = " ".join(turn.text for turn in draw.distractors("thing", 400))
+    assert not set(made.topics["thing"]) & set(re.findall("[a-z]+", talk))
+    for number in (1, 97):
+        with pytest.raises(ValueError, match=f"values = {number}: the dialogues have 2 to 96"):
+            things(SETTINGS, number)
+
+
+BAD = [
+    ("topics.color", ["red"], "topics.color"),
+    ("topics.animal", ["red", *"abcdefghijkl"], "'red'"),
+    ("answer", ["a", "b", "c", "d"], "answer: 'a'"),
+    ("opening", ["{topik}"] * 4, "topik"),
+    ("true_guess", 1.5, "true_guess = 1.5"),
+    ("gap", [3, 1], "gap: [3, 1]"),
+    ("mix", {"favorite": 1.0}, "mix.favorite"),
+    ("guess", 1, "guess = 1"),
+    ("distractors", [["hello {nobody}", "ack"]] * 30, "hello {nobody}"),
+    ("held_out.phrasings", 7, "held_out: phrasings = 7 leaves none of 7 in opening"),
+    ("held_out.phrasings", 0, "held_out.phrasings = 0"),
+    ("held_out.values", {"sport": 11}, "held_out: values: sport = 11 leaves fewer than two of 12"),
+    ("held_out.values", {"colour": 2}, "held_out: ['colour'] are no topics; they are ['animal'"),
+    ("held_out.values", {"sport": 0}, "held_out.values.sport = 0"),
+    ("held_out.topics", ["music"], "held_out: ['music'] are no topics"),
+    ("held_out.topics", ["sport"], "held_out: ['sport'] are held out whole and in part"),
+    ("held_out.topics", [], "held_out.topics = []"),
+    ("held_out.kinds", 1, "held_out.kinds = 1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), BAD)
+def test_a_bad_setting_is_refused_naming_file_key_and_value(
+    key: str, value: object, expected: str, tmp_path: Path
+):
     data = yaml.safe_load(data_file("dialogues.yaml").read_text())
-    value, expected = BAD[key]
     *path, last = key.split(".")
     place = data
     for name in path:

@@ -29,7 +29,7 @@ from lablog.models.training import (
     train_causal_lm,
 )
 from lablog.text.datasets import DialogueDataset, Item
-from lablog.text.dialogues import generate, load_settings, render
+from lablog.text.dialogues import generate, load_settings, prompt, render
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 SETTINGS = load_settings()
@@ -215,8 +215,33 @@ def test_a_smoke_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = Tokenizer(folder / "tokenizer.model")
     assert perplexity(model, tokenizer, [render(generate(SETTINGS, 0, 0, "held_out").turns)]) < 200
-    assert 0 <= recall_accuracy(model, tokenizer, SETTINGS, 4) <= 1
-    assert set(comparison_accuracy(model, tokenizer, SETTINGS, 4)) == {"yes", "no", "it_is"}
+
+
+@pytest.mark.parametrize("evicted", [False, True])
+def test_accuracies_are_shares_of_right_answers_to_held_out_questions(monkeypatch, evicted):
+    """Of answers that are right in every second, or every third, dialogue alone."""
+    def answering(texts):
+        def said(model, tokenizer, prompts, tokens=16):
+            assert [p for p, _ in texts] == list(prompts)
+            return [answer for _, answer in texts]
+        monkeypatch.setattr("lablog.models.training.answers", said)
+
+    favourites = [generate(SETTINGS, 0, i, "held_out", "favourite", "probe") for i in range(8)]
+    answering([(prompt(d.turns[2 if evicted else 0 : -1]),
+                d.turns[-1].text if i % 2 else "i do not know.") for i, d in enumerate(favourites)])
+    assert recall_accuracy(None, None, SETTINGS, 8, evicted) == 0.5
+    texts, right = [], {"yes": [], "no": [], "it_is": []}
+    for i in range(9):
+        turns = generate(SETTINGS, 0, i, "held_out", "compare").turns
+        for at, turn in enumerate(turns):
+            if turn.role in right:
+                wrong = {"yes": "no.", "no": "yes.", "it_is": "it is nothing."}[turn.role]
+                right[turn.role].append(i % 3 > 0)
+                texts.append((prompt(turns[:at]), turn.text if i % 3 else wrong))
+    answering(texts)
+    assert comparison_accuracy(None, None, SETTINGS, 9) == pytest.approx(
+        {role: np.mean(found) for role, found in right.items()})
+    assert 0 < np.mean(right["yes"]) < 1
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(trained: Path, tokenizer: Tokenizer):

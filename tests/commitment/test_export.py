@@ -162,11 +162,11 @@ def test_the_probes_agree_and_would_show_a_missing_adapter(exported, reference, 
         other = agreement(NativeReader(theirs, context), theirs, MATERIAL, "prior")
     for same in found.values():
         assert same.logits <= 2e-3
-        assert same.greedy == (4, 4)
-        assert same.named == 1
+        assert same.greedy.tolist() == [True] * 4
+        assert same.named.tolist() == [True] * 12
         assert same.yes_sum <= 1e-3
     assert other.logits > 0.1
-    assert other.greedy[0] < 4
+    assert not other.greedy.all()
     assert other.yes_sum > 1e-2
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablog.commitment import qlora, trained
 from lablog.commitment.chats import Chats, exchanges, from_hub
-from lablog.commitment.conversations import Conversations, collate, padded
+from lablog.commitment.conversations import (
+    Conversations,
+    ConversationSettings,
+    collate,
+    padded,
+)
 from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
 from lablog.commitment.reader import Reader
 from lablog.commitment.variational import (
@@ -28,20 +34,21 @@ from lablog.commitment.variational import (
     VariationalCommitment,
 )
 from lablog.models.training import TrainingSettings
-from lablog.text.dialogues import generate, load_settings
+from lablog.text.dialogues import generate, load_settings, new_phrasings, trained_part
 from lablog.text.tokenizer import Tokenizer
 
 DIALOGUES = load_settings()
 TRAINING = TrainingSettings(
     steps=6, batch_size=2, learning_rate=1e-2, warmup_steps=1, schedule="cosine",
     betas=(0.9, 0.98), weight_decay=0.0, precision="f32", threads=1, checkpoint_every=2,
-    log_every=2,
+    log_every=1,
 )
 PLAN = Plan(
     k=8, strength=3.0, layers=(1, 4), quantisation="nf4", training=TRAINING,
     lora=LoraSettings(r=4, alpha=8, dropout=0.0, targets="all-linear"),
     schedule=Schedule(beta=0.5, warmup=2, annealing=1, free_bits=0.1),
 )
+SPOKEN = ConversationSettings(DIALOGUES, word_weight=0.02, guesses=4, recall_share=0.5)
 WITH_CELLS = PLAN.model_copy(update={
     "schedule": PLAN.schedule.model_copy(update={"cells": 0.5})})
 
@@ -64,7 +71,7 @@ def model(folder: Path) -> CommittedModel:
 
 
 def conversations(tokenizer: Tokenizer, count: int = 12, batch: int = 2) -> Conversations:
-    return Conversations(DIALOGUES, tokenizer, 0, count, batch, 0.02, 4, 0.5)
+    return Conversations(SPOKEN, tokenizer, 0, count, batch)
 
 
 def batch(tokenizer: Tokenizer, side: str = "right", of: int = 4) -> dict[str, torch.Tensor]:
@@ -168,11 +175,11 @@ def test_guesses_weigh_as_if_every_value_were_guessed_once(tokenizer):
 
 
 def test_held_out_conversations_share_no_prefix_with_training(tokenizer):
-    def prefixes(split):
-        data = Conversations(DIALOGUES, tokenizer, 0, 400, 2, 0.02, 4, 0.5, split)
-        return {tuple(data[i].prefix.ids.tolist()) for i in range(400) if data[i].fork.max() > 3}
+    def prefixes(dialogues):
+        data = Conversations(replace(SPOKEN, dialogues=dialogues), tokenizer, 0, 400, 2)
+        return {tuple(data[i].prefix.ids.tolist()) for i in range(400)}
 
-    assert not prefixes("train") & prefixes("held_out")
+    assert not prefixes(trained_part(DIALOGUES)) & prefixes(new_phrasings(DIALOGUES))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -239,7 +246,7 @@ def test_samples_have_the_posteriors_moments_and_the_priors():
 def cells_of(mean: torch.Tensor, log_variance: torch.Tensor) -> tuple[Cells, Posterior]:
     """Cells that have seen one batch, and the batch."""
     posterior, cells = Posterior(mean, log_variance), Cells(*mean.shape)
-    cells.follow(posterior)
+    cells.follow(posterior, torch.arange(len(mean)))
     return cells, posterior
 
 
@@ -247,13 +254,13 @@ def test_draws_from_the_priors_cells_belong_to_their_rows():
     torch.manual_seed(0)
     cells, posterior = cells_of(4 * torch.eye(5), torch.zeros(5, 5))
     for _ in range(20):
-        z = cells.sample(posterior, 1.0) * math.sqrt(5)
+        z = cells.sample(posterior, torch.arange(5), 1.0) * math.sqrt(5)
         distance = torch.cdist(z, posterior.mean)
         assert distance.argmin(dim=1).tolist() == list(range(5))
     cells, far = cells_of(torch.tensor([[0.0], [1e3]]), torch.zeros(2, 1))
-    assert cells.sample(far, 1.0)[1] > 9e2  # no draw falls into the second cell
+    assert cells.sample(far, torch.arange(2), 1.0)[1] > 9e2  # no draw falls into the second cell
     cells, many = cells_of(torch.full((500, 1), 3.0), torch.full((500, 1), -4.0))
-    assert cells.sample(many, 0.0).mean().item() == pytest.approx(3.0, abs=0.01)
+    assert cells.sample(many, torch.arange(500), 0.0).mean().item() == pytest.approx(3, abs=0.01)
 
 
 def test_cells_are_cut_along_running_means_not_along_a_batch():
@@ -261,34 +268,87 @@ def test_cells_are_cut_along_running_means_not_along_a_batch():
     torch.manual_seed(0)
     cells, usual = cells_of(torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1))
     for _ in range(2 * MEMORY):
-        cells.follow(usual)
+        cells.follow(usual, torch.arange(2))
     odd = Posterior(torch.tensor([[-1.0], [-0.5]]), torch.zeros(2, 1))
-    cells.follow(odd)
+    cells.follow(odd, torch.arange(2))
     assert cells.mean.flatten().tolist() == pytest.approx([-1.0, 1.0 - 1.5 / MEMORY])
-    drawn = torch.cat([cells.sample(odd, 1.0) for _ in range(200)], dim=1)
+    drawn = torch.cat([cells.sample(odd, torch.arange(2), 1.0) for _ in range(200)], dim=1)
     assert drawn[0].max() < 0.02
     assert drawn[1].min() > -0.02
-    with pytest.raises(ValueError, match="a batch of 3 conversations cannot hold each of 2"):
-        cells.follow(Posterior(torch.zeros(3, 1), torch.zeros(3, 1)))
+    for numbers in ([0, 1, 2], [0, 1, -1]):
+        with pytest.raises(ValueError, match="cells are cut for 0 to 1; these data list no"):
+            cells.follow(Posterior(torch.zeros(3, 1), torch.zeros(3, 1)), torch.tensor(numbers))
+
+
+def test_cells_follow_by_the_number_of_the_commitment():
+    """A batch need hold neither all commitments nor each once."""
+    cells = Cells(4, 1)
+
+    def follow(means, numbers):
+        means = torch.tensor(means, dtype=torch.float32)[:, None]
+        cells.follow(Posterior(means, means - 10), torch.tensor(numbers))
+
+    follow([1.0, 3.0, 5.0], [2, 0, 2])
+    assert cells.seen.tolist() == [1, 0, 2, 0]
+    assert cells.mean.flatten().tolist() == pytest.approx([3, 0, 3, 0])  # 2: mean of 1 and 5
+    assert cells.log_variance.flatten().tolist() == pytest.approx([-7, 0, -7, 0])
+    follow([9.0], [3])
+    follow([9.0], [2])
+    assert cells.mean.flatten().tolist() == pytest.approx([3, 0, 5, 9])
+    for _ in range(3 * MEMORY):
+        follow([5.0], [2])
+    follow([0.0], [2])  # the memory reaches back over MEMORY batches, not over all
+    assert cells.mean[2].item() == pytest.approx(5 * (1 - 1 / MEMORY), abs=1e-4)
+
+
+def test_draws_are_from_the_cells_that_the_batch_names():
+    torch.manual_seed(0)
+    cells, _ = cells_of(3 * torch.eye(5)[:4], torch.zeros(4, 5))
+    numbers = torch.tensor([3, 0, 3, 1])
+    posterior = Posterior(torch.full((4, 5), 50.0), torch.zeros(4, 5))  # not these
+    for _ in range(20):
+        z = cells.sample(posterior, numbers, 1.0) * math.sqrt(5)
+        assert cells.owner(z)[0].tolist() == numbers.tolist()
+    mixed = torch.cat([cells.sample(posterior, numbers, 0.25) for _ in range(500)])
+    from_prior = (mixed.abs() < 20 / math.sqrt(5)).all(dim=1).float().mean().item()
+    assert from_prior == pytest.approx(0.25, abs=0.04)
+
+
+def test_half_of_the_draws_lie_nearer_to_a_border_than_chance():
+    """The nearest of four is below the lower quartile with 1 - 0.75^4 = 68 %."""
+    torch.manual_seed(0)
+    mean = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])
+    cells, posterior = cells_of(mean, torch.zeros(2, 2))
+    usual = cells.owner(torch.randn(20_000, 2))[1]
+    quartile = usual.quantile(0.25)
+    drawn = torch.cat([cells.sample(posterior, torch.arange(2), 1.0) for _ in range(1500)])
+    near = (cells.owner(drawn * math.sqrt(2))[1] < quartile).float().mean().item()
+    assert near == pytest.approx((0.25 + 1 - 0.75**4) / 2, abs=0.04)
 
 
 def test_cells_follow_in_training_alone(folder, tokenizer):
     torch.manual_seed(0)
-    model = qlora.committed_model(qlora.load_base(folder, "none", "f32"), WITH_CELLS).eval()
+    model = qlora.committed_model(qlora.load_base(folder, "none", "f32"), WITH_CELLS, 12).eval()
     inputs = batch(tokenizer, of=PLAN.training.batch_size)
     model(**inputs, cells=0.5)
-    assert model.commitment.cells.batches == 0
+    assert model.commitment.cells.seen.sum() == 0
     model.train()(**inputs, cells=0.5)
-    assert model.commitment.cells.batches == 1
+    assert model.commitment.cells.seen.tolist() == [1, 1, *[0] * 10]
     assert "cells.mean" in model.state().keys() - model.trainable().keys()
 
 
-@pytest.mark.parametrize(("data", "batch"), [("dialogues", 4), ("chats", 12)])
-def test_cells_that_do_not_fit_the_data_are_refused(folder, data, batch):
-    training = PLAN.training.model_copy(update={"batch_size": batch})
-    chosen = WITH_CELLS.model_copy(update={"training": training})
-    with pytest.raises(ValueError, match=f"micro-batches of {batch} .*set the schedule's cells"):
-        trained.training_data(folder, 0, chosen, data)
+@pytest.mark.parametrize("change", [
+    {"schedule": WITH_CELLS.schedule}, {"code": "label", "schedule": PLAN.schedule}])
+def test_cells_and_labels_for_data_without_numbers_are_refused(
+    folder, tokenizer, tmp_path, change
+):
+    plan = PLAN.model_copy(update=change)
+    with pytest.raises(ValueError, match=r"cells and labels need data that number .* set cells to"):
+        qlora.train_commitment(folder, Chats([GUANACO], tokenizer, 99), plan, tmp_path / "run", "c")
+    independent = Conversations(replace(SPOKEN, independent=2), tokenizer, 0, 12, 2)
+    with pytest.raises(ValueError, match=f"code = {plan.code}: cells and labels need data"):
+        qlora.train_commitment(folder, independent, plan, tmp_path / "run", "c")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_decides_the_weights_is_in_their_key(folder, monkeypatch):
@@ -399,7 +459,7 @@ def finished(folder: Path, tokenizer: Tokenizer, tmp_path_factory) -> Path:
 
 
 def test_a_killed_run_resumes_to_the_same_bits(folder, tokenizer, tmp_path, finished):
-    data = Interrupted(DIALOGUES, tokenizer, 0, 12, 2, 0.02, 4, 0.5)
+    data = Interrupted(SPOKEN, tokenizer, 0, 12, 2)
     output = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         qlora.train_commitment(folder, data, WITH_CELLS, output, "data")
@@ -430,18 +490,34 @@ def test_the_commitment_trains_in_two_processes(folder, tmp_path):
     in_two_processes(LAUNCHED, tmp_path / "script.py", folder, output, Path(__file__))
     log = json.loads((output / "training.json").read_text())
     assert log["processes"] == 2
-    assert [entry["step"] for entry in log["history"]] == [2, 4, 6]
+    assert [entry["step"] for entry in log["history"]] == list(range(1, 7))
     assert qlora.load_committed(folder, output).commitment.settings.layers == PLAN.layers
 
 
 def test_training_reports_what_shows_a_collapse(finished):
     history = json.loads((finished / "training.json").read_text())["history"]
-    assert [entry["step"] for entry in history] == [2, 4, 6]
-    assert [entry["beta"] for entry in history] == [0, 0.5, 0.5]
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4, 5, 6]
+    assert [entry["beta"] for entry in history] == [0, 0, 0.25, 0.5, 0.5, 0.5]
     for entry in history:
-        assert entry["loss"] == pytest.approx(entry["lm"] + entry["beta"] * entry["kl"], rel=0.3)
-        assert 0 <= entry["active_units"] <= PLAN.k
-        assert entry["tokens"] > 0
+        kl = max(entry["kl"], PLAN.schedule.free_bits)
+        assert entry["loss"] == pytest.approx(entry["lm"] + entry["beta"] * kl, rel=1e-5)
+        assert entry["kl"] > PLAN.schedule.free_bits
+        assert entry["active_units"] > PLAN.k / 2  # far from a collapse, in a batch of two
+
+
+@pytest.mark.parametrize(("every", "logged"), [(4, [4, 6]), (3, [3, 6]), (9, [6])])
+def test_the_last_step_is_logged_and_every_token_is_counted_once(
+    tiny, tokenizer, tmp_path, every, logged
+):
+    training = TRAINING.model_copy(update={"log_every": every, "gradient_accumulation": 2})
+    plan = PLAN.model_copy(update={"training": training, "layers": None, "quantisation": "none"})
+    data = conversations(tokenizer, 24)
+    output = qlora.train_commitment(tiny, data, plan, tmp_path / "run", "data")
+    history = json.loads((output / "training.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == logged
+    assert sum(entry["tokens"] for entry in history) == sum(
+        len(data[i].prefix.ids) + len(data[i].forks.ids) for i in range(24))
+    assert history[-1]["beta"] == PLAN.schedule.beta
 
 
 def test_a_finished_run_is_loaded_on_its_own_base_only(folder, finished, tokenizer, tmp_path):
@@ -463,7 +539,7 @@ def test_a_loss_of_nan_stops_the_run(folder, tokenizer, tmp_path):
                 found.forks.weights[:] *= float("nan")
             return found
 
-    data = Poisoned(DIALOGUES, tokenizer, 0, 12, 2, 0.02, 4, 0.5)
+    data = Poisoned(SPOKEN, tokenizer, 0, 12, 2)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
         qlora.train_commitment(folder, data, PLAN, tmp_path / "run", "data")
     assert not (tmp_path / "run").exists()

@@ -37,7 +37,7 @@ from lablog.determinism import seed_everything
 from lablog.files import atomic_write, sha256_of
 from lablog.models.training import key_of
 from lablog.progress import progress
-from lablog.text.dialogues import load_settings, new_phrasings, things
+from lablog.text.dialogues import ASKED, load_settings, new_phrasings, things
 from lablog.text.tokenizer import Tokenizer
 
 
@@ -96,7 +96,7 @@ ARMS = {
 }
 """The last ones are ``<training>.<source>``: baselines at equal bits, and the parts of the method
 left out one at a time."""
-MODULES = ("arms", "conversations", "novelty", "probes", "reader", "rendering", "trained")
+MODULES = ("arms", "conversations", "latent", "novelty", "probes", "reader", "rendering", "trained")
 
 
 def conversations(training: Training, settings: ConversationSettings) -> ConversationSettings:
@@ -115,8 +115,9 @@ def planned(training: Training, plan: Plan, layers: int, commitments: int) -> Pl
     """The plan of a training for a model of so many `layers`."""
     changes = dict(training.plan)
     if training.layers:
-        first, last = (math.floor(at * (layers - 1) + 0.5) for at in training.layers)
-        changes["layers"] = (first, last)
+        begin, end = (at * layers for at in training.layers)
+        first = min(math.floor(begin), layers - 1)
+        changes["layers"] = (first, max(first, math.ceil(end) - 1))
     if changes.get("code") == "label":
         changes["k"] = commitments
     if not training.cells:
@@ -183,8 +184,9 @@ class Experiment:
             return Subset(chats, range(min(count or len(chats), len(chats))))
         made, run = conversations(TRAININGS[name], self.settings), plan.training
         if held_out:
-            made = replace(made, dialogues=new_phrasings(load_settings()).model_copy(
-                update={"topics": made.dialogues.topics}))
+            new = new_phrasings(load_settings())
+            made = replace(made, dialogues=made.dialogues.model_copy(
+                update={name: getattr(new, name) for name in ASKED}))
         size = count or run.steps * run.batch_size * run.gradient_accumulation
         return Conversations(made, tokenizer, seed, size, run.batch_size, plan.chat)
 

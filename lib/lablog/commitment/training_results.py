@@ -510,7 +510,8 @@ def latent_use(kl: Sequence[Sequence[float]], named: Sequence[np.ndarray]) -> Dr
 def findings(record: Record) -> str:
     """The chapter's findings in words; every number and every comparison is the record's."""
     def value(name: str) -> float:
-        return float(record.metric(name).value or 0)
+        found = record.metric(name).value
+        return math.nan if found is None else float(found)
 
     def shown(name: str) -> str:
         return _without_counts(record, name)
@@ -525,7 +526,8 @@ def findings(record: Record) -> str:
         f"{record.machine.device} ({record.machine.cpu}), {value('training.steps'):.0f} steps a "
         "run.",
         "Forked choice in phrasings that the training never met, z* sampled once from the prior, "
-        f"same X in both forms: {beside('prior.same_choice', 0.9, 1)}. Without z* "
+        f"same X in both forms: {beside('prior.same_choice', 0.9, 1)}; share of the choices "
+        f"reached: {beside('prior.reached', 0.8, 1)}. Same X without z* "
         f"{shown('lora.same_choice')}; z* redrawn for every question "
         f"{shown('redrawn.same_choice')}; the choice as a line of text "
         f"{shown('note.same_choice')}.",

@@ -1,0 +1,280 @@
+"""What chapter 3 records: values and intervals against a second computation, targets, report."""
+
+import math
+import re
+from itertools import chain
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lablog.commitment.arms import ARMS, Asked
+from lablog.commitment.novelty import KINDS
+from lablog.commitment.trained import HEADLINE
+from lablog.commitment.training_results import (
+    MAIN,
+    UNITS,
+    Measured,
+    findings,
+    record_arms,
+    record_contrasts,
+    sections,
+    slug,
+    stacked,
+    table,
+)
+from lablog.record import Run
+from lablog.report import ReportError, mandated
+
+BASES, SEEDS, ITEMS, TEXTS = (1, 4, 7), (1, 2, 3, 4, 5), 40, 10
+ASKED = Asked(11, ITEMS, TEXTS)
+ONE_SEED = ("base", "window")
+CONTROLS = {"lora": SEEDS[:3], "note": SEEDS[:3]}
+CHANCE = {"lora": 0.1, "base": 0.1, "redrawn": 0.1, "random": 0.15}
+
+
+def seeds_of(arm: str) -> tuple[int, ...]:
+    return SEEDS[:1] if arm in ONE_SEED else CONTROLS.get(arm, SEEDS)
+
+
+def measured(asked: Asked = ASKED, arms=MAIN, certain: bool = False) -> list[Measured]:
+    """Made-up rows: bases, seeds and items each have a say in whether an item succeeds."""
+    dice = np.random.default_rng(5)
+    offset = {"base": dice.normal(0, 0.6, len(BASES)), "seed": dice.normal(0, 0.3, 15),
+              "item": dice.normal(0, 0.8, ITEMS)}
+    tokens = dice.integers(20, 60, TEXTS).astype(float)
+    rows = []
+    for b, base in enumerate(BASES):
+        for seed in SEEDS:
+            for arm in arms:
+                if seed not in seeds_of(arm):
+                    continue
+                level = stats.norm.ppf(CHANCE.get(arm, 0.85))
+                score = level + offset["base"][b] + offset["seed"][seed] + offset["item"]
+                values = {name: (dice.normal(size=ITEMS) < score).astype(float)
+                          for name in ("answered", "recall", "eviction", "same_choice", "kept",
+                                       "hangman")}
+                if certain:
+                    values["same_choice"] = np.ones(ITEMS)
+                values |= {name: stats.norm.cdf(score) for name in ("yes_named", "yes_largest")}
+                values["yes_sum"] = 0.5 + stats.gamma.rvs(2, scale=0.3, size=ITEMS,
+                                                          random_state=dice)
+                values["nll"] = tokens * (0.5 + 0.1 * dice.random(TEXTS))
+                values["own_tokens"], values["kl_base"] = tokens, 0.1 * tokens * dice.random(TEXTS)
+                if ARMS[arm].source == "prior":
+                    values["reached"] = dice.integers(8, 13, 6) / 12
+                if arm == "prefix":
+                    values["kl"] = 2 + dice.random(ITEMS)
+                rows.append(Measured(base, seed, arm, asked,
+                                     {n: list(map(float, v)) for n, v in values.items()}))
+    return rows
+
+
+ROWS = measured()
+
+
+def bootstrap(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
+    """Bases, seeds within each, and items, one draw after the other; expanded percentiles."""
+    bases, seeds, items = values.shape
+    dice, means = np.random.default_rng(99), []
+    for _ in range(draws):
+        picked = dice.integers(0, items, items)
+        each = [values[b, s, picked].mean() for b in dice.integers(0, bases, bases)
+                for s in dice.integers(0, seeds, seeds)]
+        means.append(np.mean(each))
+    count = bases * seeds
+    tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf(0.025, count - 1))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {"seeds": list(SEEDS)})
+
+
+def of(arm: str, measure: str) -> np.ndarray:
+    """[bases, seeds, items], put together by hand."""
+    return np.array([[next(row.values[measure] for row in ROWS
+                           if (row.base, row.seed, row.arm) == (base, seed, arm))
+                      for seed in seeds_of(arm)] for base in BASES])
+
+
+# --- values and intervals -------------------------------------------------------------------------
+
+
+def test_rows_are_stacked_by_base_seed_and_item():
+    other = measured(Asked(11, ITEMS, kind="new topic", gap=6))
+    for arm in MAIN:
+        np.testing.assert_array_equal(stacked([*other, *ROWS], arm, "recall"), of(arm, "recall"))
+    assert stacked(ROWS, "prior", "kl") is None
+    assert stacked(ROWS, "prior", "recall", "new topic") is None
+    assert stacked(other, "prior", "recall", "new topic") is None  # at another gap
+    found = stacked(other, "prior", "recall", "new topic", 6)
+    assert found.shape == (3, 5, ITEMS)
+    np.testing.assert_array_equal(stacked(ROWS, "prior", "recall", seeds=(2, 5)),
+                                  of("prior", "recall")[:, [1, 4]])
+
+
+def test_every_arm_is_recorded_with_its_mean_counts_and_seeds(run):
+    record_arms(run, ROWS)
+    record = run.record()
+    names = {metric.name for metric in record.metrics}
+    assert names == {f"{arm}.{measure}" for arm in MAIN for measure in
+                     [*UNITS, "perplexity", "kl_base"]
+                     if (measure != "kl" or arm == "prefix")
+                     and (measure != "reached" or ARMS[arm].source == "prior")}
+    for arm in MAIN:
+        for measure in ("recall", "same_choice", "yes_sum"):
+            metric, values = record.metric(f"{arm}.{measure}"), of(arm, measure)
+            assert metric.value == pytest.approx(values.mean())
+            assert metric.n == ITEMS
+            assert metric.seeds == (None if arm in ONE_SEED else seeds_of(arm))
+            low, high = metric.interval
+            assert low < metric.value < high
+            if measure != "yes_sum":
+                assert (metric.numerator, metric.denominator) == (values.sum(), values.size)
+        nll, tokens = of(arm, "nll"), of(arm, "own_tokens")
+        per_run = nll.sum(axis=2) / tokens.sum(axis=2)  # a text counts by its length
+        assert record.metric(f"{arm}.perplexity").value == pytest.approx(
+            math.exp(per_run.mean()))
+        drift = of(arm, "kl_base").sum(axis=2) / tokens.sum(axis=2)
+        assert record.metric(f"{arm}.kl_base").value == pytest.approx(drift.mean())
+
+
+@pytest.mark.parametrize("measure", ["same_choice", "yes_sum"])
+def test_intervals_are_those_of_a_bootstrap_over_bases_seeds_and_items(run, measure):
+    record_arms(run, ROWS)
+    values = of("prior", measure)
+    low, high = run.record().metric(f"prior.{measure}").interval
+    assert (low, high) == pytest.approx(bootstrap(values), abs=0.12 * (high - low))
+    over_items = 1.96 * values.mean(axis=(0, 1)).std(ddof=1) / math.sqrt(ITEMS)
+    if measure == "same_choice":  # where the bases differ, items alone are too sure
+        assert high - low > 2.5 * over_items
+
+
+def test_an_interval_of_a_ratio_is_that_of_its_logarithm(run):
+    record_arms(run, ROWS)
+    nll, tokens = of("prior", "nll"), of("prior", "own_tokens")
+    logs = [math.log(x) for x in run.record().metric("prior.perplexity").interval]
+    expected = bootstrap(nll * TEXTS / tokens.sum(axis=2, keepdims=True))
+    assert logs == pytest.approx(expected, abs=0.15 * (logs[1] - logs[0]))
+
+
+def test_shares_of_zero_and_one_have_intervals_inside_with_width(run):
+    rows = measured(certain=True)
+    record_arms(run, rows)
+    for metric in run.record().metrics:
+        if metric.unit == "fraction":
+            low, high = metric.interval
+            assert 0 <= low < high <= 1
+            assert low <= metric.value <= high
+    sure = run.record().metric("prior.same_choice")
+    assert sure.value == sure.interval[1] == 1
+    z = stats.norm.ppf(0.975)
+    assert sure.interval[0] == pytest.approx(1 / (1 + z**2 / ITEMS))  # Wilson over the items
+
+
+def test_contrasts_are_paired_over_the_seeds_that_both_have(run):
+    record_contrasts(run, ROWS)
+    record = run.record()
+    for arm, control in (("prior", "redrawn"), ("prior", "lora"), ("prefix", "note")):
+        metric = record.metric(f"{arm}_minus_{control}.same_choice")
+        seeds = set(seeds_of(control))
+        chosen = [s in seeds for s in SEEDS]
+        difference = of(arm, "same_choice")[:, chosen] - of(control, "same_choice")
+        assert metric.value == pytest.approx(difference.mean())
+        assert metric.seeds == seeds_of(control)
+        low, high = metric.interval
+        assert (low, high) == pytest.approx(bootstrap(difference), abs=0.2 * (high - low))
+    tokens = of("lora", "own_tokens")
+    ratio = (of("prior", "nll")[:, :3] - of("lora", "nll")).sum(axis=2) / tokens.sum(axis=2)
+    assert record.metric("prior.perplexity_over_lora").value == pytest.approx(
+        math.exp(ratio.mean()))
+    assert record.metric("lora.eviction_over_chance").value == pytest.approx(
+        12 * of("lora", "eviction").mean())
+
+
+# --- table and report -----------------------------------------------------------------------------
+
+
+def test_the_table_shows_the_recorded_numbers_and_a_dash_where_there_are_none(run):
+    record_arms(run, ROWS)
+    shown = table(run, [*MAIN, "first_position.prior"])
+    assert list(shown.index) == [ARMS[arm].label for arm in (*MAIN, "first_position.prior")]
+    value = run.record().metric("prior.same_choice")
+    low, high = value.interval
+    cell = shown.loc[ARMS["prior"].label, "same X in both forms"]
+    assert cell == f"{100 * value.value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+    assert set(shown.loc[ARMS["first_position.prior"].label]) == {"–"}
+    assert "(" not in "".join(shown.to_numpy().ravel())  # counts of all runs together say nothing
+
+
+def test_the_report_asks_for_every_number_and_gets_it(run):
+    rows = list(ROWS)
+    for kind in KINDS:
+        if kind != HEADLINE:
+            rows += measured(Asked(11, ITEMS, kind=kind))
+    record_arms(run, rows)
+    record_contrasts(run, rows)
+    for kind in KINDS:
+        record_arms(run, rows, kind, prefix=f"{slug(kind)}.")
+    for name in ("training.steps", "training.tokens", "training.kl", "training.active_units",
+                 "training.collapsed", "latent.kl", "latent.nll_gap_shuffled",
+                 "latent.nll_gap_zero"):
+        run.metric(name, 123, "")
+    asked = sections(MAIN, KINDS)
+    report = mandated(run.record(), asked)
+    for text in (report.english, report.japanese):
+        assert "{" not in text
+        for arm in MAIN:
+            share = run.record().metric(f"{arm}.same_choice").value
+            assert f"{100 * share:.1f}%" in text
+    record = run.record()
+    wanted = {name for section in asked for line in section.lines for text in line
+              for name in re.findall(r"\{([A-Za-z0-9_.]+)", text)}
+    for left_out in sorted(wanted)[::7]:
+        short = record.model_copy(update={
+            "metrics": tuple(m for m in record.metrics if m.name != left_out)})
+        with pytest.raises(ReportError, match=left_out):
+            mandated(short, asked)
+    for line in chain.from_iterable(section.lines for section in asked):
+        english, japanese = (sorted(re.findall(r"\{([A-Za-z0-9_.]+)", text)) for text in line)
+        assert english == japanese
+
+
+MET = {
+    "training.steps": 900, "prior.same_choice": 0.931, "lora.same_choice": 0.111,
+    "redrawn.same_choice": 0.112, "note.same_choice": 0.9311, "prior.yes_named": 0.88,
+    "lora.yes_named": 0.2, "prior.yes_sum": 1.03, "lora.yes_sum": 1.2, "prefix.eviction": 0.957,
+    "prior.eviction": 0.847, "lora.eviction_over_chance": 1.37, "note.eviction": 0.77,
+    "prefix.recall": 0.9, "prior.recall": 0.91, "lora.recall": 0.92, "prior.reached": 0.9167,
+    "prefix.perplexity_over_lora": 1.013, "prior.perplexity_over_lora": 1.031,
+    "prior.hangman": 0.3, "note.hangman": 0.4, "lora.hangman": 0.01,
+}
+TARGETS = {  # by metric, a value on each side that misses it
+    "prior.same_choice": (0.899,), "prior.yes_sum": (0.79, 1.26), "prefix.eviction": (0.899,),
+    "prior.eviction": (0.799,), "lora.eviction_over_chance": (2.01,), "prior.reached": (0.79,),
+    "prefix.perplexity_over_lora": (1.051,), "prior.perplexity_over_lora": (1.051,),
+}
+
+
+def found_with(run: Run, **changes: float) -> str:
+    for name, value in (MET | changes).items():
+        run.metric(name, value, "count" if name == "training.steps" else "")
+    return findings(run.record())
+
+
+def test_findings_hold_the_number_of_every_target(run):
+    text = found_with(run)
+    assert text.count(": met)") == len(TARGETS)
+    assert "missed" not in text
+    for name in TARGETS:
+        assert f"{MET[name]:.4g} (target" in text
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in TARGETS.items() for v in vs])
+def test_a_target_that_is_missed_is_said_to_be(run, name, value):
+    text = found_with(run, **{name: value})
+    assert text.count("missed") == 1
+    assert re.search(rf"{value:.4g} \(target [a-z0-9. ]+: missed\)", text)
