@@ -23,7 +23,6 @@ from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
 from lablog.commitment.readable import check_readable, longest_probe
 from lablog.commitment.reader import Reader, name_values
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct, continuations
-from lablog.commitment.training_results import MAIN
 from lablog.commitment.window import Speech
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model
@@ -162,11 +161,7 @@ def test_plain_tokens_are_those_of_the_first_version(name, request):
         for found, expected in zip((prompt.ids, prompt.exchange, prompt.own),
                                    former(tokenizer, turns, stem, first), strict=True):
             np.testing.assert_array_equal(found, expected, strict=True)
-<<<<<<< HEAD
-    data = Conversations(ConversationSettings(DIALOGUES), tokenizer, 0, 1, 1)
-=======
     data = Conversations(SPOKEN, tokenizer, 0, 1, 1)
->>>>>>> chapter3-tests
     by_line = DialogueDataset(DIALOGUES, tokenizer, 0, 0, 1, 0.0, 1 / 0.02).encode
     for index in range(50):
         turns = generate(DIALOGUES, 1, index).turns
@@ -198,12 +193,7 @@ def test_llama2_tokens_have_each_exchange_between_bos_and_eos(llama2):
 @pytest.mark.parametrize("chat", ["plain", "llama2"])
 def test_training_and_probes_speak_the_same(llama2, chat):
     """Prefix, stem and forks of a training conversation are the probes' prompts, continued."""
-<<<<<<< HEAD
-    told = ConversationSettings(DIALOGUES, recall_share=0.0)
-    data = Conversations(told, llama2, 0, 12, 12, chat)
-=======
     data = Conversations(replace(SPOKEN, recall_share=0.0), llama2, 0, 12, 12, chat)
->>>>>>> chapter3-tests
     rendering, draw = Rendering(llama2, chat), Draw(DIALOGUES, 0, 0)
     openings, questions = (
         {topic: [draw.turn("U", role, topic, phrasing=n)
@@ -226,11 +216,7 @@ def test_training_and_probes_speak_the_same(llama2, chat):
 @pytest.mark.parametrize("chat", ["plain", "llama2"])
 def test_values_and_yes_weigh_in_full_behind_llama2s_tokenizer(llama2, chat):
     """Encoded by itself " yes" is two tokens there, in a line one."""
-<<<<<<< HEAD
-    data = Conversations(ConversationSettings(DIALOGUES), llama2, 0, 1, 1, chat)
-=======
     data = Conversations(SPOKEN, llama2, 0, 1, 1, chat)
->>>>>>> chapter3-tests
     item = data.item([Turn("U", "is it teal?", "x"), Turn("A", "yes, it is teal.", "x")])
     full = [llama2.piece(token) for token in item.ids[item.weights == 1]]
     assert full == ["▁yes", "▁te", "al"]
@@ -312,7 +298,6 @@ def test_values_of_one_token_cost_one_pass(reader, monkeypatch):
     prompt = reader.prompt([*item.opening, item.naming], item.stem)
     lengths = [len(ids) for ids in reader.rendering.continuations(prompt, item.values)[1]]
     name_values(reader, [(prompt, item.values)], None)
-<<<<<<< HEAD
     longer = sum(length > 1 for length in lengths)
     assert read[0] == 1
     assert sum(read[1:]) <= longer
@@ -335,9 +320,6 @@ def test_words_that_are_all_improbable_are_read_to_their_ends(reader, monkeypatc
     found = name_values(reader, [(prompt, values)], None)[0].numpy()
     expected = np.exp([slow.score(turns, item.stem, value) for value in values])
     np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-5)
-=======
-    several = sum(length > 1 for length in lengths)  # whose other tokens are read in a second one
-    assert read == [1, *[several] * (several > 0)]
 
 
 @st.composite
@@ -432,7 +414,6 @@ def test_what_follows_a_negligible_first_token_is_not_read_and_bounds_the_word(
             sharp.copy_(before)
     several = max(map(len, tokens)) > 1
     assert (bounded > 0) == (exact > 0) == several
->>>>>>> chapter3-tests
 
 
 class Joining(Tokenizer):
@@ -490,12 +471,7 @@ def test_what_cannot_be_probed_is_refused_before_anything_is_trained(folder):
                                          r"smaller k\nlayers = \[2, 6\]: .* layers 0 to 5"):
         check(folder, wrong)
     chapter = (repository() / "notebooks" / "03_qlora_commitment.py").read_text()
-<<<<<<< HEAD
     assert chapter.index("check_readable(folder, ") < chapter.index("experiment.train")
-=======
-    before, training = (chapter.index(call) for call in ("check_readable(folder", ".train, call"))
-    assert before < training
->>>>>>> chapter3-tests
 
 
 def small_copy(folder: Path, path: Path, **changes) -> Path:
@@ -535,7 +511,6 @@ def test_words_with_the_same_tokens_are_refused(folder, monkeypatch, pair, fault
 class Full:
     """What the profile `full` makes of a Llama of two small layers."""
 
-<<<<<<< HEAD
     base: Path
     plan: Plan
     experiment: Experiment
@@ -543,31 +518,11 @@ class Full:
     def reader(self, arm: str) -> Reader:
         tokenizer = Tokenizer(self.base / "tokenizer.model")
         return Reader(self.experiment.model(1, 1, ARMS[arm]), tokenizer, self.plan.chat)
-=======
-    experiment: Experiment
-    rows: dict[str, dict[str, list[float]]]
-
-    @property
-    def plan(self) -> Plan:
-        return self.experiment.plan
-
-    @property
-    def base(self) -> Path:
-        return self.experiment.bases[1]
-
-    def reader(self, name: str) -> Reader:
-        tokenizer = Tokenizer(self.base / "tokenizer.model")
-        return Reader(self.experiment.model(1, 1, ARMS[name]), tokenizer, self.plan.chat)
->>>>>>> chapter3-tests
 
 
 @pytest.fixture(scope="module")
 def full(llama2, tmp_path_factory) -> Full:
-<<<<<<< HEAD
     """z* and its controls, trained for one step."""
-=======
-    """The whole study of one step: z* and its control are trained, every arm is measured."""
->>>>>>> chapter3-tests
     values = profiles.load("full").parameters["03_qlora_commitment"]
     beta, _, _, free, cells = values["schedule"]
     rank, alpha, dropout = values["lora"]
@@ -591,11 +546,7 @@ def full(llama2, tmp_path_factory) -> Full:
         trained_part(DIALOGUES), gap=tuple(values["gap"])), artifacts)
     for name in ("commitment", "lora", "note"):
         experiment.train(1, 1, name)
-<<<<<<< HEAD
     return Full(base, plan, experiment)
-=======
-    return Full(experiment, {arm: experiment.measure(1, 1, arm, Asked(5, 3, 2)) for arm in MAIN})
->>>>>>> chapter3-tests
 
 
 def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
@@ -606,7 +557,6 @@ def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
     assert full.plan.schedule.cells > 0
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("arm", [name for name in ARMS if "." not in name])
 def test_every_probe_of_every_arm_can_be_read_in_the_profile_full(full, arm):
     asked = Asked(5, 2, 1, families=("fork", "recall", "language", "hangman"), guesses=1)
@@ -622,21 +572,6 @@ def test_every_probe_of_every_arm_can_be_read_in_the_profile_full(full, arm):
         assert min(found["kl"]) > 0
     if arm == "prior":
         assert 0 < min(found["reached"]) <= max(found["reached"]) <= 1
-=======
-def test_the_profile_full_trains_and_measures_every_arm(full):
-    for arm, row in full.rows.items():
-        for name in ("answered", "recall", "eviction", "same_choice"):
-            assert len(row[name]) == 3
-            assert set(row[name]) <= {0.0, 1.0}
-        assert np.isfinite([*row["yes_sum"], *row["nll"], *row["kl_base"]]).all()
-        assert ("reached" in row) == (ARMS[arm].source == "prior")
-        assert ("kl" in row) == (arm == "prefix")
-    assert full.rows["base"]["kl_base"] == pytest.approx([0, 0], abs=1e-6)
-    assert min(full.rows["prefix"]["kl"]) > 0
-    assert min(full.rows["prior"]["kl_base"]) > 1e-3  # z* reaches the decoder
-    assert {round(12 * share) / 12 for share in full.rows["prior"]["reached"]} == {
-        *full.rows["prior"]["reached"]}
->>>>>>> chapter3-tests
 
 
 def test_the_probes_of_the_profile_full_equal_one_by_one_evaluation(full):
@@ -672,13 +607,8 @@ def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported):
     found = agreement.compare(exported, full.base, trained.Probes(5, 3, 0))
     for one in found.values():
         assert one.logits <= 2e-3
-<<<<<<< HEAD
         assert one.greedy.all()
         assert one.named.all()
-=======
-        assert one.greedy.tolist() == [True] * 3
-        assert one.named.tolist() == [True] * 9
->>>>>>> chapter3-tests
         for ours, theirs in ((one.fork[0].yes, one.fork[1].yes),
                              (one.fork[0].named, one.fork[1].named)):
             np.testing.assert_allclose(ours, theirs, atol=1e-3)
