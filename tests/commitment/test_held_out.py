@@ -315,3 +315,25 @@ def test_held_out_texts_begin_with_an_exchange_that_nobody_was_trained_on(lines)
     assert len(trained & met_by_base) > 20  # others the base has read
     assert held_out_texts(DIALOGUES, 11, 60) == texts
     assert held_out_texts(DIALOGUES, 12, 60) != texts
+
+
+@pytest.mark.parametrize("topics", [1, 3])
+def test_independent_topics_are_probed_as_they_were_trained(base, topics):
+    """A prefix with a line about each topic that training had, and questions about no other."""
+    data, tokenizer = conversations(base, 240, independent=topics, recall_share=0)
+    trained = {shape(tokenizer.decode(data[i].prefix.ids.tolist())) for i in range(240)}
+    material = Probes(11, 60, 0, "seen form", independent=topics)
+    names = list(TRAINED.topics)[:topics]
+    assert {item.values for item in material.items.fork} == {
+        tuple(TRAINED.topics[name]) for name in names}
+    for item, prefix in zip(material.items.fork, material.prefixes, strict=True):
+        assert shape(render(prefix)) in trained
+        at = prefix.index(item.note)
+        assert tuple(TRAINED.topics[names[at]]) == item.values
+    assert [[item.note] for item in Probes(11, 9, 0).items.fork] == Probes(11, 9, 0).prefixes
+
+
+def shape(text: str) -> str:
+    """Which topics the lines of a text are about, in order."""
+    return " ".join(topic for line in text.splitlines() for topic, values in TRAINED.topics.items()
+                    if set(values) & set(re.findall("[a-z]+", line)))

@@ -141,7 +141,7 @@ def agreement(native: Reader, reference: Reader, material: Probes,
               source: Literal["prior", "prefix", "redrawn"]) -> Agreement:
     """Run the probes on both, each conversation under a z* of its own, the same on both."""
     recall, fork = material.items.recall, material.items.fork
-    z = material.latents(reference, source, 2, len(fork), [[item.note] for item in fork])
+    z = material.latents(reference, source, 2, len(fork), material.prefixes)
     forks = [(i, [*item.opening, guess]) for i, item in enumerate(fork) for guess in item.guesses]
     owner, asked = [i for i, _ in forks], [reference.prompt(turns, "") for _, turns in forks]
     again = [reference.prompt([*i.distractors, i.requestion], "", first=1) for i in recall]

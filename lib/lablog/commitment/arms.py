@@ -234,8 +234,10 @@ class Experiment:
         seed_everything(seed, threads=1)
         tokenizer = Tokenizer(self.bases[base] / "tokenizer.model")
         reader = Reader(self.model(base, seed, arm), tokenizer, self.plan.chat)
-        values = TRAININGS[arm.training].values if arm.training in TRAININGS else 0
-        material = Probes(asked.seed, asked.items, asked.texts, asked.kind, asked.gap, values)
+        training = TRAININGS.get(arm.training, Training(""))
+        values, independent = training.values, training.conversations.get("independent", 0)
+        material = Probes(asked.seed, asked.items, asked.texts, asked.kind, asked.gap, values,
+                          independent)
         found = _measures(reader, arm.source, material, asked, lambda: Reader(
             CommittedModel(load_to_read(self.bases[base], self.plan)), tokenizer, self.plan.chat))
         if arm.source == "prior" and "fork" in asked.families and not values:
@@ -259,7 +261,7 @@ def _measures(reader: Reader, source: Source, material: Probes, asked: Asked,
                   "yes_largest": fork.yes.max(axis=1), "kept": fork.kept}
         if reader.model.commitment is not None and source == "prefix" and \
                 reader.model.commitment.settings.code == "gaussian":
-            posterior = reader.posterior([[item.note] for item in material.items.fork])
+            posterior = reader.posterior(material.prefixes)
             found["kl"] = posterior.kl().sum(dim=1).double().numpy()
     if "hangman" in asked.families:
         found["hangman"] = material.hangman(reader, source, asked.guesses)

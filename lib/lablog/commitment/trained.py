@@ -25,7 +25,7 @@ or the prior again for every turn and every question (``redrawn``); ``text`` has
 the prefix in the window."""
 EXCHANGES = 64  # more than a conversation and the questions that it is forked into have
 HEADLINE = "new phrasing"  # the kind of probe on which the chapter's table stands
-ORDER = 107  # spawn key of the order of guesses, apart from those of dialogues and probes
+ORDER, PREFIX = 107, 109  # spawn keys, apart from those of dialogues, probes, conversations
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,23 @@ class Probes:
     """The probes of one kind of new and the texts that every arm is measured on."""
 
     def __init__(self, seed: int, items: int, texts: int, kind: str = HEADLINE,
-                 gap: int | None = None, values: int = 0) -> None:
-        """`values`: as many things to choose from in one topic, instead of the topics."""
+                 gap: int | None = None, values: int = 0, independent: int = 0) -> None:
+        """`values`: as many things to choose from in one topic, instead of the topics.
+        independent: so many topics are asked about, and a prefix states a value of each, as in
+        the training that has them.
+        """
         self.settings, self.seed = load_settings(), seed
         material = novelty.material(self.settings, kind, gap)
         if values:
             whole = material.settings.model_copy(update={"topics": self.settings.topics})
             material = probes.Material(things(whole, values), (), gap)
+        stated = list(trained_part(self.settings).topics)[:independent]
+        if independent:
+            material = replace(material, topics=tuple(stated))
         self.items = probes.make_items(material, seed, items)
+        self.prefixes = [_prefix(Draw(material.settings, seed, PREFIX, index), item, stated)
+                         for index, item in enumerate(self.items.fork)]
+        """What fixes the commitment of each hidden choice."""
         self.texts = novelty.held_out_texts(self.settings, seed, texts)
 
     def latents(self, reader: Reader, source: Source, stream: int, n: int,
@@ -103,7 +112,7 @@ class Probes:
     def _hidden(self, reader: Reader, source: Source) -> tuple[Tensor | None, list[list[Turn]]]:
         """z* of each hidden choice, and what its window begins with."""
         items = self.items.fork
-        z = self.latents(reader, source, 2, len(items), [[item.note] for item in items],
+        z = self.latents(reader, source, 2, len(items), self.prefixes,
                          [item.noted for item in items])
         return z, [[*([item.note] if source == "text" else []), *item.opening] for item in items]
 
@@ -175,6 +184,15 @@ class Probes:
             tokens.append(int(own.sum()))
             drift.append(float((found.exp() * (found - plain)).sum()))
         return Language(np.array(nll), np.array(tokens, float), np.array(drift))
+
+
+def _prefix(draw: Draw, item: probes.ForkItem, topics: Sequence[str]) -> list[Turn]:
+    """The private line of a hidden choice, among such lines about the other `topics`."""
+    if not topics:
+        return [item.note]
+    values = draw.settings.topics
+    return [item.note if tuple(values[topic]) == item.values
+            else draw.turn("A", "private", topic, draw.pick(values[topic])) for topic in topics]
 
 
 def asked_as(prompt: Prompt, number: int) -> Prompt:
