@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from lablog.text.dialogues import ASKED, DialogueSettings, generate
 from lablog.text.tokenizer import Tokenizer
 
-
 FEW = 3  # phrasings of each question in the simple form
 
 
