@@ -601,7 +601,8 @@ def exported(full) -> export.Export:
     return export.reimport(made, full.base)
 
 
-def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported):
+def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported, monkeypatch):
+    monkeypatch.setattr(agreement, "usable_threads", lambda: 1)  # as many as so small a model needs
     found = agreement.compare(exported, full.base, trained.Probes(5, 3, 0))
     for one in found.values():
         assert one.logits <= 2e-3
