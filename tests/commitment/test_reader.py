@@ -23,7 +23,6 @@ from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
 from lablog.commitment.readable import check_readable, longest_probe
 from lablog.commitment.reader import Reader, name_values
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct, continuations
-from lablog.commitment.training_results import MAIN
 from lablog.commitment.window import Speech
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model
@@ -299,8 +298,28 @@ def test_values_of_one_token_cost_one_pass(reader, monkeypatch):
     prompt = reader.prompt([*item.opening, item.naming], item.stem)
     lengths = [len(ids) for ids in reader.rendering.continuations(prompt, item.values)[1]]
     name_values(reader, [(prompt, item.values)], None)
-    several = sum(length > 1 for length in lengths)  # whose other tokens are read in a second one
-    assert read == [1, *[several] * (several > 0)]
+    longer = sum(length > 1 for length in lengths)
+    assert read[0] == 1
+    assert sum(read[1:]) <= longer
+    assert bool(read[1:]) == bool(longer)
+
+
+def test_words_that_are_all_improbable_are_read_to_their_ends(reader, monkeypatch):
+    """What matters is not how probable a value is, but how probable beside the others."""
+    scores = Reader.scores
+    slow, item = Slow(reader), ITEMS.fork[1]
+    turns, values = [*item.opening, item.naming], item.values
+    prompt = reader.prompt(turns, item.stem)
+    firsts = len(prompt.ids)
+
+    def doubtful(self, prompts, z, targets):  # as if all were e^30 times less probable
+        return [found - 30 * (len(one.ids) == firsts)
+                for one, found in zip(prompts, scores(self, prompts, z, targets), strict=True)]
+
+    monkeypatch.setattr(Reader, "scores", doubtful)
+    found = name_values(reader, [(prompt, values)], None)[0].numpy()
+    expected = np.exp([slow.score(turns, item.stem, value) for value in values])
+    np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-5)
 
 
 @st.composite
@@ -450,8 +469,7 @@ def test_what_cannot_be_probed_is_refused_before_anything_is_trained(folder):
                                          r"smaller k\nlayers = \[2, 6\]: .* layers 0 to 5"):
         check(folder, wrong)
     chapter = (repository() / "notebooks" / "03_qlora_commitment.py").read_text()
-    before, training = (chapter.index(call) for call in ("check_readable(folder", ".train, call"))
-    assert before < training
+    assert chapter.index("check_readable(folder, ") < chapter.index("experiment.train")
 
 
 def small_copy(folder: Path, path: Path, **changes) -> Path:
@@ -491,25 +509,18 @@ def test_words_with_the_same_tokens_are_refused(folder, monkeypatch, pair, fault
 class Full:
     """What the profile `full` makes of a Llama of two small layers."""
 
+    base: Path
+    plan: Plan
     experiment: Experiment
-    rows: dict[str, dict[str, list[float]]]
 
-    @property
-    def plan(self) -> Plan:
-        return self.experiment.plan
-
-    @property
-    def base(self) -> Path:
-        return self.experiment.bases[1]
-
-    def reader(self, name: str) -> Reader:
+    def reader(self, arm: str) -> Reader:
         tokenizer = Tokenizer(self.base / "tokenizer.model")
-        return Reader(self.experiment.model(1, 1, ARMS[name]), tokenizer, self.plan.chat)
+        return Reader(self.experiment.model(1, 1, ARMS[arm]), tokenizer, self.plan.chat)
 
 
 @pytest.fixture(scope="module")
 def full(llama2, tmp_path_factory) -> Full:
-    """The whole study of one step: z* and its control are trained, every arm is measured."""
+    """z* and its controls, trained for one step."""
     values = profiles.load("full").parameters["03_qlora_commitment"]
     beta, _, _, free, cells = values["schedule"]
     rank, alpha, dropout = values["lora"]
@@ -533,7 +544,7 @@ def full(llama2, tmp_path_factory) -> Full:
         trained_part(DIALOGUES), gap=tuple(values["gap"])), artifacts)
     for name in ("commitment", "lora", "note"):
         experiment.train(1, 1, name)
-    return Full(experiment, {arm: experiment.measure(1, 1, arm, Asked(5, 3, 2)) for arm in MAIN})
+    return Full(base, plan, experiment)
 
 
 def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
@@ -544,19 +555,21 @@ def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
     assert full.plan.schedule.cells > 0
 
 
-def test_the_profile_full_trains_and_measures_every_arm(full):
-    for arm, row in full.rows.items():
-        for name in ("answered", "recall", "eviction", "same_choice"):
-            assert len(row[name]) == 3
-            assert set(row[name]) <= {0.0, 1.0}
-        assert np.isfinite([*row["yes_sum"], *row["nll"], *row["kl_base"]]).all()
-        assert ("reached" in row) == (ARMS[arm].source == "prior")
-        assert ("kl" in row) == (arm == "prefix")
-    assert full.rows["base"]["kl_base"] == pytest.approx([0, 0], abs=1e-6)
-    assert min(full.rows["prefix"]["kl"]) > 0
-    assert min(full.rows["prior"]["kl_base"]) > 1e-3  # z* reaches the decoder
-    assert {round(12 * share) / 12 for share in full.rows["prior"]["reached"]} == {
-        *full.rows["prior"]["reached"]}
+@pytest.mark.parametrize("arm", [name for name in ARMS if "." not in name])
+def test_every_probe_of_every_arm_can_be_read_in_the_profile_full(full, arm):
+    asked = Asked(5, 2, 1, families=("fork", "recall", "language", "hangman"), guesses=1)
+    found = full.experiment.measure(1, 1, arm, asked)
+    for name in ("answered", "recall", "eviction", "same_choice", "kept", "hangman"):
+        assert len(found[name]) == 2
+        assert set(found[name]) <= {0, 1}
+    assert all(0 < value < 12 for value in found["yes_sum"])
+    assert found["nll"][0] > 0
+    assert found["kl_base"][0] == pytest.approx(0, abs=1e-4) if ARMS[arm].training == "base" \
+        else found["kl_base"][0] > 0
+    if arm == "prefix":
+        assert min(found["kl"]) > 0
+    if arm == "prior":
+        assert 0 < min(found["reached"]) <= max(found["reached"]) <= 1
 
 
 def test_the_probes_of_the_profile_full_equal_one_by_one_evaluation(full):
@@ -588,12 +601,13 @@ def exported(full) -> export.Export:
     return export.reimport(made, full.base)
 
 
-def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported):
+def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported, monkeypatch):
+    monkeypatch.setattr(agreement, "usable_threads", lambda: 1)  # as many as so small a model needs
     found = agreement.compare(exported, full.base, trained.Probes(5, 3, 0))
     for one in found.values():
         assert one.logits <= 2e-3
-        assert one.greedy.tolist() == [True] * 3
-        assert one.named.tolist() == [True] * 9
+        assert one.greedy.all()
+        assert one.named.all()
         for ours, theirs in ((one.fork[0].yes, one.fork[1].yes),
                              (one.fork[0].named, one.fork[1].named)):
             np.testing.assert_allclose(ours, theirs, atol=1e-3)

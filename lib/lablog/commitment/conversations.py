@@ -60,9 +60,9 @@ class ConversationSettings:
     gap: tuple[int, int] = (0, 0)
     independent: int = 0
     word_weight: float = 0.02
-    named_weight: float = 4.0
+    named_weight: float = 2.0
     guesses: int = 3
-    recall_share: float = 0.25
+    recall_share: float = 0.33
     note: bool = False
 
 

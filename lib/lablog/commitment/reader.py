@@ -116,8 +116,9 @@ class Reader:
             for begin in range(0, len(ends), ROWS):
                 part = wanted[begin : begin + ROWS]
                 logits = self.model.base.get_output_embeddings()(ends[begin : begin + len(part)])
-                rows = logits.float().cpu().double().log_softmax(-1)
-                logs += (row[torch.from_numpy(ids)] for row, ids in zip(rows, part, strict=True))
+                totals = logits.double().logsumexp(-1).cpu()
+                logs += (row[torch.from_numpy(ids)].double() - total for row, total, ids in
+                         zip(logits.cpu(), totals, part, strict=True))
             for i in (i for group in batch for i in group.members):
                 found[i] = torch.stack(logs[: len(targets[i])])
                 logs = logs[len(targets[i]) :]
@@ -179,22 +180,25 @@ class Reader:
         """log P(word | prompt) of equally many words for each prompt, float64 [prompts, words], by
         all tokens of the word; and these tokens.
 
-        A word whose first token has less than `NEGLIGIBLE` probability keeps that token's, which
-        bounds its own: to read the rest would change nothing that is reported.
+        A word whose first token has less than `NEGLIGIBLE` of the probability of the likeliest
+        word keeps that token's, which bounds its own: the rest would change nothing reported.
         """
         continued = [self.rendering.continuations(prompt, words) for prompt, words in asked]
         tokens = [found for _, found in continued]
         firsts = [np.array([[ids[0] for ids in found]]) for found in tokens]
         heads = [prompt.to(kept) for (prompt, _), (kept, _) in zip(asked, continued, strict=True)]
         result = torch.cat(self.scores(heads, z, firsts))
-        rest = [(n, at) for n, found in enumerate(tokens) for at, ids in enumerate(found)
-                if len(ids) > 1 and result[n, at] > math.log(NEGLIGIBLE)]
-        if rest:
+        bound = torch.tensor([[len(ids) > 1 for ids in found] for found in tokens])
+        least = result.max(dim=1, keepdim=True).values + math.log(NEGLIGIBLE)
+        while (rest := (bound & (result > least)).nonzero().tolist()):
             rows = [asked[n][0].to(continued[n][0], tokens[n][at][:-1]) for n, at in rest]
             later = [np.array(tokens[n][at][1:])[:, None] for n, at in rest]
             owned = None if z is None else z[[n for n, _ in rest]]
             for (n, at), logs in zip(rest, self.scores(rows, owned, later), strict=True):
                 result[n, at] += logs.sum()
+                bound[n, at] = False
+            known = result.masked_fill(bound, -math.inf)  # no longer what a first token promised
+            least = known.max(dim=1, keepdim=True).values + math.log(NEGLIGIBLE)
         return result, tokens
 
     def yes_no(self, prompts: Sequence[Prompt], z: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lablog.files import atomic_write
 
 CANDIDATES = 16  # draws from the prior for each cell
-NEAR = 4  # of those in a cell, how many the one nearest to a border is chosen from
+NEAR = 8  # of those in a cell, how many the one nearest to a border is chosen from
 MEMORY = 50  # batches over which the cells' running means reach back
 Positions = Literal["all", "first"]
 Code = Literal["gaussian", "label"]
@@ -171,9 +171,9 @@ class VariationalCommitment(nn.Module):
             raise ValueError(f"the prefix of row(s) {empty} is empty: nothing fixes a commitment")
         last = (torch.arange(mask.shape[1], device=mask.device) * mask.bool()).argmax(dim=1)
         decisive = hidden[torch.arange(len(hidden), device=mask.device), last]
-        # In f32 also where products are in bf16, as the running means of the cells are.
-        found = self.head(decisive.to(self.head.weight.dtype)).float()
-        mean, log_variance = found.chunk(2, dim=-1)
+        with torch.autocast(decisive.device.type, enabled=False):  # also where the base has bf16
+            read = self.head(decisive.to(self.head.weight.dtype))
+        mean, log_variance = read.chunk(2, dim=-1)
         return Posterior(mean, log_variance.clamp(-10, 4))
 
     def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
