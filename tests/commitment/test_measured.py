@@ -233,7 +233,7 @@ def again(experiment):
     return made
 
 
-@pytest.mark.parametrize("arm", ["prefix", "prior", "redrawn", "lora", "note", "window"])
+@pytest.mark.parametrize("arm", ["prefix", "prior", "redrawn", "lora", "note"])
 def test_every_measure_equals_one_prompt_at_a_time(experiment, again, arm):
     second = again(arm)
     found = experiment.measure(1, 1, arm, Asked(
@@ -255,7 +255,7 @@ def test_the_arms_differ_where_they_should(experiment):
     """Else the comparison above could not see one taken for another."""
     found = {arm: experiment.measure(1, 1, arm, Asked(
         SEED, ITEMS, TEXTS, families=("fork", "recall", "language", "hangman"), guesses=GUESSES))
-        for arm in ("prefix", "prior", "redrawn", "lora", "note", "window")}
+        for arm in ("prefix", "prior", "redrawn", "lora", "note")}
     sums = np.array([row["yes_sum"] for row in found.values()])
     for i in range(len(sums)):
         for j in range(i):
@@ -317,10 +317,10 @@ def decided(folder) -> Decided:
 def test_a_commitment_that_decides_is_the_same_in_every_fork_and_a_redrawn_one_is_chance(
     decided, monkeypatch
 ):
-    probes = Probes(6, 60, 0)
+    probes = Probes(6, 40, 0)
     once, redrawn = (probes.fork(decided, source) for source in ("prior", "redrawn"))
     assert once.same.all()
-    assert once.yes_sum == pytest.approx(np.full(60, 0.9 + 11 * 0.1))
+    assert once.yes_sum == pytest.approx(np.full(40, 0.9 + 11 * 0.1))
     assert redrawn.same.mean() < 0.3
     assert np.std(redrawn.yes_sum) > 0.3  # as many yes as questions happen to draw their own value
     assert np.abs(redrawn.yes_sum.mean() - 2.0) < 0.5  # … one on average

@@ -74,14 +74,14 @@ ROWS = measured()
 
 
 def bootstrap(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
-    """Bases, seeds within each, and items, one draw after the other; expanded percentiles."""
+    """Bases, seeds within each, and items are drawn anew; expanded percentiles."""
     bases, seeds, items = values.shape
-    dice, means = np.random.default_rng(99), []
-    for _ in range(draws):
-        picked = dice.integers(0, items, items)
-        each = [values[b, s, picked].mean() for b in dice.integers(0, bases, bases)
-                for s in dice.integers(0, seeds, seeds)]
-        means.append(np.mean(each))
+    dice = np.random.default_rng(99)
+    picked = dice.integers(0, bases, (draws, bases, 1)) * seeds
+    units = (picked + dice.integers(0, seeds, (draws, bases, seeds))).reshape(draws, -1)
+    drawn = dice.integers(0, items, (draws, items))
+    rows = values.reshape(-1, items)
+    means = [rows[u].mean(axis=0)[i].mean() for u, i in zip(units, drawn, strict=True)]
     count = bases * seeds
     tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf(0.025, count - 1))
     low, high = np.quantile(means, [tail, 1 - tail])
