@@ -27,7 +27,7 @@ from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, genera
 from lablog.text.tokenizer import Tokenizer
 
 Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
-IN_WINDOW = 0.25  # share of recall conversations whose statement stays in the window
+IN_WINDOW = 0.5  # share of recall conversations whose statement stays in the window
 STREAM, GAPS = 105, 108  # spawn keys, apart from those of the dialogues' splits and of the probes
 
 
@@ -62,7 +62,7 @@ class ConversationSettings:
     word_weight: float = 0.02
     named_weight: float = 2.0
     guesses: int = 3
-    recall_share: float = 0.33
+    recall_share: float = 0.4
     note: bool = False
 
 
