@@ -28,6 +28,7 @@ from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
 from lablog.commitment.reader import Reader
 from lablog.commitment.variational import (
     MEMORY,
+    NEAR,
     Cells,
     CommitmentSettings,
     Posterior,
@@ -315,7 +316,7 @@ def test_draws_are_from_the_cells_that_the_batch_names():
 
 
 def test_half_of_the_draws_lie_nearer_to_a_border_than_chance():
-    """The nearest of four is below the lower quartile with 1 - 0.75^4 = 68 %."""
+    """The nearest of n is below the lower quartile with probability 1 - 0.75^n."""
     torch.manual_seed(0)
     mean = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])
     cells, posterior = cells_of(mean, torch.zeros(2, 2))
@@ -323,7 +324,7 @@ def test_half_of_the_draws_lie_nearer_to_a_border_than_chance():
     quartile = usual.quantile(0.25)
     drawn = torch.cat([cells.sample(posterior, torch.arange(2), 1.0) for _ in range(1500)])
     near = (cells.owner(drawn * math.sqrt(2))[1] < quartile).float().mean().item()
-    assert near == pytest.approx((0.25 + 1 - 0.75**4) / 2, abs=0.04)
+    assert near == pytest.approx((0.25 + 1 - 0.75**NEAR) / 2, abs=0.04)
 
 
 def test_cells_follow_in_training_alone(folder, tokenizer):
