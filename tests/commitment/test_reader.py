@@ -391,7 +391,7 @@ def test_what_follows_a_negligible_first_token_is_not_read_and_bounds_the_word(r
     slow, sharp = Slow(reader), reader.model.base.get_output_embeddings().weight
     before, exact, bounded, longest = sharp.detach().clone(), 0, 0, 1
     with torch.no_grad():
-        sharp *= 4
+        sharp *= 8
     try:
         for item in ITEMS.fork[:3]:
             turns = [*item.opening, item.naming]
@@ -401,7 +401,7 @@ def test_what_follows_a_negligible_first_token_is_not_read_and_bounds_the_word(r
             start = slow.logs(slow.ids(turns, item.stem))[-1]
             for value, ids, log in zip(item.values, tokens, logs[0].tolist(), strict=True):
                 whole = slow.score(turns, item.stem, value)
-                if log == pytest.approx(whole, abs=1e-3):
+                if log == pytest.approx(whole, abs=2e-3):
                     exact += len(ids) > 1
                 else:
                     bounded += 1
