@@ -245,8 +245,7 @@ def test_the_metric_of_collapse_tells_a_collapsed_run_from_another(experiment):
                        seen["nll_shuffled"] - seen["nll_true"], last["kl"])
     assert found["collapsed"][:2] == (0, 0)
     assert found["collapsed"][3] < 0.1
-    assert found["not"][0] == 6
-    assert found["not"][1] > 0  # fewer where the prefixes are in new words
+    assert min(found["not"][:2]) > 0
     assert found["not"][3] > 1
     assert abs(found["collapsed"][2]) < abs(found["not"][2])
 
