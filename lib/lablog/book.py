@@ -41,14 +41,14 @@ def published_page(folder: Path) -> str:
     folder of records a profile, with its figures beside them."""
     parts = ["# Published results\n\nWhat the project's own runs recorded, whatever this clone has "
              "run itself. The intervals, seeds, machine and commit are those of the record.\n"]
-    for profile in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for profile in sorted(path for path in folder.glob("*") if path.is_dir()):
         for path in sorted(profile.glob("*.json")):
             record = Record.read(path)
             parts.append(_result(record, f"{record.notebook}, profile {record.profile}"))
             parts += [f"![{figure.name}](records/{profile.name}/{figure.name}.svg)"
                       f"\n\n*{figure.caption}*\n" for figure in record.figures
                       if (profile / f"{figure.name}.svg").is_file()]
-    return "\n".join(parts)
+    return "\n".join(parts if len(parts) > 1 else [*parts, "Nothing has been published yet.\n"])
 
 
 def _result(record: Record, title: str) -> str:
