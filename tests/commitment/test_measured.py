@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from lablog.commitment import trained
 from lablog.commitment.arms import ARMS, Asked
-from lablog.commitment.qlora import CommittedModel
+from lablog.commitment.qlora import CommittedModel, renamed
 from lablog.commitment.reader import Reader
 from lablog.commitment.trained import Probes
 from lablog.commitment.variational import CommitmentSettings, VariationalCommitment
@@ -225,7 +225,8 @@ def again(experiment):
         before = Plain(LlamaForCausalLM.from_pretrained(base).eval(), tokenizer, None)
         if ARMS[arm].training != "base":
             folder: Path = experiment.folder(1, 1, ARMS[arm].training)
-            plain.network = PeftModel.from_pretrained(plain.network, folder / "adapter").eval()
+            with renamed():
+                plain.network = PeftModel.from_pretrained(plain.network, folder / "adapter").eval()
             if (folder / "commitment.safetensors").is_file():
                 plain.weights = load_file(folder / "commitment.safetensors")
         return Again(plain, before, arm, probes.items, probes.texts)
