@@ -116,9 +116,11 @@ run.metrics_table("bases")
 # cell for each commitment $c$, where that commitment's posterior is the densest, and a
 # conversation gets a draw from its own cell. What is minimised in step $t$, and shown below, is
 #
-# $$ \mathcal L_t = \mathbb E_{z^* \sim (1 - s_t)\, q + s_t\, p(\cdot \mid \text{cell } c)}
-#    \Bigl[-\sum_i w_i \log p(x_i \mid x_{<i}, z^*)\Bigr] +
-#    \beta_t \max\bigl(\mathrm{KL}(q \,\|\, \mathcal N(0, I/k)),\ \text{free bits}\bigr). $$
+# $$ \begin{aligned} \mathcal L_t ={}&
+#    \mathbb E_{z^* \sim (1 - s_t)\, q + s_t\, p(\cdot \mid \text{cell } c)}
+#    \Bigl[-\sum_i w_i \log p(x_i \mid x_{<i}, z^*)\Bigr] \\
+#    &+ \beta_t \max\bigl(\mathrm{KL}(q \,\|\, \mathcal N(0, I/k)),\ \text{free bits}\bigr).
+#    \end{aligned} $$
 #
 # Both $\beta_t$ and $s_t$ are zero at first and then rise. The posteriors that cut are running
 # means over batches: cut along those of one batch alone, a draw near a border belongs to another
