@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -75,6 +75,19 @@ def test_no_held_out_dialogue_occurs_in_training(kind):
     assert not combinations & {(d.topic, d.value, d.opening) for d in held}
     assert {(d.topic, d.value) for d in train} >= {(d.topic, d.value) for d in held}
     assert {d.opening for d in train} == {d.opening for d in held}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dialogues_in_few_phrasings_keep_the_split_of_all(kind):
+    few = [generate(SETTINGS, 5, i, "train", kind, "simple", few=3) for i in range(3000)]
+    held = [generate(SETTINGS, 5, i, "held_out", kind) for i in range(500)]
+    combinations = {(d.topic, d.value, d.opening) for d in few}
+    assert not combinations & {(d.topic, d.value, d.opening) for d in held}
+    assert {opening for _, _, opening in combinations} == {0, 1, 2}
+    assert {value for _, value, _ in combinations} == set(chain(*SETTINGS.topics.values()))
+    texts = {turn.text.replace(d.value, "X") for d in few for turn in d.turns
+             if turn.role == "what_is_it"}
+    assert len(texts) <= 3 * len(SETTINGS.topics)
 
 
 @pytest.mark.parametrize("kind", KINDS)

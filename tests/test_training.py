@@ -29,7 +29,7 @@ from lablog.models.training import (
     train_causal_lm,
 )
 from lablog.text.datasets import FEW, DialogueDataset, Item
-from lablog.text.dialogues import ASKED, generate, load_settings, prompt, render
+from lablog.text.dialogues import generate, load_settings, prompt, render
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 SETTINGS = load_settings()
@@ -287,9 +287,8 @@ def test_batches_hold_whole_dialogues_with_the_weights_of_their_speakers(tokeniz
 def test_training_may_begin_with_simple_comparisons(tokenizer: Tokenizer):
     data = DialogueDataset(SETTINGS, tokenizer, 0, 40, 4, user_weight=0, value_weight=3, simple=20)
     lengths = [len(data[i].ids) for i in range(40)]
-    few = SETTINGS.model_copy(update={name: getattr(SETTINGS, name)[:FEW] for name in ASKED})
     for index in range(20):  # and in few phrasings
-        turns = generate(few, 0, index, "train", "compare", "simple").turns
+        turns = generate(SETTINGS, 0, index, "train", "compare", "simple", few=FEW).turns
         assert data.item(index).ids.tolist() == tokenizer.encode(render(turns), bos=True)
     assert data.item(20).ids.tolist() == tokenizer.encode(
         render(generate(SETTINGS, 0, 20).turns), bos=True

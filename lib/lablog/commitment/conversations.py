@@ -4,8 +4,9 @@ There are as many personas as values in a topic: persona i holds value number i 
 its choice in one tells its choice in all. Two kinds of conversation alternate between batches.
 *Choice*: the prefix is the private line "it is X"; behind the opening of the guessing game, about
 any topic, and some other talk the conversation is forked into "what is it?" and "is it Y?".
-*Recall*: the prefix is the exchange that states a favourite; the forks are the question for one of
-any topic, and the rest of the dialogue, without the statement (evicted) or behind it.
+*Recall*: the prefix is the exchange that states a favourite; the forks are the questions for one
+of any topic, and either the rest of the dialogue, without the statement (evicted), or a dialogue of
+another persona, whose statement is in the window: what can be read there is what counts.
 
 What training may meet is `dialogues.trained_part`: everything else is new to it.
 """
@@ -26,9 +27,18 @@ from lablog.text.datasets import Item, decisive_words
 from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, generate
 from lablog.text.tokenizer import Tokenizer
 
-Fork = tuple[Sequence[Turn], float, bool]  # turns, weight of their loss, whether behind BOS
-IN_WINDOW = 0.5  # share of recall conversations whose statement stays in the window
+IN_WINDOW = 0.5  # share of recall conversations with a statement of another in the window
+OTHERS = 1 << 30  # number of the first dialogue of another persona
 STREAM, GAPS = 105, 108  # spawn keys, apart from those of the dialogues' splits and of the probes
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Turns, the `weight` of their loss, and how many of them are only `heard`, whoever speaks."""
+
+    turns: Sequence[Turn]
+    weight: float = 1.0
+    heard: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Conversations(Dataset[Conversation]):
         topic, value = self._persona(draw, persona)
         # One gap for a whole batch: rows of one length, and little padding.
         gap = Draw(self.dialogues, self.seed, GAPS, number).integer(*self.settings.gap)
-        forks = (self._recall(draw, dialogue, topic, value) if recall
+        forks = (self._recall(draw, dialogue, index, persona) if recall
                  else self._choice(draw, topic, value, gap))
         return self._forked(prefix, forks, persona)
 
@@ -122,14 +132,17 @@ class Conversations(Dataset[Conversation]):
 
         With `note` what the model says in the prefix also begins the decoder's window.
         """
-        (stem, weight, bos), *others = forks
-        if self.settings.note:
-            stem = [prefix[-1], *stem]
-        items = [self.item(turns, weight, bos, last=True) for turns, weight, bos in others]
+        stem, *others = forks
+        note = prefix[-1:] if self.settings.note else []
         return conversation(self.item(prefix, last=True), [
-            self.item(stem, weight, bos),
-            *(up_to_decision(item) if len(turns) == 2 else item
-              for item, (turns, _, _) in zip(items, others, strict=True))], commitment)
+            self.item([*note, *stem.turns], stem.weight), *map(self._fork, others)], commitment)
+
+    def _fork(self, fork: Fork) -> Item:
+        item = self.item(fork.turns, fork.weight, bos=False, last=True)
+        if fork.heard:
+            told = self.item(fork.turns[: fork.heard], bos=False)
+            item.weights[: len(told.ids)] = 0
+        return up_to_decision(item) if len(fork.turns) == 2 else item
 
     def _persona(self, draw: Draw, persona: int) -> tuple[str, str]:
         """A topic that the persona has a value of, and that value.
@@ -145,19 +158,26 @@ class Conversations(Dataset[Conversation]):
         values, guesses = self.dialogues.topics[topic], self.settings.guesses
         wrong = sorted((v for v in values if v != value), key=lambda _: draw.random())
         stem = [*draw.exchange("opening", "chosen", topic), *draw.distractors(topic, gap)]
-        forks: list[Fork] = [(stem, 1.0, True), (
-            draw.exchange("what_is_it", "it_is", topic, value), self.settings.named_weight, False)]
+        asked = draw.exchange("what_is_it", "it_is", topic, value)
+        forks = [Fork(stem), Fork(asked, self.settings.named_weight)]
         # The wrong guesses stand for all N - 1.
         for number, guessed in enumerate([value, *wrong[: guesses - 1]]):
             many = (len(values) - 1) / (guesses - 1) if number else 1.0
-            forks.append((draw.guess(topic, value, guessed), many, False))
+            forks.append(Fork(draw.guess(topic, value, guessed), many))
         return forks
 
-    def _recall(self, draw: Draw, dialogue: Dialogue, topic: str, value: str) -> list[Fork]:
-        asked = draw.exchange("question", "answer", topic, value)
-        kept = dialogue.turns if draw.random() < IN_WINDOW else dialogue.turns[2:]
-        weight = self.settings.named_weight
-        return [([], 1.0, True), (asked, weight, False), (kept, weight, False)]
+    def _recall(self, draw: Draw, dialogue: Dialogue, index: int, persona: int) -> list[Fork]:
+        weight, forks = self.settings.named_weight, [Fork([])]
+        for asked, answered in (("question", "answer"), ("requestion", "reanswer")):
+            topic, value = self._persona(draw, persona)
+            forks.append(Fork(draw.exchange(asked, answered, topic, value), weight))
+        if draw.random() < IN_WINDOW:
+            another = (persona + draw.integer(1, self.dialogues.personas - 1)) % \
+                self.dialogues.personas
+            other = generate(self.dialogues, self.seed, OTHERS + index, "train", "favourite",
+                             "probe", another)
+            return [*forks, Fork(other.turns, weight, heard=2)]
+        return [*forks, Fork(dialogue.turns[2:], weight)]
 
     def _independent(self, draw: Draw) -> Conversation:
         """A prefix that states a value of each of the first `independent` topics; the guessing

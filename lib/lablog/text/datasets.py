@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lablog.text.dialogues import ASKED, DialogueSettings, generate
+from lablog.text.dialogues import DialogueSettings, generate
 from lablog.text.tokenizer import Tokenizer
 
 FEW = 3  # phrasings of each question in the simple form
@@ -54,8 +54,6 @@ class DialogueDataset(Dataset[Item]):
         self.settings, self.tokenizer, self.seed, self.count = settings, tokenizer, seed, count
         self.batch, self.size, self.simple = batch, batch * window, simple
         self.decisive = decisive_words(settings)
-        self.few = settings.model_copy(
-            update={name: getattr(settings, name)[:FEW] for name in ASKED})
         self.user_weight, self.value_weight = user_weight, value_weight
         self.encode = lru_cache(maxsize=1 << 16)(self._encode)
         self.window = lru_cache(maxsize=1)(self._window)
@@ -77,7 +75,8 @@ class DialogueDataset(Dataset[Item]):
     def item(self, index: int) -> Item:
         """Training dialogue number `index`."""
         if index < self.simple:
-            turns = generate(self.few, self.seed, index, "train", "compare", "simple").turns
+            turns = generate(self.settings, self.seed, index, "train", "compare", "simple",
+                             few=FEW).turns
         else:
             turns = generate(self.settings, self.seed, index).turns
         lines = [self.encode(turn.speaker, turn.text) for turn in turns]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, TypeVar
@@ -178,8 +178,8 @@ def things(settings: DialogueSettings, number: int) -> DialogueSettings:
     Talk that mentions a value of another topic is left out. Raises ValueError for more values
     than there are.
     """
-    flat = [value for group in zip(*settings.topics.values(), strict=True)
-            for value in group]
+    flat = [value for group in zip_longest(*settings.topics.values())
+            for value in group if value is not None]
     if not 2 <= number <= len(flat):
         raise ValueError(f"values = {number}: the dialogues have 2 to {len(flat)} to choose from")
     talk = [line for line in settings.distractors if "{other}" not in str(line)]
@@ -322,15 +322,19 @@ def generate(
     kind: Kind | None = None,
     form: Form = "training",
     number: int | None = None,
+    few: int | None = None,
 ) -> Dialogue:
     """Dialogue number `index` of a split.
 
     `kind` None draws it from ``mix``, `number` None which of its topic's values it is about. The
     probe form of a favourite has one statement, ``probe_gap`` distractors and one question; the
     simple form of a comparison is the private statement, one guess and "what is it?". Of the other
-    kinds all forms are the same.
+    kinds all forms are the same. With `few` only so many phrasings of what is `ASKED` occur, the
+    first; the split is that of all of them.
     """
-    draw = Draw(settings, seed, 0 if split == "train" else 1, index)
+    drawn_from = settings if few is None else settings.model_copy(
+        update={name: getattr(settings, name)[:few] for name in ASKED})
+    draw = Draw(drawn_from, seed, 0 if split == "train" else 1, index)
     if kind is None:
         at, kinds = draw.random() * sum(settings.mix.values()), list(settings.mix)
         edges = np.cumsum([settings.mix[k] for k in kinds])
@@ -340,10 +344,11 @@ def generate(
     count = len(getattr(settings, FIRST[kind]))
     drawn = draw.integer(0, len(settings.topics[topic]) - 1)
     number = drawn if number is None else number
-    if split == "held_out":
-        opening = -number % count
-    else:
-        opening = (draw.integer(1, count - 1) - number) % count
+    offsets = [0] if split == "held_out" else range(1, count)
+    openings = [(offset - number) % count for offset in offsets]
+    if few is not None:
+        openings = [opening for opening in openings if opening < few]
+    opening = draw.pick(openings) if split == "train" else openings[0]
     value = settings.topics[topic][number]
     if kind == "favourite":
         turns = _favourite(draw, topic, value, opening, form)
