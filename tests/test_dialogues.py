@@ -74,7 +74,7 @@ def test_no_held_out_dialogue_occurs_in_training(kind):
     combinations = {(d.topic, d.value, d.opening) for d in train}
     assert not combinations & {(d.topic, d.value, d.opening) for d in held}
     assert {(d.topic, d.value) for d in train} >= {(d.topic, d.value) for d in held}
-    assert {d.opening for d in train} == {d.opening for d in held}
+    assert {d.opening for d in train} >= {d.opening for d in held}
 
 
 @pytest.mark.parametrize("kind", KINDS)

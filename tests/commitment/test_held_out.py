@@ -171,9 +171,9 @@ def test_a_fork_of_one_exchange_ends_with_the_word_that_decides(base):
     for i in range(48):
         one, told = data[i], forks(data[i], tokenizer)
         prefix = tokenizer.decode(one.prefix.ids.tolist())
-        recall = one.fork.max() == 2
+        recall = (one.fork == 0).sum() == 1  # BOS alone
         recalls += recall
-        for text in told[:1] if recall else told:
+        for text in told[:2] if recall else told:
             (asked, answer), last = text.split("\nA: "), re.findall("[a-z]+", text)[-1]
             at = one.forks.weights[one.fork == 1 + told.index(text)]
             assert at[-1] == at.max() > 0  # the loss ends there too
@@ -185,6 +185,34 @@ def test_a_fork_of_one_exchange_ends_with_the_word_that_decides(base):
                 assert last in {values[one.commitment] for values in TRAINED.topics.values()
                                 if one.commitment < len(values)}
     assert recalls == 12
+
+
+def test_a_statement_in_the_window_of_a_recall_is_another_s_and_only_heard(base):
+    """The window says another value than z* does, the answer is the window's, and nothing is to be
+    learnt of the statement; where it was evicted, the answer is that of the prefix."""
+    data, tokenizer = conversations(base, 240)
+    topics, seen = list(TRAINED.topics.values()), {True: 0, False: 0}
+    for i in range(240):
+        one = data[i]
+        if (one.fork == 0).sum() > 1:
+            continue
+        rest = one.fork == one.fork.max()
+        turns = tokenizer.decode(one.forks.ids[rest].tolist()).strip().splitlines()
+        pieces = np.cumsum(one.forks.ids[rest] == tokenizer.encode("\n")[-1])
+        weights = one.forks.weights[rest]
+        named = next(n for values in topics for n, v in enumerate(values)
+                     if re.search(rf"\b{v}\b", turns[-1]))
+        stated = [n for values in topics for n, v in enumerate(values)
+                  if re.search(rf"\b{v}\b", turns[1])]
+        window = turns[0] in said(TRAINED, ["question"])
+        seen[window] += 1
+        assert weights.max() == weights[pieces == len(turns) - 1].max() > 0
+        if window:
+            assert named == stated[0] != one.commitment
+            assert weights[pieces < 2].max() == 0
+        else:
+            assert named == one.commitment
+    assert min(seen.values()) > 20
 
 
 def test_a_conversation_has_the_number_of_the_value_that_it_is_about(base):
