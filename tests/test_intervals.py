@@ -183,6 +183,7 @@ def test_the_method_names_what_was_resampled():
     assert hierarchical(values).method == (
         "hierarchical bootstrap over 2 seeds of 3 bases and 40 items, expanded percentiles")
     assert "over 2 seeds and 40 items" in hierarchical(values[0]).method
+    assert "over 2 seeds of 3 bases, expanded" in hierarchical(values[:, :, :1]).method
     assert "over 3 bases and 40 items" in hierarchical(values[:, :1]).method
     assert "over 40 items" in hierarchical(values[0, 0]).method
     assert "all values equal" in hierarchical(np.ones((2, 3))).method

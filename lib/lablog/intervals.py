@@ -103,8 +103,9 @@ def hierarchical(values: ArrayLike, *, share: bool = False, draws: int = 10_000,
     tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf((1 - level) / 2, count - 1))
     low, high = (float(end) for end in np.quantile(means, [tail, 1 - tail]))
     within = [f"{size} {name}" for name, size in outer.items()]
-    method = (f"hierarchical bootstrap over {' of '.join(within[::-1])}{' and ' if within else ''}"
-              f"{items} items, expanded percentiles" + (" (all values equal)" if equal else ""))
+    over = " of ".join(within[::-1]), f"{items} items" if items > 1 else ""
+    method = (f"hierarchical bootstrap over {' and '.join(filter(None, over))}, expanded "
+              "percentiles" + (" (all values equal)" if equal else ""))
     low, high = min(low, mean), max(high, mean)
     if share:
         low, high = max(low, 0.0), min(high, 1.0)

@@ -116,6 +116,13 @@ def test_rows_are_stacked_by_base_seed_and_item():
                                   of("prior", "recall")[:, [1, 4]])
 
 
+def test_the_seeds_of_a_metric_are_those_of_its_kind_of_probe(run):
+    new = Asked(11, ITEMS, kind="new topic")
+    few = [row for row in measured(new) if row.seed in SEEDS[:2]]
+    record_arms(run, [*ROWS, *few], "new topic", prefix="new_topic.")
+    assert run.record().metric("new_topic.prior.recall").seeds == SEEDS[:2]
+
+
 def test_every_arm_is_recorded_with_its_mean_counts_and_seeds(run):
     record_arms(run, ROWS)
     record = run.record()
@@ -271,6 +278,10 @@ def test_findings_hold_the_number_of_every_target(run):
     assert "missed" not in text
     for name in TARGETS:
         assert f"{MET[name]:.4g} (target" in text
+
+
+def test_the_sum_of_yes_without_a_latent_stands_as_it_is(run):
+    assert "without z* it is 0.2. " in found_with(run, **{"lora.yes_sum": 0.2})
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in TARGETS.items() for v in vs])

@@ -62,9 +62,11 @@ def stacked(rows: Sequence[Measured], arm: str, measure: str, kind: str = HEADLI
     return np.array(list(found.values()), float) if found else None
 
 
-def seeds_of(rows: Sequence[Measured], arm: str) -> list[int]:
-    """The seeds with which an arm was measured."""
-    return sorted({row.seed for row in rows if row.arm == arm})
+def seeds_of(rows: Sequence[Measured], arm: str, kind: str = HEADLINE,
+             gap: int | None = None) -> list[int]:
+    """The seeds with which an arm was measured on a kind of probe."""
+    return sorted({row.seed for row in rows if row.arm == arm and row.asked.kind == kind
+                   and row.asked.gap == gap})
 
 
 def record_values(run: Run, name: str, values: np.ndarray, unit: str, seeds: Sequence[int],
@@ -163,7 +165,7 @@ def record_arms(run: Run, rows: Sequence[Measured], kind: str = HEADLINE,
     The intervals cover bases, seeds and items together; those of language cover texts.
     """
     for arm in dict.fromkeys(row.arm for row in rows):
-        seeds = seeds_of(rows, arm)
+        seeds = seeds_of(rows, arm, kind, gap)
         for name, unit in UNITS.items():
             values = stacked(rows, arm, name, kind, gap)
             if values is not None:
@@ -533,9 +535,8 @@ def findings(record: Record) -> str:
         f"{shown('note.same_choice')}.",
         "The X that it names is confirmed with probability "
         f"{shown('prior.yes_named')}, without z* {shown('lora.yes_named')}. Σ P(yes) is "
-        f"{beside('prior.yes_sum', 0.8, 1.25)}, but without z* it is "
-        f"{shown('lora.yes_sum')} too: the weights of the loss make it so, and it is no "
-        "evidence of a commitment.",
+        f"{beside('prior.yes_sum', 0.8, 1.25)}; without z* it is {shown('lora.yes_sum')}. The "
+        "weights of the loss aim it at 1 in both, so it is no evidence of a commitment.",
         "Recall after eviction. z* re-encoded from the turns that were evicted: "
         f"{beside('prefix.eviction', 0.9, 1)}; z* sampled once and never told: "
         f"{beside('prior.eviction', 0.8, 1)}; without z* "
