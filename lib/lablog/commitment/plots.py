@@ -164,7 +164,7 @@ def heat(table: pd.DataFrame) -> Drawn:
             for (row, column), number in np.ndenumerate(grid.to_numpy()):
                 mark = {"incoherent": "†", "coherent but repetitive": "*"}.get(
                     str(words.iloc[row, column]), "")
-                text = f"{number:.2f}{mark}\n({doses[row, column]:.1g})"
+                text = f"{number:z.2f}{mark}\n({doses[row, column]:.1g})"
                 dark = lowest == 0 and number < 0.55
                 axes.text(column, row, text, ha="center", va="center", fontsize=7.5,
                           color="white" if dark else "black")

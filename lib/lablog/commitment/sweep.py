@@ -62,8 +62,8 @@ Sun, Chen, Kolter and Liu, Massive Activations in Large Language Models (COLM 20
 arXiv:2402.17762), table 1: of the magnitudes |h_i| in a hidden state of LLaMA2-7B the median is
 0.2, the upper 10 % begin at 0.6 and the upper 1 % at 1.1. For coordinates N(0, σ²) these are
 0.674 σ, 1.645 σ and 2.576 σ, so that ‖h‖ = √4096 σ is 19, 23 or 27; the middle one is taken. One
-hidden state stands for 32 layers here, and norms grow along the layers: trust it to a factor of
-two or three, no better.
+hidden state stands for 32 layers here, and norms grow along the layers; the quantiles are quoted
+from memory, the table was not at hand: trust it to a factor of two or three, no better.
 """
 REDRAWN = 1024
 """Directions of the redrawn control. More than a fork has questions; no multiple of 13 is one."""
