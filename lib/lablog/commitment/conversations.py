@@ -69,7 +69,7 @@ class ConversationSettings:
     dialogues: DialogueSettings
     gap: tuple[int, int] = (0, 0)
     independent: int = 0
-    word_weight: float = 0.02
+    word_weight: float = 0.1
     named_weight: float = 2.0
     guesses: int = 3
     recall_share: float = 0.4
