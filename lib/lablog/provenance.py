@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -118,9 +120,20 @@ def _module_file(name: str) -> Path | None:
     return None
 
 
+def packages_imported(paths: Iterable[Path]) -> set[str]:
+    """Top-level names of the packages outside ``lablog`` that the files import anywhere."""
+    return set().union(*(_packages(path) for path in paths if path.suffix == ".py"))
+
+
 @cache
-def _imports(path: Path) -> frozenset[Path]:
-    """Files of this package that one file imports, anywhere in it (also inside functions)."""
+def _packages(path: Path) -> frozenset[str]:
+    names = {name.split(".")[0] for name in _imported_names(path)}
+    return frozenset(names - {"lablog", *sys.stdlib_module_names})
+
+
+@cache
+def _imported_names(path: Path) -> frozenset[str]:
+    """Modules that a file imports, and what it takes from them, as dotted names."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -128,8 +141,14 @@ def _imports(path: Path) -> frozenset[Path]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(names)
+
+
+@cache
+def _imports(path: Path) -> frozenset[Path]:
+    """Files of this package that one file imports, anywhere in it (also inside functions)."""
     found = set()
-    for name in names:
+    for name in _imported_names(path):
         if name.split(".")[0] != "lablog":
             continue
         parts = name.split(".")

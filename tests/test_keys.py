@@ -1,0 +1,168 @@
+"""The key of what is stored changes with all that decides it, and with nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from lablog import keys, provenance
+from lablog.commitment import plots
+from lablog.files import repository
+from lablog.keys import key
+
+
+@dataclass(frozen=True)
+class Shape:
+    width: int
+    rate: float = 0.1
+
+
+class Plan(BaseModel):
+    steps: int
+    layers: tuple[int, int] | None = None
+
+
+def make() -> None: ...
+def make_other() -> None: ...
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda each: st.lists(each) | st.dictionaries(st.text(), each), max_leaves=10)
+
+
+@settings(deadline=None)
+@given(plain, plain)
+def test_equal_settings_have_one_key_and_others_another(one, other):
+    assert key(make, one) == key(make, one)
+    same = repr(one) == repr(other)
+    if not same and one != other:
+        assert key(make, one) != key(make, other)
+
+
+def test_a_setting_s_type_and_place_count():
+    found = [key(make, *parts) for parts in (
+        (1,), (1.0,), ("1",), (True,), (None,), ([1],), ([1], []), (1, None), ({"a": 1},),
+        ({"a": [1]},), (Shape(1),), (Shape(1, 0.2),), (Plan(steps=1),),
+        (Plan(steps=1, layers=(0, 1)),))]
+    assert len(set(found)) == len(found)
+    assert key(make, {"a": 1, "b": 2}) == key(make, {"b": 2, "a": 1})
+    assert key(make, 1) != key(make_other, 1)
+    assert len(found[0]) == 16
+
+
+def test_arrays_count_by_dtype_shape_and_bytes():
+    values = np.arange(6, dtype=np.float32)
+    arrays = (values, values.astype(np.float64), values.reshape(2, 3), values + 1,
+              values.astype(np.int32))
+    assert len({key(make, array) for array in arrays}) == len(arrays)
+    assert key(make, values) == key(make, torch.arange(6, dtype=torch.float32))
+    assert key(make, values[::2]) == key(make, values[::2].copy())
+
+
+def test_files_count_by_contents_and_not_by_place(tmp_path: Path):
+    def folder(name: str, **files: str) -> Path:
+        for file, text in files.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+        return tmp_path / name
+
+    one = key(make, folder("a", first="1", second="2"))
+    assert key(make, folder("b", first="1", second="2")) == one
+    for other in (folder("c", first="1"), folder("d", first="1", second="3"),
+                  folder("e", first="1", third="2")):
+        assert key(make, other) != one
+    assert key(make, tmp_path / "a" / "first") == key(make, tmp_path / "b" / "first") != one
+    with pytest.raises(FileNotFoundError, match="missing"):
+        key(make, tmp_path / "nowhere")
+
+
+def test_what_has_no_value_is_refused():
+    with pytest.raises(TypeError, match="a function cannot be part of a key"):
+        key(make, make)
+    with pytest.raises(TypeError, match="object"):
+        key(make, np.array([object()]))
+
+
+# --- code -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of four modules: maker → reader → llama_cpp, and plots, which nobody needs."""
+    package = tmp_path / "lib" / "lablog"
+    for folder in (package, tmp_path / "data", tmp_path / "native" / "patches"):
+        folder.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "maker.py").write_text("import yaml\nimport lablog.reader\ndef make(): ...\n")
+    (package / "reader.py").write_text('import numpy\nNAME = "words.yaml"\n')
+    (package / "engine.py").write_text(
+        "from lablog import reader\nimport llama_cpp\ndef make(): ...\n")
+    (package / "plots.py").write_text("COLOUR = 'red'\n")
+    (tmp_path / "data" / "words.yaml").write_text("- one\n")
+    (tmp_path / "native" / "patches" / "0001.patch").write_text("+ a\n")
+    for module in (keys, provenance):
+        monkeypatch.setattr(module, "repository", lambda: tmp_path)
+    return tmp_path
+
+
+def key_in(clone: Path, module: str) -> str:
+    """The key of a module's `make`, read afresh."""
+    for cached in (keys._made_by, provenance._imports, provenance._packages,
+                   provenance._imported_names):
+        cached.cache_clear()
+    path = clone / "lib" / "lablog" / f"{module}.py"
+    names: dict = {}
+    exec(compile("def make(): ...", str(path), "exec"), names)
+    return key(names["make"], 1)
+
+
+@pytest.mark.parametrize(("file", "maker", "engine"), [
+    ("lib/lablog/maker.py", True, False),
+    ("lib/lablog/reader.py", True, True),
+    ("lib/lablog/__init__.py", True, True),
+    ("data/words.yaml", True, True),
+    ("lib/lablog/plots.py", False, False),
+    ("native/patches/0001.patch", False, True),
+])
+def test_the_key_changes_with_what_the_function_imports(clone, file, maker, engine):
+    before = key_in(clone, "maker"), key_in(clone, "engine")
+    assert (key_in(clone, "maker"), key_in(clone, "engine")) == before
+    path = clone / file
+    path.write_text(path.read_text() + "# more\n")
+    changed = [key_in(clone, name) != old
+               for name, old in zip(("maker", "engine"), before, strict=True)]
+    assert changed == [maker, engine]
+
+
+@pytest.mark.parametrize(("distribution", "maker", "engine"), [
+    ("PyYAML", True, False), ("numpy", True, True), ("llama-cpp-python", False, True),
+    ("matplotlib", False, False),
+])
+def test_the_key_changes_with_the_packages_behind_it(clone, monkeypatch, distribution, maker,
+                                                     engine):
+    before = key_in(clone, "maker"), key_in(clone, "engine")
+    real = keys.metadata.version
+    monkeypatch.setattr(keys.metadata, "version",
+                        lambda name: "0" if name.replace("_", "-") == distribution else real(name))
+    changed = [key_in(clone, name) != old
+               for name, old in zip(("maker", "engine"), before, strict=True)]
+    assert changed == [maker, engine]
+
+
+def test_the_key_is_the_same_in_another_process():
+    program = ("from lablog.keys import key\nfrom lablog.commitment import plots\n"
+               "print(key(plots.heat, {'b': 1, 'a': [2.5]}))")
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          check=True, cwd=repository(), env={"PYTHONHASHSEED": "7",
+                                                             "PYTHONPATH": "lib"})
+    assert told.stdout.strip() == key(plots.heat, {"a": [2.5], "b": 1})
