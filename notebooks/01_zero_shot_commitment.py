@@ -221,7 +221,7 @@ for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
 
 # %%
 laboratory.close()
-run.finish(results.ZERO_SHOT)
+run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE])
 
 # %% [markdown]
 # ## What this does not show

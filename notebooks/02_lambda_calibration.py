@@ -208,7 +208,7 @@ run.figure(
 # ## Report
 
 # %%
-run.finish(results.CALIBRATION)
+run.finish(ranges=RANGES)
 
 # %% [markdown]
 # ## What this does not show

@@ -60,7 +60,7 @@ from lablog.commitment import training_results as results
 from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.conversations import ConversationSettings
 from lablog.commitment.novelty import KINDS, whole_topics
-from lablog.commitment.personas import PERSONAS, record_personas
+from lablog.commitment.personas import record_personas
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.commitment.readable import check_readable
 from lablog.commitment.reader import Reader
@@ -483,7 +483,7 @@ print(results.findings(run.record()))
 # ## Report
 
 # %%
-run.finish((*results.sections([*main, *tried], KINDS), *agreement.NATIVE, PERSONAS))
+run.finish(arms=[(name, ARMS[name].label) for name in (*main, *tried)], kinds=KINDS)
 
 # %% [markdown]
 # ## What this does not show

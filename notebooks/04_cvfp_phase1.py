@@ -58,7 +58,6 @@ device: str = "cpu"  # cpu or cuda
 # %%
 from IPython.display import Markdown
 from lablog import figures, record
-from lablog.cvfp import results
 from lablog.cvfp.model import ModelConfig
 from lablog.cvfp.phase1 import Phase1Config
 from lablog.cvfp.study import Study
@@ -310,7 +309,7 @@ run.say("""
 # that all iterations ran.
 
 # %%
-run.finish(results.phase1_report(study.main))
+run.finish(main=study.main)
 
 # %% [markdown]
 # ## What this does not show

@@ -51,7 +51,6 @@ device: str = "cpu"  # cpu or cuda
 # %%
 from IPython.display import Markdown
 from lablog import figures, record
-from lablog.cvfp import results
 from lablog.cvfp.model import ModelConfig
 from lablog.cvfp.phase1 import Phase1Config
 from lablog.cvfp.phase2 import Phase2Config
@@ -168,7 +167,7 @@ run.say("""
 # ## Report
 
 # %%
-run.finish(results.phase2_report(arms.names))
+run.finish(arms=arms.names)
 
 # %% [markdown]
 # ## What this does not show

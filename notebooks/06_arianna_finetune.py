@@ -249,7 +249,7 @@ study.memory(words["after"])
 # ## Report
 
 # %%
-run.finish(results.report(list(study.compared["arm"])))
+run.finish(arms=list(study.compared["arm"]))
 
 # %% [markdown]
 # ## What this does not show

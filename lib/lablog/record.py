@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lablog.figures import ShownFigure
-    from lablog.report import Report, Section
+    from lablog.report import Report
 
 SCHEMA_VERSION: Literal[1] = 1
 RUN_VARIABLE = "LABLOG_RUN"
@@ -243,14 +243,15 @@ class Run:
             metrics=tuple(self._metrics),
         )
 
-    def finish(self, sections: Sequence[Section]) -> Report:
+    def finish(self, **names: Any) -> Report:
         """Write the record into the run's folder and return its mandated report.
 
-        The notebook's last act; raises :class:`lablog.report.ReportError` when a mandatory
-        number is missing, and then no record is written.
+        The notebook's last act. `names` are what its report's templates speak of besides metrics.
+        Raises :class:`lablog.report.ReportError` when a mandatory number is missing, and then no
+        record is written.
         """
         record = self.record()
-        report = mandated(record, sections)
+        report = mandated(record, **names)
         text = ReportText(en=report.english, ja=report.japanese)
         record = record.model_copy(update={"report": text})
         record.write(self.folder / "records" / f"{self.notebook}.json")

@@ -1,16 +1,21 @@
 """The mandated numeric report, rendered from a record in English and Japanese.
 
-A report is a list of sections of lines. A line is a pair of templates (English, Japanese) in which
-``{metric}`` or ``{metric:style}`` stands for a number of the record; a line without a number, a
-metric that the record lacks, and a word that judges instead of measuring are refused.
+Its texts are Jinja templates beside the notebooks, ``notebooks/reports/<notebook>.<language>.j2``.
+In them ``number("metric")`` stands for a number of the record with counts and interval, and
+``value``, ``counts``, ``dimensions`` and ``fixed6`` for a part of it. A line (``- ...``) without a
+number, a metric that the record lacks, and a word that judges instead of measuring are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from lablog.files import repository
 
 if TYPE_CHECKING:
     from lablog.record import Metric, Record
@@ -22,18 +27,12 @@ IN_PROSE = re.compile(f"{_ENGLISH}|{_JAPANESE}")
 """Prose may say "the last good result"; a verdict in capitals is refused everywhere."""
 _FIELD = re.compile(r"\{([A-Za-z0-9_.+\-]+)(?::(\w+))?\}")
 Language = Literal["en", "ja"]
+STYLES = ("value", "counts", "dimensions", "fixed6")
+_MARK = "\x02"  # before each number, until it is known that every line has one
 
 
 class ReportError(ValueError):
     """A report that lacks a mandatory number or judges without one."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A titled group of lines; every text is an (English, Japanese) pair."""
-
-    title: tuple[str, str]
-    lines: Sequence[tuple[str, str]]
 
 
 def reject_judgements(text: str, words: re.Pattern[str] = IN_REPORTS) -> str:
@@ -101,21 +100,28 @@ def fill(record: Record, text: str) -> str:
     return _FIELD.sub(number, text)
 
 
-def render(record: Record, sections: Sequence[Section], language: Language) -> str:
-    """The report of one record as plain text (also valid Markdown).
+def render(record: Record, template: str, **names: Any) -> str:
+    """A report template filled from a record, as plain text (also valid Markdown).
 
-    Raises ReportError when a metric is missing, a line has no number, or a word judges.
+    names: what else the template speaks of, such as the arms that were run.
+    Raises ReportError when a metric or name is missing, a line has no number, a word judges, or
+    the template is none.
     """
-    index = 0 if language == "en" else 1
-    blocks = []
-    for section in sections:
-        lines = [f"{section.title[index]}:"]
-        for line in section.lines:
-            if not _FIELD.search(line[index]):
-                raise ReportError(f"the line {line[index]!r} holds no number of the record")
-            lines.append(f"- {fill(record, line[index])}")
-        blocks.append("\n".join(lines))
-    return reject_judgements("\n\n".join(blocks))
+    def number(name: str, style: str | None = None) -> str:
+        return f"{_MARK}{fill(record, f'{{{name}:{style}}}' if style else f'{{{name}}}')}"
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                              autoescape=False)
+    environment.globals |= {"number": number,
+                            **{style: partial(number, style=style) for style in STYLES}}
+    try:
+        text = environment.from_string(template).render(**names).strip()
+    except TemplateError as error:
+        raise ReportError(f"the report of {record.notebook}: {error}") from error
+    for line in text.splitlines():
+        if line.startswith("- ") and _MARK not in line:
+            raise ReportError(f"the line {line!r} holds no number of the record")
+    return reject_judgements(text.replace(_MARK, ""))
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,15 @@ class Report:
         return f"```text\n{self.english}\n```\n\n```text\n{self.japanese}\n```"
 
 
-def mandated(record: Record, sections: Sequence[Section]) -> Report:
-    """Render both languages of a record's report."""
-    return Report(render(record, sections, "en"), render(record, sections, "ja"))
+def template(notebook: str, language: Language) -> str:
+    """The text of a notebook's report; ReportError names the file if it is missing."""
+    path = repository() / "notebooks" / "reports" / f"{notebook}.{language}.j2"
+    if not path.is_file():
+        raise ReportError(f"{path} is missing: a notebook needs a report in English and Japanese")
+    return path.read_text(encoding="utf-8")
+
+
+def mandated(record: Record, **names: Any) -> Report:
+    """Both languages of the report of a record's notebook; `names` as in :func:`render`."""
+    return Report(render(record, template(record.notebook, "en"), **names),
+                  render(record, template(record.notebook, "ja"), **names))

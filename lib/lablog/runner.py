@@ -198,6 +198,7 @@ def dependencies(notebook: str, folder: Path, parameters: Mapping[str, Any]) -> 
             files.append(path)
             if path.suffix == ".bin":  # llama2.c: the tokenizer lies beside the weights
                 files += sorted(path.parent.glob("tok*.bin"))
+    files += sorted((root / "notebooks" / "reports").glob(f"{notebook}.*.j2"))
     if root / "lib/lablog/models/llama_cpp.py" in files:
         files.append(root / NATIVE_STAMP)
     return [*files, folder / "parameters" / f"{notebook}.json", folder / "parameters" / PINS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from lablog.intervals import Interval
 from lablog.record import Run
-from lablog.report import Section
 
 Bits = NDArray[np.float64]
 
@@ -56,39 +55,3 @@ def record_sizes(run: Run, exported: Mapping[str, Path]) -> None:
     for kind, path in exported.items():
         file = path if path.is_file() else path / "model.safetensors"
         run.metric(f"export.{kind}.bytes", file.stat().st_size, "count")
-
-
-def report(arms: Sequence[str]) -> list[Section]:
-    """Base run, fine-tuning against the base model, and each comparison."""
-    return [
-        Section(("Base training", "ベース訓練"), [
-            ("Parameters: {base.parameters}; tokens seen: {base.tokens}; steps: {base.steps}",
-             "パラメータ数: {base.parameters}; 学習トークン数: {base.tokens}; "
-             "ステップ数: {base.steps}"),
-            ("Held-out documents: {base.documents.bits_per_byte}",
-             "未学習文書: {base.documents.bits_per_byte}"),
-        ]),
-        Section(("Fine-tuning, held-out answers", "ファインチューニング (未学習の回答)"), [
-            ("Dialogues: {dialogues.count} in {dialogues.folds} folds; before {before.qa}; "
-             "after {after.qa}; difference {after_minus_before.qa}",
-             "対話数: {dialogues.count} ({dialogues.folds}分割); 前 {before.qa}; "
-             "後 {after.qa}; 差 {after_minus_before.qa}"),
-            ("Relative update of the weights: {after.relative_update}; tokens seen: {after.tokens}",
-             "重みの相対変化: {after.relative_update}; 学習トークン数: {after.tokens}"),
-            ("Bare question minus Q/A form: before {bare_minus_qa.before}; after "
-             "{bare_minus_qa.after}",
-             "質問のみとQ/A形式の差: 前 {bare_minus_qa.before}; 後 {bare_minus_qa.after}"),
-        ]),
-        Section(("Comparisons, difference to the base model",
-                 "比較 (ベースモデルとの差)"),
-                [(f"{arm}: {{{arm}.minus_before}}", f"{arm}: {{{arm}.minus_before}}")
-                 for arm in arms]),
-        Section(("Memorised and forgotten", "記憶と忘却"), [
-            ("Trained minus held-out answers: {memory.gap}; 5-word runs of samples found in "
-             "training dialogues: {memory.runs}",
-             "学習済みと未学習の回答の差: {memory.gap}; 訓練対話にある5語連: {memory.runs}"),
-            ("Held-out documents: before {base.documents.bits_per_byte}; after "
-             "{after.documents.bits_per_byte}",
-             "未学習文書: 前 {base.documents.bits_per_byte}; 後 {after.documents.bits_per_byte}"),
-        ]),
-    ]

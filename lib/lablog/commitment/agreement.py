@@ -22,7 +22,6 @@ from lablog.intervals import hierarchical
 from lablog.models.llama_cpp import Commitment, Context, Model, generate
 from lablog.provenance import usable_threads
 from lablog.record import Run
-from lablog.report import Section
 from lablog.text.tokenizer import Tokenizer
 
 
@@ -201,30 +200,3 @@ def record_agreement(run: Run, found: Mapping[tuple[int, int], Mapping[str, Agre
             run.metric(f"{engine}.{source}.yes_sum",
                        float(np.mean([f.yes_sum.mean() for f in fork])), "",
                        n=len(fork[0].yes_sum), seeds=tuple(seeds))
-
-
-def _lines(english: str, japanese: str) -> list[tuple[str, str]]:
-    return [(f"{en}: {english}".replace("KEY", key), f"{ja}: {japanese}".replace("KEY", key))
-            for key, en, ja in (("prior", "z* from the prior", "事前分布からの z*"),
-                                ("prefix", "z* from a prefix", "前置きからの z*"))]
-
-
-NATIVE = (
-    Section(("Agreement of llama.cpp (exported files) with PyTorch",
-             "llama.cpp (書き出したファイル) とPyTorchの一致"), _lines(
-        "largest logit difference {native.KEY.logit_difference}, equal greedy answers "
-        "{native.KEY.greedy_equal}, same values named {native.KEY.named_equal}, largest "
-        "difference of Σ P(yes) {native.KEY.yes_sum_difference}",
-        "logitの最大差 {native.KEY.logit_difference}, 同一の貪欲応答 {native.KEY.greedy_equal}, "
-        "同じ値の名指し {native.KEY.named_equal}, Σ P(yes) の最大差 "
-        "{native.KEY.yes_sum_difference}")),
-    Section(("Probes in llama.cpp / in PyTorch", "プローブ llama.cpp / PyTorch"), _lines(
-        "recall {native.KEY.recall} / {pytorch.KEY.recall:value}, after eviction "
-        "{native.KEY.eviction:value} / {pytorch.KEY.eviction:value}, forked choice "
-        "{native.KEY.same_choice:value} / {pytorch.KEY.same_choice:value}, Σ P(yes) "
-        "{native.KEY.yes_sum} / {pytorch.KEY.yes_sum}",
-        "想起 {native.KEY.recall} / {pytorch.KEY.recall:value}, 窓外 "
-        "{native.KEY.eviction:value} / {pytorch.KEY.eviction:value}, 分岐選択の一致 "
-        "{native.KEY.same_choice:value} / {pytorch.KEY.same_choice:value}, Σ P(yes) "
-        "{native.KEY.yes_sum} / {pytorch.KEY.yes_sum}")),
-)

@@ -33,7 +33,6 @@ from lablog.files import repository, sha256
 from lablog.intervals import over_seeds
 from lablog.models.training import key_of
 from lablog.record import Run
-from lablog.report import Section
 from lablog.text.datasets import Item
 from lablog.text.dialogues import load_settings
 from lablog.text.personas import PersonaDialogue, read_personas
@@ -152,13 +151,3 @@ def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path,
                        n=len(measures[name]))
         else:
             run.metric(f"personas.{name}", None, "nat", undefined="not run: personas is empty")
-
-
-PERSONAS = Section(("Personas (a file of the user's)", "ペルソナ (利用者のファイル)"), [
-    ("dialogues: {personas.trained} trained on, {personas.held_out} held out",
-     "対話数: 学習 {personas.trained}, 未学習 {personas.held_out}"),
-    ("negative log-likelihood per held-out token over that with z* from the own persona: LoRA "
-     "without z* {personas.gap}, z* from another's persona {personas.gap_shuffled}",
-     "未学習トークン当たりの負の対数尤度の差 (本人のペルソナからの z* を基準): "
-     "z*なしのLoRA {personas.gap}, 他人のペルソナから {personas.gap_shuffled}"),
-])

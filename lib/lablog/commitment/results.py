@@ -10,11 +10,9 @@ import pandas as pd
 
 from lablog.commitment.calibration import Solution
 from lablog.commitment.sweep import (
-    AT_LOG_DOSE,
     BY_ITEM,
     NAMED_ROWS,
     PROPORTIONS,
-    RANGES,
     NamedRow,
     by_item,
     interval_of,
@@ -23,7 +21,6 @@ from lablog.comparisons import holm, p_greater
 from lablog.intervals import geometric_over_seeds, wilson
 from lablog.models import training
 from lablog.record import Run
-from lablog.report import Section
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
@@ -198,71 +195,3 @@ def record_budget(
         run.metric(f"{key}.{name}", mean, "", interval=interval, seeds=tuple(reached["seed"]))
         means = {"mean": mean, "low": interval.low, "high": interval.high}
     return table.assign(**means)
-
-
-_BASELINES = (("unmodified", "unmodified (λ = 0)", "無変更 (λ = 0)"),
-              ("text", "a line of text instead", "テキスト一行で代用"))
-_LOG = tuple((row.key, row.english, row.japanese) for row in NAMED_ROWS)
-_AT_DOSE = tuple((row.key, row.english, row.japanese) for row in AT_LOG_DOSE)
-_ALL = (*_BASELINES, *_LOG, *_AT_DOSE)
-_PROBES = ("dose {KEY.dose:value}, recall {KEY.recall}, after eviction {KEY.eviction}, forked "
-           "choice {KEY.same_choice}, Σ P(yes) {KEY.yes_sum}",
-           "用量 {KEY.dose:value}, 想起 {KEY.recall}, 窓外 {KEY.eviction}, 分岐選択の一致 "
-           "{KEY.same_choice}, Σ P(yes) {KEY.yes_sum}")
-_LANGUAGE = ("dose {KEY.dose:value}, {KEY.word:value} in {KEY.word:counts} runs - perplexity "
-             "{KEY.perplexity:value}, KL p95 {KEY.kl_p95:value} nat, repeated 4-grams "
-             "{KEY.repeated_4grams:value}",
-             "用量 {KEY.dose:value}, {KEY.word:value} {KEY.word:counts}回 - パープレキシティ "
-             "{KEY.perplexity:value}, KL p95 {KEY.kl_p95:value} nat, 4-gram反復率 "
-             "{KEY.repeated_4grams:value}")
-
-
-def _rows(named: Sequence[tuple[str, str, str]], template: tuple[str, str],
-          prefix: str = "") -> list[tuple[str, str]]:
-    return [(f"{en}: {template[0]}".replace("KEY", prefix + key),
-             f"{ja}: {template[1]}".replace("KEY", prefix + key)) for key, en, ja in named]
-
-
-ZERO_SHOT = (
-    Section(("Probes", "プローブ"), _rows(_ALL, _PROBES)),
-    Section(("Control: direction redrawn every turn and every forked question",
-             "対照: 毎ターン、また分岐した質問ごとに方向を引き直す"),
-            _rows((*_LOG, *_AT_DOSE), _PROBES, "redrawn.")),
-    Section(("Language", "言語"), _rows(_ALL, _LANGUAGE)),
-    Section(("Mechanism", "機構"), [
-        ("‖W_c z*‖ {direction_norm}, mean ‖h‖ {residual_norm} here and {log_residual_norm} in the "
-         "log's model, initialisations per process {initialisations}",
-         "‖W_c z*‖ {direction_norm}, 平均 ‖h‖ {residual_norm} (ログのモデルでは "
-         "{log_residual_norm}), プロセス当たりの初期化 {initialisations}"),
-    ]),
-)
-
-CALIBRATION = (
-    Section(("λ that spends the KL budget, and its dose", "KL予算を使い切る λ とその用量"), [
-        (f"{layers}: {{budget.{key}.lambda}}, dose {{budget.{key}.dose}}",
-         f"{layers}: {{budget.{key}.lambda}}, 用量 {{budget.{key}.dose}}")
-        for layers in RANGES for key in [layers.replace(" ", "_")]
-    ]),
-    Section(("Coherent, and better than both λ = 0 and the redrawn control after Holm's correction "
-             "(of the distinct cells)",
-             "首尾一貫し、Holm補正後に λ = 0 と引き直し対照の両方を上回る組 (異なる組のうち)"), [
-        ("on recall {works.recall:counts}, after eviction {works.eviction:counts}, on forked "
-         "choice {works.same_choice:counts}, on recall and forked choice "
-         "{works.recall_and_same_choice:counts}; smallest adjusted p {smallest_adjusted_p} of "
-         "{comparisons} comparisons",
-         "想起 {works.recall:counts}, 窓外 {works.eviction:counts}, 分岐選択 "
-         "{works.same_choice:counts}, 想起と分岐選択の両方 "
-         "{works.recall_and_same_choice:counts}; 最小の補正後p {smallest_adjusted_p} "
-         "(比較 {comparisons} 件)"),
-        ("better than λ = 0 alone: recall {above_unmodified.recall:counts}, after eviction "
-         "{above_unmodified.eviction:counts}, forked choice {above_unmodified.same_choice:counts}",
-         "λ = 0 のみを上回る組: 想起 {above_unmodified.recall:counts}, 窓外 "
-         "{above_unmodified.eviction:counts}, 分岐選択 {above_unmodified.same_choice:counts}"),
-        ("better than the redrawn control alone: recall {above_redrawn.recall:counts}, after "
-         "eviction {above_redrawn.eviction:counts}, forked choice "
-         "{above_redrawn.same_choice:counts}; coherent at all {coherent_cells:counts}",
-         "引き直し対照のみを上回る組: 想起 {above_redrawn.recall:counts}, 窓外 "
-         "{above_redrawn.eviction:counts}, 分岐選択 {above_redrawn.same_choice:counts}; "
-         "首尾一貫した組 {coherent_cells:counts}"),
-    ]),
-)

@@ -17,14 +17,14 @@ from matplotlib.figure import Figure
 from transformers import LlamaForCausalLM
 
 from lablog.commitment.arms import ARMS, TRAININGS, Asked
-from lablog.commitment.novelty import KINDS, whole_topics
+from lablog.commitment.novelty import whole_topics
 from lablog.commitment.qlora import load_base
 from lablog.commitment.trained import HEADLINE
 from lablog.figures import COLOURS, GREY, MARKERS
 from lablog.intervals import Interval, hierarchical
 from lablog.models import training
 from lablog.record import Record, Run
-from lablog.report import Section, format_metric
+from lablog.report import format_metric
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
@@ -260,65 +260,6 @@ def record_diagnostics(run: Run, found: Mapping[tuple[int, int], Mapping[str, An
 def slug(kind: str) -> str:
     """A kind of new as a part of a metric's name."""
     return kind.replace(" ", "_")
-
-
-_COLUMNS = ("forked choice {KEY.same_choice}, P(yes) of the X it names {KEY.yes_named:value}, "
-            "Σ P(yes) {KEY.yes_sum:value}, recall after eviction {KEY.eviction}, in the window "
-            "{KEY.recall}, perplexity {KEY.perplexity}",
-            "分岐選択の一致 {KEY.same_choice}, 名指したXのP(yes) {KEY.yes_named:value}, "
-            "Σ P(yes) {KEY.yes_sum:value}, 窓外の想起 {KEY.eviction}, 窓内 {KEY.recall}, "
-            "パープレキシティ {KEY.perplexity}")
-_JAPANESE = {"base": "元のモデル", "lora": "z*なしのLoRA", "random": "未学習の乱数z*",
-             "prefix": "接頭部からの学習済みz*", "prior": "事前分布からの学習済みz*",
-             "redrawn": "質問ごとに引き直すz*", "window": "選択を文として与えた元のモデル",
-             "note": "選択を文として与えたLoRA"}
-_KINDS_JA = ("既見の形", "新しい言い回し", "新しい組合せ", "新しい話題", "より長い間隔")
-
-
-def sections(arms: Sequence[str], kinds: Sequence[str]) -> tuple[Section, ...]:
-    """The mandated report for the rows and kinds of probes that were run."""
-    kinds_ja = dict(zip(KINDS, _KINDS_JA, strict=True))
-    return (
-        Section(("Training", "訓練"), [
-            ("steps {training.steps}, tokens {training.tokens}, KL {training.kl}, active units "
-             "{training.active_units}, collapsed runs {training.collapsed}",
-             "ステップ {training.steps}, トークン {training.tokens}, KL {training.kl}, "
-             "有効ユニット {training.active_units}, 崩壊した実行 {training.collapsed}"),
-            ("held-out: KL {latent.kl}, NLL gap to a shuffled z* {latent.nll_gap_shuffled}, to "
-             "none {latent.nll_gap_zero}",
-             "保留データ: KL {latent.kl}, NLL差 (入替え) {latent.nll_gap_shuffled}, (なし) "
-             "{latent.nll_gap_zero}"),
-        ]),
-        Section((f"Probes of the kind '{HEADLINE}' and language",
-                 "プローブ (新しい言い回し) と言語"), [
-            (f"{ARMS[arm].label}: {_COLUMNS[0]}".replace("KEY", arm),
-             f"{_JAPANESE.get(arm, arm)}: {_COLUMNS[1]}".replace("KEY", arm)) for arm in arms
-        ]),
-        Section(("By how new the probe is (same X in both forms)",
-                 "プローブの新しさ別 (両形式で同じX)"), [
-            (f"{kind}: prior {{{slug(kind)}.prior.same_choice}}, prefix "
-             f"{{{slug(kind)}.prefix.same_choice}}, without z* {{{slug(kind)}.lora.same_choice}}",
-             f"{kinds_ja[kind]}: 事前分布 {{{slug(kind)}.prior.same_choice}}, 接頭部 "
-             f"{{{slug(kind)}.prefix.same_choice}}, z*なし {{{slug(kind)}.lora.same_choice}}")
-            for kind in kinds
-        ]),
-        Section(("Targets, on new phrasings", "目標 (新しい言い回し)"), [
-            ("from the prior: same X in both forms {prior.same_choice} (target 90%), Σ P(yes) "
-             "{prior.yes_sum} (0.8 to 1.25; without z* {lora.yes_sum:value}), choices reached "
-             "{prior.reached} (80%)",
-             "事前分布: 両形式で同じX {prior.same_choice} (目標 90%), Σ P(yes) {prior.yes_sum} "
-             "(0.8〜1.25; z*なし {lora.yes_sum:value}), 到達した選択肢 {prior.reached} (80%)"),
-            ("recall after eviction: from the prefix {prefix.eviction} (target 90%), sampled once "
-             "{prior.eviction} (80%), without z* {lora.eviction_over_chance:value} × chance (at "
-             "most 2)",
-             "窓外の想起: 接頭部 {prefix.eviction} (目標 90%), 一度だけ標本化 {prior.eviction} "
-             "(80%), z*なし 偶然の {lora.eviction_over_chance:value} 倍 (2以下)"),
-            ("held-out perplexity over LoRA without z*: {prefix.perplexity_over_lora} from the "
-             "prefix, {prior.perplexity_over_lora} from the prior (at most 1.05)",
-             "z*なしのLoRAに対するパープレキシティ比: 接頭部 {prefix.perplexity_over_lora}, "
-             "事前分布 {prior.perplexity_over_lora} (1.05以下)"),
-        ]),
-    )
 
 
 def training_curves(history: pd.DataFrame) -> Drawn:

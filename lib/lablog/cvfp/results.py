@@ -17,7 +17,6 @@ from lablog.cvfp.phase2 import Phase2Result, Predictions
 from lablog.cvfp.rollout import Rollout
 from lablog.intervals import Interval, geometric_over_seeds, over_seeds
 from lablog.record import Run
-from lablog.report import Section
 
 
 def record_contexts(
@@ -144,42 +143,3 @@ def record_rollout(run: Run, key: str, found: Rollout, error: float) -> None:
 def relative_errors(guess: Tensor, exact: Tensor) -> Tensor:
     """Norm of the difference of each context to the exact one, relative to its norm: [n]."""
     return torch.linalg.vector_norm(guess - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
-
-
-def phase1_report(key: str) -> list[Section]:
-    """The report that the guidelines demand, for the network recorded as `key`."""
-    rank = "Effective Rank: {%s.%s.effective_rank:dimensions} ({%s.%s.effective_rank:value})"
-
-    def section(title: tuple[str, str], split: str, more: list[tuple[str, str]]) -> Section:
-        where = f"{key}.{split}" if split == "training" else f"{key}.validation.parallel"
-        counts = f"{{{where}.convergence:value}} ({{{where}.convergence:counts}}"
-        done = f"{{{key}.iterations:counts}}"
-        ranks = rank % (key, split, key, split)
-        return Section(title, [
-            (f"Convergence: {counts} tokens) - {done} iterations run",
-             f"収束率: {counts}トークン) - {done}イテレーション完走"),
-            (ranks, ranks), *more,
-        ])
-
-    loss = f"{{{key}.cvfp_loss:fixed6}}"
-    final = f"{{{key}.validation.sequential.final_diff:fixed6}}"
-    return [
-        section(("Training", "訓練結果"), "training",
-                [(f"CVFP loss: {loss}", f"CVFPロス: {loss}")]),
-        section(("Validation", "検証結果"), "validation", []),
-        Section(("CVFP convergence check", "CVFP収束チェック"), [
-            (f"final_diff = {final} (threshold 0.001)", f"final_diff = {final} (閾値 0.001)"),
-        ]),
-    ]
-
-
-def phase2_report(arms: Sequence[str]) -> list[Section]:
-    """Perplexity of each arm on the validation set as specified and on disjoint text."""
-    lines = [
-        (f"{arm}: validation (inside training text) {{{arm}.validation.perplexity}}, "
-         f"test (disjoint) {{{arm}.test.perplexity}}, test accuracy {{{arm}.test.accuracy}}",
-         f"{arm}: 検証 (訓練テキスト内) {{{arm}.validation.perplexity}}, "
-         f"テスト (非重複) {{{arm}.test.perplexity}}, テスト正解率 {{{arm}.test.accuracy}}")
-        for arm in arms
-    ]
-    return [Section(("Next-token perplexity", "次トークンのパープレキシティ"), lines)]
