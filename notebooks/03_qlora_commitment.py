@@ -147,12 +147,13 @@ plan = Plan(
 # ## What it is trained on, and what it never meets
 #
 # Two kinds of conversation alternate. In the guessing game the decoder says that it has chosen
-# something; after some other talk the conversation forks into "what is it?" and several "is it
-# Y?", all under one $z^*$. In the other, a favourite is asked for, or asked for again with the
-# first answer evicted. So that $z^*$ does not drown what can be read, half of these windows hold a
-# dialogue of *another* persona, whose statement is then what counts. Right and wrong guesses are weighed as if every value had been guessed
-# once. A decoder that is calibrated then has $\sum_Y P(\text{yes} \mid Y) = 1$ whether it holds a
-# choice or not; that sum is a check of calibration and no evidence of a commitment.
+# something; after some other talk the conversation forks into "what is it?" and several "is it Y?",
+# all under one $z^*$. In the other, a favourite is asked for, or asked for again with the first
+# answer evicted. So that $z^*$ does not drown what can be read, half of these windows hold a
+# dialogue of *another* persona, whose statement is then what counts. Right and wrong guesses are
+# weighed as if every value had been guessed once. A decoder that is calibrated then has $\sum_Y
+# P(\text{yes} \mid Y) = 1$ whether it holds a choice or not; that sum is a check of calibration and
+# no evidence of a commitment.
 #
 # What a prefix fixes is a *persona*: persona number $i$ holds value number $i$ of every topic, so
 # that $z^*$ has one of twelve things to carry, about $\log 12 \approx 2.5$ nats.
