@@ -45,6 +45,7 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 # %%
 from lablog import figures, record
 from lablog.commitment import coherence, latent, plots, results, sweep
+from lablog.commitment.sweep import AT_LOG_DOSE, NAMED_ROWS
 from lablog.models import source
 
 figures.use_style()

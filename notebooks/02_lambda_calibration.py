@@ -45,6 +45,7 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 # %%
 from lablog import figures, record
 from lablog.commitment import calibration, coherence, plots, results, sweep
+from lablog.commitment.sweep import RANGES
 from lablog.models import source
 
 import pandas as pd
