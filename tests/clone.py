@@ -43,7 +43,6 @@ work.begin(mode)
 import matplotlib.pyplot as plt
 import pandas as pd
 from lablog import figures, record
-from lablog.report import Section
 
 figures.use_style()
 run = record.begin("01_alpha", globals())
@@ -60,7 +59,7 @@ work.act(mode, run)
 
 # %%
 if mode != "no finish":
-    print(run.finish([Section(("Result", "結果"), [("value {value}", "値 {value}")])]))
+    print(run.finish())
 '''
 BETA = HEADER + '''
 # %% [markdown]
@@ -72,11 +71,10 @@ size: int = 3  # recorded as it is
 # %%
 import lablog.beta.work
 from lablog import record
-from lablog.report import Section
 
 run = record.begin("02_beta", globals())
 run.metric("size", lablog.beta.work.twice(size), "count")
-run.finish([Section(("Result", "結果"), [("size {size}", "大きさ {size}")])])
+run.finish()
 '''
 ALPHA_WORK = '''"""What notebook alpha does."""
 
@@ -173,6 +171,10 @@ class Clone:
             shutil.copyfile(REPOSITORY / name, root / name)
         files = {
             "notebooks/01_alpha.py": ALPHA, "notebooks/02_beta.py": BETA,
+            "notebooks/reports/01_alpha.en.j2": 'Result:\n- value {{ number("value") }}\n',
+            "notebooks/reports/01_alpha.ja.j2": '結果:\n- 値 {{ number("value") }}\n',
+            "notebooks/reports/02_beta.en.j2": 'Result:\n- size {{ number("size") }}\n',
+            "notebooks/reports/02_beta.ja.j2": '結果:\n- 大きさ {{ number("size") }}\n',
             "notebooks/profiles/smoke.yaml": "# as the notebooks say\n",
             "notebooks/profiles/laptop.yaml": "all:\n  value: 0.25\n02_beta:\n  size: 5\n",
             "lib/lablog/alpha/__init__.py": '"""A room."""\n',

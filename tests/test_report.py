@@ -1,5 +1,6 @@
 """The mandated report: rendered exactly, in both languages, or not at all."""
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,32 +9,50 @@ import pytest
 
 from lablog.provenance import Machine, Source
 from lablog.record import Metric, Record
-from lablog.report import IN_PROSE, ReportError, Section, mandated, reject_judgements, render
+from lablog.report import (
+    IN_PROSE,
+    ReportError,
+    mandated,
+    reject_judgements,
+    render,
+    template,
+)
 
 REPOSITORY = Path(__file__).parents[1]
-CVFP = (
-    Section(("Training", "訓練結果"), (
-        ("convergence: {train.convergence:value} ({train.convergence:counts} tokens) - "
-         "{train.iterations:counts} iterations run",
-         "収束率: {train.convergence:value} ({train.convergence:counts}トークン) - "
-         "{train.iterations:counts}イテレーション完走"),
-        ("effective rank: {train.rank:dimensions} ({train.rank:value})",
-         "Effective Rank: {train.rank:dimensions} ({train.rank:value})"),
-        ("CVFP loss: {train.loss:fixed6}", "CVFPロス: {train.loss:fixed6}"),
-    )),
-    Section(("Validation", "検証結果"), (
-        ("convergence: {validation.convergence:value} ({validation.convergence:counts} tokens) - "
-         "{validation.iterations:counts} iterations run",
-         "収束率: {validation.convergence:value} ({validation.convergence:counts}トークン) - "
-         "{validation.iterations:counts}イテレーション完走"),
-        ("effective rank: {validation.rank:dimensions} ({validation.rank:value})",
-         "Effective Rank: {validation.rank:dimensions} ({validation.rank:value})"),
-    )),
-    Section(("CVFP convergence check", "CVFP収束チェック"), (
-        ("final_diff = {final_diff:fixed6} (threshold: below {threshold:value})",
-         "final_diff = {final_diff:fixed6} (閾値 {threshold:value} 未満)"),
-    )),
-)
+TEMPLATES = {
+    "en": '''
+Training:
+- convergence: {{ value("train.convergence") }} ({{ counts("train.convergence") }} tokens) - \
+{{ counts("train.iterations") }} iterations run
+- effective rank: {{ dimensions("train.rank") }} ({{ value("train.rank") }})
+- CVFP loss: {{ fixed6("train.loss") }}
+
+Validation:
+{% set key = "validation" %}
+- convergence: {{ value(key ~ ".convergence") }} ({{ counts(key ~ ".convergence") }} tokens) - \
+{{ counts(key ~ ".iterations") }} iterations run
+- effective rank: {{ dimensions(key ~ ".rank") }} ({{ value(key ~ ".rank") }})
+
+CVFP convergence check:
+- final_diff = {{ fixed6("final_diff") }} (threshold: below {{ value("threshold") }})
+''',
+    "ja": '''
+訓練結果:
+- 収束率: {{ value("train.convergence") }} ({{ counts("train.convergence") }}トークン) - \
+{{ counts("train.iterations") }}イテレーション完走
+- Effective Rank: {{ dimensions("train.rank") }} ({{ value("train.rank") }})
+- CVFPロス: {{ fixed6("train.loss") }}
+
+検証結果:
+{% set key = "validation" %}
+- 収束率: {{ value(key ~ ".convergence") }} ({{ counts(key ~ ".convergence") }}トークン) - \
+{{ counts(key ~ ".iterations") }}イテレーション完走
+- Effective Rank: {{ dimensions(key ~ ".rank") }} ({{ value(key ~ ".rank") }})
+
+CVFP収束チェック:
+- final_diff = {{ fixed6("final_diff") }} (閾値 {{ value("threshold") }} 未満)
+''',
+}
 
 
 def fraction(name: str, numerator: float, denominator: float) -> Metric:
@@ -59,8 +78,19 @@ def record(*metrics: Metric) -> Record:
     )
 
 
-def test_the_mandated_report_is_rendered_to_the_letter():
-    report = mandated(record(*METRICS), CVFP)
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with the two templates beside a notebook."""
+    for language, text in TEMPLATES.items():
+        path = tmp_path / "notebooks" / "reports" / f"04_cvfp_phase1.{language}.j2"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr("lablog.report.repository", lambda: tmp_path)
+    return path.parent
+
+
+def test_the_mandated_report_is_rendered_to_the_letter(beside):
+    report = mandated(record(*METRICS))
     assert report.japanese == """\
 訓練結果:
 - 収束率: 30.0% (1923/6400トークン) - 10/10イテレーション完走
@@ -91,23 +121,23 @@ CVFP convergence check:
 
 def test_no_convergence_is_a_number_like_any_other():
     metrics = (fraction("train.convergence", 0, 6400), *METRICS[1:])
-    assert "- 収束率: 0.0% (0/6400トークン) - 10/10イ" in render(record(*metrics), CVFP, "ja")
+    assert "- 収束率: 0.0% (0/6400トークン) - 10/10イ" in render(record(*metrics), TEMPLATES["ja"])
 
 
 @pytest.mark.parametrize("missing", [metric.name for metric in METRICS])
-@pytest.mark.parametrize("language", ["en", "ja"])
+@pytest.mark.parametrize("language", TEMPLATES)
 def test_a_missing_number_is_refused_by_name(missing: str, language):
     metrics = [metric for metric in METRICS if metric.name != missing]
     with pytest.raises(ReportError, match=f"lacks a mandatory number: .*'{missing}'"):
-        render(record(*metrics), CVFP, language)
+        render(record(*metrics), TEMPLATES[language])
 
 
 def test_an_undefined_metric_shows_its_reason():
     metric = Metric(name="loss", value=None, unit="", undefined="no steps were run")
-    text = render(record(metric), [Section(("Loss", "損失"), [("{loss}", "{loss}")])], "en")
+    text = render(record(metric), 'Loss:\n- {{ number("loss") }}')
     assert text == "Loss:\n- undefined (no steps were run)"
     with pytest.raises(ReportError, match="is not a number"):
-        render(record(metric), [Section(("Loss", "損失"), [("{loss:fixed6}", "")])], "en")
+        render(record(metric), 'Loss:\n- {{ fixed6("loss") }}')
 
 
 @pytest.mark.parametrize(("metric", "expected"), [
@@ -122,20 +152,35 @@ def test_an_undefined_metric_shows_its_reason():
      "2.5 [2, 3]"),
 ])
 def test_a_metric_is_told_with_counts_unit_and_interval(metric: Metric, expected: str):
-    text = render(record(metric), [Section(("A", "あ"), [("x {m}", "x {m}")])], "en")
+    text = render(record(metric), 'A:\n- x {{ number("m") }}')
     assert text == f"A:\n- x {expected}"
 
 
 @pytest.mark.parametrize(("line", "expected"), [
     ("all went as planned", "holds no number of the record"),
-    ("{train.loss:fancy}", "unknown style 'fancy'"),
-    ("{train.loss:counts}", "has no numerator and denominator"),
-    ("{train.loss:dimensions}", "has no numerator and denominator"),
+    ("7 of 7 went as planned", "holds no number of the record"),
+    ('{{ number("train.loss", "fancy") }}', "unknown style 'fancy'"),
+    ('{{ counts("train.loss") }}', "has no numerator and denominator"),
+    ('{{ dimensions("train.loss") }}', "has no numerator and denominator"),
+    ('{{ number(arm ~ ".loss") }}', "04_cvfp_phase1: 'arm' is undefined"),
+    ('{{ number("train.loss" }}', "04_cvfp_phase1: unexpected"),
 ])
-@pytest.mark.parametrize("language", ["en", "ja"])
-def test_a_line_without_its_number_is_refused(line: str, expected: str, language):
+def test_a_line_without_its_number_is_refused(line: str, expected: str):
     with pytest.raises(ReportError, match=expected):
-        render(record(*METRICS), [Section(("A", "あ"), [(line, line)])], language)
+        render(record(*METRICS), f"A:\n- {line}")
+
+
+def test_a_template_loops_over_what_the_notebook_names():
+    lines = '{% for arm in arms %}\n- {{ arm }}: {{ value(arm ~ ".rank") }}\n{% endfor %}'
+    assert render(record(*METRICS), f"Ranks:\n{lines}", arms=["train", "validation"]) == (
+        "Ranks:\n- train: 74.0%\n- validation: 66.6%")
+
+
+@pytest.mark.parametrize("language", TEMPLATES)
+def test_a_notebook_without_its_template_is_refused(beside, language: str):
+    (beside / f"04_cvfp_phase1.{language}.j2").unlink()
+    with pytest.raises(ReportError, match=f"04_cvfp_phase1.{language}.j2 is missing"):
+        mandated(record(*METRICS))
 
 
 WORDS = ["GOOD", "EXCELLENT", "MODERATE", "excellent", "Good", "改善した", "良好", "適切"]
@@ -143,13 +188,21 @@ WORDS = ["GOOD", "EXCELLENT", "MODERATE", "excellent", "Good", "改善した", "
 
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("place", ["title", "line", "value"])
-@pytest.mark.parametrize("language", ["en", "ja"])
-def test_a_word_that_judges_is_refused_wherever_it_stands(word: str, place: str, language):
+def test_a_word_that_judges_is_refused_wherever_it_stands(word: str, place: str):
     title = f"The {word} run" if place == "title" else "Run"
-    line = "loss {m}" + (f" ({word})" if place == "line" else "")
+    line = 'loss {{ number("m") }}' + (f" ({word})" if place == "line" else "")
     metric = Metric(name="m", value=word if place == "value" else 0.5, unit="")
     with pytest.raises(ReportError, match=f"judgement '{word}' in .*: give the number"):
-        render(record(metric), [Section((title, title), [(line, line)])], language)
+        render(record(metric), f"{title}:\n- {line}")
+
+
+def test_both_languages_of_every_report_ask_for_the_same_numbers():
+    for notebook in sorted((REPOSITORY / "notebooks").glob("*.py")):
+        english, japanese = (
+            sorted(re.findall(r"(?:number|value|counts|dimensions|fixed6)\([^)]*\)",
+                              template(notebook.stem, language))) for language in TEMPLATES)
+        assert english == japanese
+        assert english
 
 
 def test_prose_may_speak_of_a_good_result_but_not_give_a_verdict():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lablog.commitment.personas import (
-    PERSONAS,
     PersonaConversations,
     measure_personas,
     record_personas,
@@ -16,10 +15,11 @@ from lablog.commitment.personas import (
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.models.training import TrainingSettings
 from lablog.record import Run
-from lablog.report import mandated
+from lablog.report import render, template
 from lablog.text.personas import CONVERSATION, PERSONA, read_personas
 from lablog.text.tokenizer import Tokenizer
 
+PART = "Personas" + template("03_qlora_commitment", "en").partition("\nPersonas")[2]
 COLOURS = ("red", "blue", "green", "white", "black", "yellow")
 PLAN = Plan(
     k=4, strength=1.0, quantisation="nf4",
@@ -99,13 +99,13 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
     record_personas(run, str(path), [], base, PLAN)  # trained above
     assert run.record().metric("personas.gap").value == pytest.approx(
         np.mean(result.without) - np.mean(result.own))
-    report = mandated(run.record(), [PERSONAS]).english
+    report = render(run.record(), PART)
     assert f"{60 - len(held)} trained on, {len(held)} held out" in report
 
 
 def test_no_file_is_reported_as_not_run(tmp_path):
     run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
     record_personas(run, "", [], tmp_path, PLAN)
-    report = mandated(run.record(), [PERSONAS])
-    assert "undefined (not run: personas is empty)" in report.english
-    assert "学習 0, 未学習 0" in report.japanese
+    report = render(run.record(), PART)
+    assert "undefined (not run: personas is empty)" in report
+    assert "0 trained on, 0 held out" in report
