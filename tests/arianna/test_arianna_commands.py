@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lablog.arianna import __main__ as commands
-from lablog.arianna.generate import Chat, prompt, until_question, warn_of_form, write
+from lablog.arianna.chat import Chat, prompt, until_question, warn_of_form, write
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model, Sampling, stream
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from lablog.arianna.chat import Chat, prompt, write
 from lablog.arianna.exports import default_model
-from lablog.arianna.generate import Chat, prompt, write
 from lablog.files import repository
 from lablog.models import source
 from lablog.models.llama_cpp import Context, Model, Sampling

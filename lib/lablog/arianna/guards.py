@@ -1,9 +1,9 @@
-"""What must not go wrong silently between base run and fine-tuning (lab log C3), and the faults.
+"""What must not go wrong silently between base run and fine-tuning (lab log C3).
 
 Warm-up, fresh counters, changed weights and a finite loss are guarded in the training loop itself
 (`lablog.models.training`: check_schedule, Fresh, relative_update, WeightedTrainer), overlap of
 training and held-out text by `lablog.text.packing.refuse_overlap`, prompts without the form by
-`lablog.arianna.generate.warn_of_form`. The callbacks below plant two of the log's defects again.
+`lablog.arianna.chat.warn_of_form`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import TrainerCallback
 
 SHAPE = {
     "hidden_size": "width", "intermediate_size": "feed_forward", "num_hidden_layers": "layers",
@@ -59,29 +56,3 @@ def check_base(base: Path, wanted: Mapping[str, Any], ablation: Collection[str] 
             f"fine-tuning of {base.name} does not match its base run: {'; '.join(wrong)}. Take "
             "the base run's values, or name the parameter as an ablation"
         )
-
-
-class CopiedWeights(TrainerCallback):
-    """The log's first attempt: what is saved at the end are the weights of the beginning."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None,
-                       **_: Any) -> None:
-        self.start = [weight.detach().clone() for weight in model.parameters()]
-
-    @torch.no_grad()
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None,
-                     **_: Any) -> None:
-        for weight, start in zip(model.parameters(), self.start, strict=True):
-            weight.copy_(start)
-
-
-class ResumedCounters(TrainerCallback):
-    """The log's second: the schedule of a base run of `steps` steps goes on, at its end."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None,
-                       **_: Any) -> None:
-        for _number in range(self.steps):
-            lr_scheduler.step()

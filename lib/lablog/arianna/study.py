@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lablog.arianna import guards, plots, results
+from lablog.arianna.chat import prompt, until_question, write
 from lablog.arianna.dialogues import Form, bits, folds, load_dialogues, ngram_overlap
-from lablog.arianna.generate import prompt, until_question, write
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model, Sampling
 from lablog.models.training import ModelShape, TrainingSettings, fingerprint, train_causal_lm
