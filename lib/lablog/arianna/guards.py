@@ -19,7 +19,7 @@ SHAPE = {
     "max_position_embeddings": "context", "tie_word_embeddings": "tied_embeddings",
     "vocab_size": "vocabulary",
 }
-RUN = ("batch_size", "gradient_accumulation", "precision")
+SETTINGS = ("batch_size", "gradient_accumulation", "precision")
 
 
 def base_parameters(base: Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def base_parameters(base: Path) -> dict[str, Any]:
     log = json.loads((base / "training.json").read_text())
     return {
         **{ours: config[theirs] for theirs, ours in SHAPE.items()},
-        "tokenizer": log["tokenizer_sha256"], **{name: log["settings"][name] for name in RUN},
+        "tokenizer": log["tokenizer_sha256"], **{name: log["settings"][name] for name in SETTINGS},
     }
 
 
