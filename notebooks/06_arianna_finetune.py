@@ -115,8 +115,8 @@ runs = run.artifacts / "arianna-runs"
 # %%
 with run.stage("corpus"):
     paths = [run.file(repository() / file) for file in files]
-    found = base_documents(corpus, packages, paths, corpus_megabytes)
-training, held_out = split(found, 200)
+    all_documents = base_documents(corpus, packages, paths, corpus_megabytes)
+training, held_out = split(all_documents, 200)
 refuse_overlap(training, held_out)
 
 # %% [markdown]
@@ -199,10 +199,10 @@ results.record_base(run, base)
 # fine-tuning.
 
 # %%
-read = held_out[evenly(len(held_out), documents)]
-pages, page_sizes = text_items(read, tokenizer), byte_sizes(read)
-unread = estimate(read_bits(base.folder, pages), page_sizes)
-results.record_bits(run, {"base.documents.bits_per_byte": unread})
+chosen = held_out[evenly(len(held_out), documents)]
+pages, page_sizes = text_items(chosen, tokenizer), byte_sizes(chosen)
+found = estimate(read_bits(base.folder, pages), page_sizes)
+results.record_bits(run, {"base.documents.bits_per_byte": found})
 run.metrics_table("base")
 
 # %% [markdown]
@@ -291,11 +291,12 @@ brackets stand intervals; one that includes zero leaves open whether there is a 
 # the same rate, to be compared with.
 
 # %%
-rates, twice = (log_rate, *other_rates, tune_rate), 2 * batch_size
-arms = [(f"{batch_size}", finetuning.Arm(rate, batch_size, tune_steps)) for rate in rates]
+arms = [(f"{batch_size}", finetuning.Arm(rate=rate, batch_size=batch_size, steps=tune_steps))
+        for rate in (log_rate, *other_rates, tune_rate)]
 for rate in (log_rate, tune_rate):
     for equal, steps in (("tokens", tune_steps // 2), ("steps", tune_steps)):
-        arms.append((f"{twice}, equal {equal}", finetuning.Arm(rate, twice, steps)))
+        arm = finetuning.Arm(rate=rate, batch_size=2 * batch_size, steps=steps)
+        arms.append((f"{arm.batch_size}, equal {equal}", arm))
 
 # %% [markdown]
 # The larger batch has to be asked for as an ablation, because the guard refuses it otherwise. The
@@ -303,12 +304,12 @@ for rate in (log_rate, tune_rate):
 # The seed is the same for all, so all read the same windows in the same order, as far as they go.
 
 # %%
-here, models, read = parts[0], {}, {}
+first, models, read = parts[0], {}, {}
 with run.stage("comparisons"):
     for _, arm in arms:
         ablation = ["batch_size"] if arm.batch_size != batch_size else []
-        models[arm] = finetuning.tune(base, arm, dialogues.sides(known, here), 0, ablation)
-        read[arm] = read_bits(models[arm], [items["qa"][i] for i in here])
+        models[arm] = finetuning.tune(base, arm, dialogues.sides(known, first), 0, ablation)
+        read[arm] = read_bits(models[arm], [items["qa"][i] for i in first])
 
 # %% [markdown]
 # Every arm is compared with the base model, and the larger batches with the smaller one at the
@@ -318,11 +319,11 @@ with run.stage("comparisons"):
 # %%
 changes = {}
 for _, arm in arms:
-    change = read[arm] - bits["before.qa"][here]
-    changes[f"{arm.name}.minus_before"] = estimate(change, sizes[here])
+    change = read[arm] - bits["before.qa"][first]
+    changes[f"{arm.name}.minus_before"] = estimate(change, sizes[first])
     if arm.batch_size != batch_size:
-        small = finetuning.Arm(arm.rate, batch_size, tune_steps)
-        changes[f"{arm.name}.minus_small"] = estimate(read[arm] - read[small], sizes[here])
+        small = finetuning.Arm(rate=arm.rate, batch_size=batch_size, steps=tune_steps)
+        changes[f"{arm.name}.minus_small"] = estimate(read[arm] - read[small], sizes[first])
 results.record_bits(run, changes)
 
 # %%
@@ -341,9 +342,13 @@ run.figure("comparisons", *plots.comparisons(compared), "Change of held-out bits
            "the base model, first fold, by learning rate and batch size, with 95 % paired "
            "bootstrap intervals over dialogues.")
 
+# %% [markdown]
+# The log's learning rate first, against the main one: how far each of them gets in as many steps,
+# with the base run's batch size, on the same dialogues.
+
 # %%
 run.say("""
-In as many steps, the log's rate changes held-out answers by {log.minus_before}; the main rate by
+The log's rate changes held-out answers by {log.minus_before}; the main rate by
 {main.minus_before}.
 """, log=arms[0][1].name, main=main.name)
 
@@ -352,7 +357,8 @@ In as many steps, the log's rate changes held-out answers by {log.minus_before};
 # whether it does worse than the smaller one at the same rate. At equal tokens the larger batch has
 # half as many steps, which alone is a handicap at a small learning rate; at equal steps it has read
 # twice as much. If the batch size were the cause of failure, both differences would be positive,
-# and large against what fine-tuning gains.
+# and large against what fine-tuning gains. Above zero the larger batch does worse; an interval that
+# includes zero leaves that open.
 
 # %%
 run.say("\n".join(
@@ -383,7 +389,7 @@ run.figure("losses", *plots.loss_curves(folders), "Training loss and learning ra
 # %%
 with run.stage("export"):
     paths = exports.export(tuned[0], run.artifacts)
-    before = convert.to_gguf(base.folder, run.artifacts / "arianna-base.gguf")
+    base_gguf = convert.to_gguf(base.folder, run.artifacts / "arianna-base.gguf")
 results.record_sizes(run, paths)
 run.metrics_table("export")
 
@@ -396,10 +402,10 @@ run.metrics_table("export")
 # `Q:`.
 
 # %%
-asked = ["What is resonance?", *dialogues.last_questions(known, here, questions - 1)]
+asked = ["What is resonance?", *dialogues.last_questions(known, first, questions - 1)]
 with run.stage("samples"):
     words = {name: chat.answers(path, asked, answer_tokens, seed)
-             for name, path in (("before", before), ("after", paths["f32"]))}
+             for name, path in (("before", base_gguf), ("after", paths["f32"]))}
 for number, question in enumerate(asked):
     print(f"Q: {question}")
     for name, texts in words.items():
@@ -416,8 +422,8 @@ for number, question in enumerate(asked):
 # What the new voice costs is read from the base corpus: its held-out documents, before and after.
 
 # %%
-after = estimate(read_bits(tuned[0], pages), page_sizes)
-results.record_bits(run, {"after.documents.bits_per_byte": after})
+found = estimate(read_bits(tuned[0], pages), page_sizes)
+results.record_bits(run, {"after.documents.bits_per_byte": found})
 
 # %% [markdown]
 # As many dialogues that were trained on are read as were held out, at equal distances. The two
@@ -426,9 +432,9 @@ results.record_bits(run, {"after.documents.bits_per_byte": after})
 # rest, which is what learning by heart means; at zero it has learnt the voice and no single text.
 
 # %%
-seen = np.setdiff1d(np.arange(len(known)), here)
+seen = np.setdiff1d(np.arange(len(known)), first)
 memory, change = {}, {}
-for side, which in (("trained", seen[evenly(len(seen), len(here))]), ("held_out", here)):
+for side, which in (("trained", seen[evenly(len(seen), len(first))]), ("held_out", first)):
     before, after = bits["before.qa"][which], read_bits(tuned[0], [items["qa"][i] for i in which])
     memory[f"memory.before.{side}"] = estimate(before, sizes[which])
     memory[f"memory.after.{side}"] = estimate(after, sizes[which])
@@ -440,7 +446,7 @@ results.record_bits(run, memory)
 # Runs of words are compared without regard to case, within single samples and dialogues.
 
 # %%
-learnt, unseen = dialogues.sides(known, here)
+learnt, unseen = dialogues.sides(known, first)
 results.record_overlap(run, "memory.runs", words["after"], learnt, 5)
 results.record_overlap(run, "memory.runs.held_out_dialogues", unseen, learnt, 5)
 run.metrics_table("memory")

@@ -158,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            sampling = Sampling(options.temperature, options.top_p, options.seed)
+            sampling = Sampling(temperature=options.temperature, top_p=options.top_p,
+                                seed=options.seed)
             {"sample": _sample, "chat": _chat}[options.command](options, sampling)
     except KeyboardInterrupt:
         return 130
