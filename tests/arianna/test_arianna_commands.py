@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lablog.arianna import __main__ as commands
-from lablog.arianna.generate import Chat, prompt, until_question, warn_of_form, write
+from lablog.arianna.chat import Chat, answers, prompt, until_question, warn_of_form, write
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model, Sampling, stream
 
@@ -123,6 +123,13 @@ def test_characters_arrive_whole(context):
     assert "".join(texts) == b"".join(pieces).decode(errors="replace")
     context.prefill({0: context.model.tokenize("Q: x\nA: 猫é", bos=True)})
     assert b"".join(context.model.piece(t) for t in context.tokens[0][-5:]).decode() == "猫é"
+
+
+def test_answers_to_single_questions_are_drawn_as_sample_draws_them(context, exports):
+    asked = [question for question, _ in EXCHANGES]
+    texts = [until_question(write(context, prompt(question), 20, Sampling(seed=5 + number)))
+             for number, question in enumerate(asked)]
+    assert answers(exports["f32"], asked, 20, 5) == ["".join(text).strip() for text in texts]
 
 
 # --- the form -------------------------------------------------------------------------------------

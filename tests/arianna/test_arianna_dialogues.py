@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lablog.arianna.bits_per_byte import bits, windows
 from lablog.arianna.dialogues import (
     Dialogue,
-    bits,
     folds,
+    last_questions,
     load_dialogues,
     ngram_overlap,
-    windows,
+    sides,
 )
 from lablog.files import data_file
 from lablog.models.training import ModelShape
@@ -131,7 +132,7 @@ def test_bits_are_those_of_single_predictions(known: list[Dialogue], tokenizer: 
                 seen = torch.tensor([item.ids[start:i].tolist()])
                 logits = model(input_ids=seen).logits[0, -1].double()
             expected -= torch.log_softmax(logits, 0)[int(item.ids[i])].item() / math.log(2)
-        assert bits(model, [item, items[1]], 96)[0] == pytest.approx(expected, rel=1e-5)
+        assert bits(model, [item, items[1]])[0] == pytest.approx(expected, rel=1e-5)
 
 
 @given(count=st.integers(2, 60), data=st.data())
@@ -146,6 +147,19 @@ def test_one_fold_and_more_folds_than_dialogues_are_refused():
     for parts in (1, 5):
         with pytest.raises(ValueError, match=f"{parts} folds of 4 dialogues"):
             folds(4, parts, 0)
+
+
+def test_a_fold_has_its_sides_and_its_last_questions(known: list[Dialogue]):
+    part = np.array([1, 2, 5])
+    training, held_out = sides(known[:6], part)
+    assert training == [known[i].text() for i in (0, 3, 4)]
+    assert held_out == [known[i].text() for i in part]
+    asked = [known[i].exchanges[0][0] for i in part]
+    for count in range(4):
+        assert last_questions(known, part, count) == asked[3 - count :]
+    for count in (-1, 4):
+        with pytest.raises(ValueError, match=f"{count} questions of a fold of 3 dialogues"):
+            last_questions(known, part, count)
 
 
 def test_shared_runs_of_words_are_counted(known: list[Dialogue]):

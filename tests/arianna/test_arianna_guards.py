@@ -86,10 +86,22 @@ def test_what_is_no_base_checkpoint_or_no_parameter_is_refused(base: Path, tmp_p
 # --- 2: weights changed ---------------------------------------------------------------------------
 
 
+class CopiedWeights(TrainerCallback):
+    """The log's first attempt: what is saved at the end are the weights of the beginning."""
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.start = [weight.detach().clone() for weight in model.parameters()]
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, model=None, **_):
+        for weight, start in zip(model.parameters(), self.start, strict=True):
+            weight.copy_(start)
+
+
 def test_weights_that_were_only_copied_are_refused(base: Path, tokenizer: Tokenizer,
                                                    tmp_path: Path):
     with pytest.raises(ValueError, match="no weight has changed"):
-        train(tmp_path / "copied", tokenizer, base, callbacks=[guards.CopiedWeights()])
+        train(tmp_path / "copied", tokenizer, base, callbacks=[CopiedWeights()])
     assert not (tmp_path / "copied").exists()
     tuned = train(tmp_path / "tuned", tokenizer, base)
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tuned))
@@ -105,9 +117,20 @@ def test_weights_that_were_only_copied_are_refused(base: Path, tokenizer: Tokeni
 # --- 3 and 4: counters and schedule ---------------------------------------------------------------
 
 
+class ResumedCounters(TrainerCallback):
+    """The log's second: the schedule of a base run of `steps` steps goes on, at its end."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **_):
+        for _number in range(self.steps):
+            lr_scheduler.step()
+
+
 def test_counters_of_another_run_are_refused(base: Path, tokenizer: Tokenizer, tmp_path: Path):
     with pytest.raises(ValueError, match=r"with the schedule at 12, .* start from the weights"):
-        train(tmp_path / "a", tokenizer, base, callbacks=[guards.ResumedCounters(12)])
+        train(tmp_path / "a", tokenizer, base, callbacks=[ResumedCounters(12)])
 
     class Used(TrainerCallback):  # moments of the base run
         def on_train_begin(self, args, state, control, optimizer=None, **_):

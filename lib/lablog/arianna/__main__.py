@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from lablog.arianna.chat import Chat, prompt, write
 from lablog.arianna.exports import default_model
-from lablog.arianna.generate import Chat, prompt, write
 from lablog.files import repository
 from lablog.models import source
 from lablog.models.llama_cpp import Context, Model, Sampling
@@ -158,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            sampling = Sampling(options.temperature, options.top_p, options.seed)
+            sampling = Sampling(temperature=options.temperature, top_p=options.top_p,
+                                seed=options.seed)
             {"sample": _sample, "chat": _chat}[options.command](options, sampling)
     except KeyboardInterrupt:
         return 130

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from lablog.arianna.finetuning import base_tokenizer
 from lablog.models import convert
 from lablog.models.llama_cpp import Context, Model, Sampling, stream
 from lablog.models.training import ModelShape
 from lablog.text import packing
 from lablog.text.corpora import base_documents
-from lablog.text.tokenizer import Tokenizer, train_tokenizer
+from lablog.text.tokenizer import Tokenizer
 
 Row = tuple[str, float, str]
 ARIANNA = ModelShape(width=288, layers=6, heads=6, kv_heads=6, feed_forward=768, context=256,
@@ -144,8 +145,8 @@ def run(size: Size | None = None) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lines = sorted({line for d in documents[::8] for line in d.splitlines() if line})
-        tokenizer = train_tokenizer(lines, size.vocabulary, folder / "tokenizer.model", True, True)
+        path = folder / "tokenizer.model"
+        tokenizer = base_tokenizer(documents[::8], size.vocabulary, path)
         seconds = _seconds(lambda: packing.pack(documents, tokenizer, folder / "corpus"))
         rows.append(("packing.mb_per_s", megabytes / seconds, "MB/s"))
         rows += list(generation(size, tokenizer, folder))

@@ -1,9 +1,8 @@
-"""The dialogues that fine-tuning reads: strict loading, the Q/A form, folds, answer bits."""
+"""The dialogues that fine-tuning reads: strict loading, the Q/A form, folds, shared words."""
 
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
 
-from lablog.models.training import collate
 from lablog.text.datasets import Item
 from lablog.text.tokenizer import Tokenizer
 
@@ -118,37 +113,20 @@ def folds(count: int, parts: int, seed: int) -> list[NDArray[np.int64]]:
     return [np.sort(part) for part in np.array_split(order, parts)]
 
 
-def windows(item: Item, context: int) -> list[Item]:
-    """An item as windows of at most `context` tokens, half of each overlapping the one before.
-
-    Every weight is kept exactly once, at the first window that sees the token.
-    """
-    found = [Item(item.ids[:context], item.weights[:context])]
-    half, known = context // 2, context - context // 2
-    for start in range(half, len(item.ids) - known, half):
-        weights = item.weights[start : start + context].copy()
-        weights[:known] = 0
-        found.append(Item(item.ids[start : start + context], weights))
-    return found
+def sides(dialogues: Sequence[Dialogue], fold: NDArray[np.int64]) -> tuple[list[str], list[str]]:
+    """(training, held out): the texts of the dialogues outside and inside a fold, as indices."""
+    here = set(fold.tolist())
+    texts = [dialogue.text() for dialogue in dialogues]
+    return ([text for i, text in enumerate(texts) if i not in here],
+            [text for i, text in enumerate(texts) if i in here])
 
 
-@torch.inference_mode()
-def bits(model: LlamaForCausalLM, items: Sequence[Item], context: int) -> NDArray[np.float64]:
-    """Weighted negative log-likelihood of each item in bits, float64 [items]."""
-    model.eval()
-    rows = [(i, part) for i, item in enumerate(items) for part in windows(item, context)]
-    rows.sort(key=lambda row: len(row[1].ids))
-    total = np.zeros(len(items))
-    for first in range(0, len(rows), 16):
-        chunk = rows[first : first + 16]
-        batch = collate([part for _, part in chunk])
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-        weights, targets = batch["weights"][:, 1:], batch["input_ids"][:, 1:]
-        nll, weighed = torch.zeros_like(weights), weights > 0
-        nll[weighed] = cross_entropy(logits[weighed].float(), targets[weighed], reduction="none")
-        weighted = (nll * weights).double().sum(1) / math.log(2)
-        np.add.at(total, [i for i, _ in chunk], weighted.numpy())
-    return total
+def last_questions(dialogues: Sequence[Dialogue], fold: NDArray[np.int64], count: int) -> list[str]:
+    """First questions of the last `count` dialogues of a fold; ValueError if it has fewer."""
+    if not 0 <= count <= len(fold):
+        raise ValueError(f"{count} questions of a fold of {len(fold)} dialogues: need 0 to "
+                         f"{len(fold)}")
+    return [dialogues[i].exchanges[0][0] for i in fold[len(fold) - count :]]
 
 
 def ngram_overlap(texts: Sequence[str], known: Sequence[str], n: int) -> tuple[int, int]:

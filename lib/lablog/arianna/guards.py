@@ -1,9 +1,9 @@
-"""What must not go wrong silently between base run and fine-tuning (lab log C3), and the faults.
+"""What must not go wrong silently between base run and fine-tuning (lab log C3).
 
 Warm-up, fresh counters, changed weights and a finite loss are guarded in the training loop itself
 (`lablog.models.training`: check_schedule, Fresh, relative_update, WeightedTrainer), overlap of
 training and held-out text by `lablog.text.packing.refuse_overlap`, prompts without the form by
-`lablog.arianna.generate.warn_of_form`. The callbacks below plant two of the log's defects again.
+`lablog.arianna.chat.warn_of_form`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback
-
 SHAPE = {
     "hidden_size": "width", "intermediate_size": "feed_forward", "num_hidden_layers": "layers",
     "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
     "max_position_embeddings": "context", "tie_word_embeddings": "tied_embeddings",
     "vocab_size": "vocabulary",
 }
-RUN = ("batch_size", "gradient_accumulation", "precision")
+SETTINGS = ("batch_size", "gradient_accumulation", "precision")
 
 
 def base_parameters(base: Path) -> dict[str, Any]:
@@ -38,7 +35,7 @@ def base_parameters(base: Path) -> dict[str, Any]:
     log = json.loads((base / "training.json").read_text())
     return {
         **{ours: config[theirs] for theirs, ours in SHAPE.items()},
-        "tokenizer": log["tokenizer_sha256"], **{name: log["settings"][name] for name in RUN},
+        "tokenizer": log["tokenizer_sha256"], **{name: log["settings"][name] for name in SETTINGS},
     }
 
 
@@ -59,29 +56,3 @@ def check_base(base: Path, wanted: Mapping[str, Any], ablation: Collection[str] 
             f"fine-tuning of {base.name} does not match its base run: {'; '.join(wrong)}. Take "
             "the base run's values, or name the parameter as an ablation"
         )
-
-
-class CopiedWeights(TrainerCallback):
-    """The log's first attempt: what is saved at the end are the weights of the beginning."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None,
-                       **_: Any) -> None:
-        self.start = [weight.detach().clone() for weight in model.parameters()]
-
-    @torch.no_grad()
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None,
-                     **_: Any) -> None:
-        for weight, start in zip(model.parameters(), self.start, strict=True):
-            weight.copy_(start)
-
-
-class ResumedCounters(TrainerCallback):
-    """The log's second: the schedule of a base run of `steps` steps goes on, at its end."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None,
-                       **_: Any) -> None:
-        for _number in range(self.steps):
-            lr_scheduler.step()

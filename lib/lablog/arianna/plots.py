@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lablog.arianna.finetuning import training_log
 from lablog.figures import COLOURS, GREY, MARKERS
 
 Drawn = tuple[Figure, pd.DataFrame]
@@ -19,7 +19,7 @@ def loss_curves(folders: Mapping[str, Path]) -> Drawn:
     """Training loss and learning rate against tokens seen, a line for each training."""
     frames = []
     for run, folder in folders.items():
-        history = pd.DataFrame(json.loads((folder / "training.json").read_text())["history"])
+        history = pd.DataFrame(training_log(folder)["history"])
         columns = ["step", "num_input_tokens_seen", "loss", "learning_rate"]
         frames.append(history[columns].assign(run=run))
     data = pd.concat(frames).rename(columns={"num_input_tokens_seen": "tokens"})

@@ -1,53 +1,72 @@
-"""From bits to metrics with intervals over dialogues, and Arianna's mandated report."""
+"""What of notebook 06 goes into its record, and Arianna's mandated report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lablog.intervals import Interval
+from lablog.arianna.bits_per_byte import BitsPerByte
+from lablog.arianna.dialogues import ngram_overlap
+from lablog.arianna.finetuning import Base, training_log
 from lablog.record import Run
-
-Bits = NDArray[np.float64]
-
-
-def _replicas(bits: Bits, sizes: Bits, seed: int, draws: int) -> Bits:
-    """sum(bits) / sum(sizes) of `draws` samples of the texts, with replacement."""
-    picks = np.random.default_rng(seed).integers(0, len(bits), (draws, len(bits)))
-    ratios: Bits = bits[picks].sum(1) / sizes[picks].sum(1)
-    return ratios
+from lablog.text.datasets import Item
+from lablog.text.packing import Stream
+from lablog.text.tokenizer import Tokenizer
 
 
-def interval(bits: Bits, sizes: Bits, draws: int = 2000) -> Interval | None:
-    """Percentile bootstrap of sum(bits) / sum(sizes) over dialogues; none for a single one.
-
-    For the difference of two conditions pass the difference of their bits: the same dialogues
-    are drawn for both.
-    """
-    if len(bits) < 2:
-        return None
-    low, high = np.percentile(_replicas(bits, sizes, 0, draws), [2.5, 97.5])
-    return Interval(float(low), float(high), f"bootstrap over {len(bits)} texts, {draws} draws")
-
-
-def record_gap(run: Run, name: str, one: tuple[Bits, Bits], other: tuple[Bits, Bits]) -> None:
-    """Difference of two bits per byte, each (bits, sizes), of texts that are not the same."""
-    value = one[0].sum() / one[1].sum() - other[0].sum() / other[1].sum()
-    replicas = _replicas(*one, 0, 2000) - _replicas(*other, 1, 2000)
-    low, high = np.percentile(replicas, [2.5, 97.5])
-    run.metric(name, float(value), "bits/byte", n=len(one[0]) + len(other[0]),
-               interval=Interval(float(low), float(high), "bootstrap over texts of both sides"))
+def record_corpus(run: Run, stream: Stream, held_out: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Size of the base corpus, and what of it is held out."""
+    manifest = stream.manifest
+    run.file(stream.folder / "manifest.json")
+    for name in ("documents", "bytes", "tokens"):
+        run.metric(f"corpus.{name}", manifest[name], "count")
+    run.metric("corpus.held_out_documents", len(held_out), "count")
+    run.metric("tokenizer.pieces", len(tokenizer), "count")
+    run.metric("tokenizer.bytes_per_token", manifest["bytes"] / manifest["tokens"], "")
 
 
-def record_bits(run: Run, name: str, bits: Bits, sizes: Bits) -> dict[str, float]:
-    """Bits per byte with its interval (or a paired difference of it), as a table's row."""
-    found, value = interval(bits, sizes), float(bits.sum() / sizes.sum())
-    run.metric(name, value, "bits/byte", interval=found, n=len(bits))
-    return {"bits/byte": value, "low": found.low if found else value,
-            "high": found.high if found else value}
+def record_dialogues(run: Run, items: Sequence[Item], folds: int, context: int) -> None:
+    """Count and tokens of the dialogues, and how many outgrow a window of `context` tokens."""
+    lengths = [len(item.ids) for item in items]
+    longer = sum(length > context for length in lengths)
+    run.metric("dialogues.count", len(lengths), "count")
+    run.metric("dialogues.tokens", sum(lengths), "count")
+    run.metric("dialogues.folds", folds, "count")
+    run.metric("dialogues.longer_than_window", longer, "count", numerator=longer,
+               denominator=len(lengths))
+
+
+def record_base(run: Run, base: Base) -> None:
+    """Size and length of the base run."""
+    log = training_log(base.folder)
+    run.metric("base.parameters", log["parameters"], "count")
+    run.metric("base.tokens", log["tokens"], "count")
+    run.metric("base.steps", base.settings.steps, "count")
+    run.metric("base.checkpoint.bytes", log["checkpoint_bytes"], "count")
+    run.file(base.folder / "model.safetensors")
+
+
+def record_updates(run: Run, folders: Sequence[Path]) -> None:
+    """Mean relative change of the weights in some fine-tunings, and the tokens of each."""
+    logs = [training_log(folder) for folder in folders]
+    updates = [log["relative_update"] for log in logs]
+    run.metric("after.relative_update", float(np.mean(updates)), "", n=len(updates))
+    run.metric("after.tokens", logs[-1]["tokens"], "count")
+
+
+def record_bits(run: Run, found: Mapping[str, BitsPerByte]) -> None:
+    """Bits per byte, or differences of it, by the name of their metric."""
+    for name, each in found.items():
+        run.metric(name, each.value, "bits/byte", interval=each.interval, n=each.n)
+
+
+def record_overlap(run: Run, name: str, texts: Sequence[str], known: Sequence[str],
+                   words: int) -> None:
+    """Share of runs of `words` words in `texts` that occur in a text of `known`."""
+    shared, total = ngram_overlap(texts, known, words)
+    run.metric(name, shared / max(total, 1), "fraction", numerator=shared, denominator=total)
 
 
 def record_sizes(run: Run, exported: Mapping[str, Path]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import codecs
 import re
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
 
-from lablog.models.llama_cpp import Context, Sampling, stream
+from lablog.models.llama_cpp import Context, Model, Sampling, stream
 
 Text = Generator[str, None, None]  # as it comes; closing it stops the model
 FORM = re.compile(r"Q: \S.*\nA:(?: .*\S)?", re.DOTALL)  # the answer may have begun
@@ -65,6 +66,20 @@ def until_question(texts: Iterable[str]) -> Text:
         yield held[:safe]
         held = held[safe:]
     yield held.rstrip()
+
+
+def answers(gguf: Path, questions: Sequence[str], count: int, seed: int) -> list[str]:
+    """An answer of up to `count` tokens to each question, by itself, up to the next question.
+
+    Drawn as ``arianna-sample`` does by default, the first with `seed`, each next with one more.
+    Errors are those of :func:`write`.
+    """
+    said = []
+    with Model(gguf) as model, Context(model, window=model.window) as context:
+        for number, question in enumerate(questions):
+            texts = write(context, prompt(question), count, Sampling(seed=seed).nth(number))
+            said.append("".join(until_question(texts)).strip())
+    return said
 
 
 class Chat:

@@ -1,0 +1,120 @@
+"""The base run, and fine-tunings of it that refuse the faults of the lab log (C3)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lablog.arianna import guards
+from lablog.models.training import ModelShape, TrainingSettings, fingerprint, train_causal_lm
+from lablog.text.packing import Stream, Windows, pack, refuse_overlap
+from lablog.text.tokenizer import Tokenizer, train_tokenizer
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A fine-tuning: highest learning rate, windows of a micro-batch, optimiser steps."""
+
+    rate: float
+    batch_size: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """For metrics and folders."""
+        return f"lr{self.rate:g}.batch{self.batch_size}.steps{self.steps}"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained base model: its folder, and what its fine-tunings must share with it."""
+
+    folder: Path
+    shape: ModelShape
+    settings: TrainingSettings
+    tokenizer: Tokenizer
+
+
+def feed_forward_width(width: int, multiple: int = 4) -> int:
+    """Llama's rule: two thirds of 4 `width`, rounded up to a multiple.
+
+    With multiples of 4, width 288 has the log's 768 and width 64 has 172 (llama2.c, ``model.py``).
+    ValueError for a width or a multiple below 1.
+    """
+    if min(width, multiple) < 1:
+        raise ValueError(f"width {width}, multiple {multiple}: expected at least 1")
+    return multiple * math.ceil(8 * width // 3 / multiple)
+
+
+def base_tokenizer(documents: Sequence[str], vocabulary: int, path: Path,
+                   megabytes: float = math.inf) -> Tokenizer:
+    """Train the tokenizer `path` on lines of about `megabytes` of the documents, evenly spread.
+
+    Its pieces are those of llama2.c, see `train_tokenizer`. ValueError if `megabytes` is not above
+    0 or `vocabulary` too small.
+    """
+    if not megabytes > 0:
+        raise ValueError(f"a tokenizer of {megabytes} MB of text: expected more than 0")
+    size = sum(len(document.encode()) for document in documents)
+    every = documents[:: max(1, round(size / (1e6 * megabytes)))]
+    lines = sorted({line for document in every for line in document.splitlines() if line})
+    return train_tokenizer(lines, vocabulary, path, add_prefix_space=True, llama2c=True)
+
+
+def _train(name: str, start: ModelShape | Path, shape: ModelShape, settings: TrainingSettings,
+           stream: Stream, tokenizer: Tokenizer, runs: Path) -> Path:
+    """Train on windows of `stream` into ``runs/<name>-<key>``, unless that is there."""
+    origin = start.name if isinstance(start, Path) else ""
+    key = fingerprint(shape.model_dump(), settings.model_dump(), stream.key, origin)
+    count = settings.steps * settings.batch_size * settings.gradient_accumulation
+    return train_causal_lm(
+        start, Windows(stream, shape.context, count, settings.seed), settings,
+        runs / f"{name}-{key}", tokenizer=tokenizer.path, data_key=stream.key,
+    )
+
+
+def train_base(shape: ModelShape, settings: TrainingSettings, stream: Stream,
+               tokenizer: Tokenizer, runs: Path) -> Base:
+    """Train a base model on windows of `stream` into a folder of `runs`; it is made once.
+
+    Errors are those of `train_causal_lm`.
+    """
+    folder = _train("base", shape, shape, settings, stream, tokenizer, runs)
+    return Base(folder, shape, settings, tokenizer)
+
+
+def tune(base: Base, arm: Arm, texts: tuple[Sequence[str], Sequence[str]], fold: int,
+         ablation: Collection[str] = ()) -> Path:
+    """Fine-tune `base` on the first of `texts`, whose second is held out; returns the folder.
+
+    It lies beside the base model's and is made once. Everything that `arm` does not name is the
+    base run's; `fold` is added to its seed. ValueError where the arm or `base` differs from what
+    the base model was trained with, unless `ablation` names the parameter, and where a held-out
+    text is a training text; other errors are those of `train_causal_lm`.
+    """
+    guards.check_base(base.folder, {
+        **base.shape.model_dump(include=set(guards.SHAPE.values())),
+        **base.settings.model_dump(include=set(guards.SETTINGS)),
+        "vocabulary": len(base.tokenizer), "tokenizer": base.tokenizer.hash,
+        "batch_size": arm.batch_size,
+    }, ablation)
+    refuse_overlap(*texts)
+    runs = base.folder.parent
+    stream = pack(texts[0], base.tokenizer, runs / f"dialogues.fold{fold}")
+    settings = base.settings.model_copy(update={
+        "steps": arm.steps, "batch_size": arm.batch_size, "learning_rate": arm.rate,
+        "warmup_steps": arm.steps // 10, "checkpoint_every": max(arm.steps, 100),
+        "log_every": max(1, arm.steps // 20), "seed": base.settings.seed + fold,
+    })
+    return _train(f"{arm.name}.fold{fold}", base.folder, base.shape, settings, stream,
+                  base.tokenizer, runs)
+
+
+def training_log(folder: Path) -> dict[str, Any]:
+    """What `train_causal_lm` noted in ``training.json``: settings, tokens, history and more."""
+    log: dict[str, Any] = json.loads((folder / "training.json").read_text())
+    return log
