@@ -162,13 +162,14 @@ def test_plain_tokens_are_those_of_the_first_version(name, request):
                                    former(tokenizer, turns, stem, first), strict=True):
             np.testing.assert_array_equal(found, expected, strict=True)
     data = Conversations(SPOKEN, tokenizer, 0, 1, 1)
-    by_line = DialogueDataset(DIALOGUES, tokenizer, 0, 0, 1, 0.0, 1 / 0.02).encode
+    by_line = DialogueDataset(DIALOGUES, tokenizer, 0, 0, 1, 0.0, 1 / data.word_weight).encode
     for index in range(50):
         turns = generate(DIALOGUES, 1, index).turns
         item, lines = data.item(turns, 0.7), [by_line(turn.speaker, turn.text) for turn in turns]
         np.testing.assert_array_equal(item.ids, np.concatenate([[1], *(ids for ids, _ in lines)]))
         weights = np.concatenate([np.zeros(1, np.float32), *(each for _, each in lines)])
-        np.testing.assert_array_equal(item.weights, weights * np.float32(0.7 * 0.02), strict=True)
+        np.testing.assert_array_equal(item.weights, weights * np.float32(0.7 * data.word_weight),
+                                      strict=True)
 
 
 @pytest.fixture(scope="module")
