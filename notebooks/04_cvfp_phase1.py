@@ -21,25 +21,42 @@
 # checks: **what would this check have said without any training, and what does it miss?**
 
 # %% tags=["parameters"]
+# Text and tokens.
 text_source: str = "arianna"  # arianna, self_consistency (offline) or ultrachat (Hub)
+corpus_documents: int = 2000  # training dialogues read at most: tokenizer, embedding, training text
+dialogues: int = 10  # dialogues in the training text
+dialogue_tokens: int = 64  # tokens that each is cut to
+val_data_source: str = "text_file"  # anything else is refused
 tokenizer: str = "project"  # project, or the path of a .model or of GPT-2's vocabulary .gguf
 vocabulary: int = 1024  # pieces of the project's tokenizer
+# Embedding.
 embedding: str = "ppmi"  # ppmi, gaussian, a .safetensors with GPT-2's matrix, or a Hub name
-ppmi: list[int] = [5, 2000]  # tokens apart that co-occur, training dialogues read at most
-val_data_source: str = "text_file"  # anything else is refused
-dialogues: list[int] = [10, 64]  # training dialogues, tokens of each
-network: list[int] = [128, 128, 256, 3]  # dimensions of context, embedding, hidden; layers
-initial: list[float] = [1.0, 0.1, 0.01]  # LayerNorm mix, initial deviation of weights, of biases
+ppmi_window: int = 5  # tokens apart at most that count as co-occurring
+# Network.
+context_dim: int = 128  # dimensions of a context
+embed_dim: int = 128  # dimensions of a token's embedding; GPT-2's matrix has 768
+num_layers: int = 3  # layers, each as wide as context and embedding together
+layernorm_mix: float = 1.0  # share of LayerNorm in a layer's output, 0 to 1
+weight_std: float = 0.1  # standard deviation of the initial weights
+bias_std: float = 0.01  # standard deviation of the initial biases
+# Training of Phase 1.
 diversity_weight: float = 0.9  # w of the parallel variant
 other_weights: list[float] = [0.5, 0.01]  # further values of w, first seed only
 seeds: list[int] = [42, 43]  # seeds of the network
-iterations: int = 5  # passes at most, iteration 0 included
-adam: list[float] = [0.002, 1.0, 0.99]  # learning rate, gradient norm, decay of the moving mean
-converged: list[float] = [0.1, 0.95]  # MSE of a converged token, share that ends training
+iterations: int = 5  # passes over the text at most, iteration 0 included
+phase1_learning_rate: float = 0.002  # Adam's
+clip_norm: float = 1.0  # norm that gradients are cut to
+convergence_threshold: float = 0.1  # MSE to the pass before below which a token has converged
+early_stop_fraction: float = 0.95  # share of converged tokens that ends training
 early_stop_from: int = 2  # first iteration that may end it
+ema_decay: float = 0.99  # decay of the moving mean, sequential variant
 sequential_weight: float = 0.5  # w of the sequential variant
-sequential_size: list[int] = [64, 3]  # its slice of the text in tokens, and its iterations
-probes: list[int] = [5, 40, 100]  # passes of check 3, tokens after a change, for the exponent
+sequential_tokens: int = 64  # tokens of the text that it reads
+sequential_iterations: int = 3  # its passes, iteration 0 included
+# Measurements.
+check3_passes: int = 5  # sequential passes of check 3, the first included
+lyapunov_tokens: int = 100  # tokens along which the Lyapunov exponent is measured
+memory_distance: int = 40  # tokens after a changed one that are compared
 device: str = "cpu"  # cpu or cuda
 
 # %% [markdown]
@@ -66,12 +83,22 @@ from lablog.cvfp.study import Study
 # %%
 figures.use_style()
 run = record.begin("04_cvfp_phase1", globals())
-settings = Phase1Config("parallel", diversity_weight, iterations, *adam[:2], *converged,
-                        early_stop_from, adam[2], seeds[0])
+shape = ModelConfig(
+    context_dim=context_dim, embed_dim=embed_dim, num_layers=num_layers,
+    layernorm_mix=layernorm_mix, weight_std=weight_std, bias_std=bias_std,
+)
+settings = Phase1Config(
+    variant="parallel", diversity_weight=diversity_weight, iterations=iterations,
+    learning_rate=phase1_learning_rate, clip_norm=clip_norm,
+    convergence_threshold=convergence_threshold, early_stop_fraction=early_stop_fraction,
+    early_stop_from=early_stop_from, ema_decay=ema_decay, seed=seeds[0],
+)
+
+# %%
 study = Study(
-    run, ModelConfig(*network, *initial), settings, seeds, device, text_source=text_source,
-    tokenizer=tokenizer, vocabulary=vocabulary, embedding=embedding, window=ppmi[0],
-    corpus_documents=ppmi[1], dialogues=dialogues[0], dialogue_tokens=dialogues[1],
+    run, shape, settings, seeds, device, text_source=text_source,
+    tokenizer=tokenizer, vocabulary=vocabulary, embedding=embedding, window=ppmi_window,
+    corpus_documents=corpus_documents, dialogues=dialogues, dialogue_tokens=dialogue_tokens,
     val_data_source=val_data_source,
 )
 Markdown(study.sizes())
@@ -183,7 +210,7 @@ run.figure(
 # embeddings themselves, pass check 3 by definition: what depends on no context cannot change.
 
 # %%
-study.check3(probes[0])
+study.check3(check3_passes)
 
 # %%
 run.figure(
@@ -212,7 +239,7 @@ print(study.trials())
 # shrink, the loop takes over from the beginning; the tolerance is $10^{-4}$ relative to the loop.
 
 # %%
-study.lyapunov(probes[2])
+study.lyapunov(lyapunov_tokens)
 
 # %%
 run.figure(
@@ -251,7 +278,7 @@ run.figure(
 # %%
 run.figure(
     "memory",
-    *study.memory(probes[1], 0.01),
+    *study.memory(memory_distance, 0.01),
     "Relative difference of the contexts after one changed token: median and quartiles.",
 )
 
@@ -265,7 +292,7 @@ run.figure(
 # not the algorithm, is the log's factor of 23 (measured by `make bench`).
 
 # %%
-study.sequential(sequential_weight, *sequential_size)
+study.sequential(sequential_weight, sequential_tokens, sequential_iterations)
 
 # %% [markdown]
 # ## Findings

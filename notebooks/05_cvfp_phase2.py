@@ -21,24 +21,42 @@
 # last few tokens in as many numbers, and n-grams. **Do the contexts of Phase 1 help to predict?**
 
 # %% tags=["parameters"]
+# Text and tokens.
 text_source: str = "arianna"  # arianna, self_consistency (offline) or ultrachat (Hub)
+corpus_documents: int = 2000  # training dialogues read at most: tokenizer, embedding, training text
+dialogues: int = 10  # dialogues in the training text
+dialogue_tokens: int = 64  # tokens that each is cut to
+val_data_source: str = "text_file"  # anything else is refused
 tokenizer: str = "project"  # project, or the path of a .model or of GPT-2's vocabulary .gguf
 vocabulary: int = 1024  # pieces of the project's tokenizer
+# Embedding.
 embedding: str = "ppmi"  # ppmi, gaussian, a .safetensors with GPT-2's matrix, or a Hub name
-ppmi: list[int] = [5, 2000]  # tokens apart that co-occur, training dialogues read at most
-val_data_source: str = "text_file"  # anything else is refused
-dialogues: list[int] = [10, 64]  # training dialogues, tokens of each
-network: list[int] = [128, 128, 256, 3]  # dimensions of context, embedding, hidden; layers
-initial: list[float] = [1.0, 0.1, 0.01]  # LayerNorm mix, initial deviation of weights, of biases
-diversity_weight: float = 0.9  # Phase 1: w of the parallel variant
+ppmi_window: int = 5  # tokens apart at most that count as co-occurring
+# Network.
+context_dim: int = 128  # dimensions of a context
+embed_dim: int = 128  # dimensions of a token's embedding; GPT-2's matrix has 768
+num_layers: int = 3  # layers, each as wide as context and embedding together
+layernorm_mix: float = 1.0  # share of LayerNorm in a layer's output, 0 to 1
+weight_std: float = 0.1  # standard deviation of the initial weights
+bias_std: float = 0.01  # standard deviation of the initial biases
+# Training of Phase 1.
+diversity_weight: float = 0.9  # w of the parallel variant
 seeds: list[int] = [42, 43]  # seeds of network and Phase 2
-iterations: int = 5  # Phase 1: passes at most
-adam: list[float] = [0.002, 1.0, 0.99]  # Phase 1: learning rate, gradient norm, moving mean
-converged: list[float] = [0.1, 0.95]  # Phase 1: MSE of a converged token, share to stop at
-early_stop_from: int = 2  # Phase 1: first iteration that may stop
-epochs: list[int] = [4, 3, 256]  # Phase 2: at most, patience, predictions per optimiser step
-phase2: list[float] = [0.001, 1.0, 0.02]  # learning rate, v1.0's MSE weight, head's deviation
-window_tokens: int = 4  # tokens in the window that replaces C*
+iterations: int = 5  # passes over the text at most, iteration 0 included
+phase1_learning_rate: float = 0.002  # Adam's
+clip_norm: float = 1.0  # norm that gradients are cut to, in both phases
+convergence_threshold: float = 0.1  # MSE to the pass before below which a token has converged
+early_stop_fraction: float = 0.95  # share of converged tokens that ends training
+early_stop_from: int = 2  # first iteration that may end it
+ema_decay: float = 0.99  # decay of the moving mean, sequential variant
+# Training of Phase 2.
+epochs: int = 4  # epochs at most
+patience: int = 3  # epochs without a lower validation loss that end training
+batch_tokens: int = 256  # predictions of an optimiser step
+phase2_learning_rate: float = 0.001  # Adam's
+context_weight: float = 1.0  # weight of v1.0's MSE to C*
+head_std: float = 0.02  # standard deviation of the head's initial weights
+window_tokens: int = 4  # tokens in the window that replaces C*; divides context_dim
 device: str = "cpu"  # cpu or cuda
 
 # %% [markdown]
@@ -60,12 +78,22 @@ from lablog.cvfp.study import Arms, Study
 # %%
 figures.use_style()
 run = record.begin("05_cvfp_phase2", globals())
-settings = Phase1Config("parallel", diversity_weight, iterations, *adam[:2], *converged,
-                        early_stop_from, adam[2], seeds[0])
+shape = ModelConfig(
+    context_dim=context_dim, embed_dim=embed_dim, num_layers=num_layers,
+    layernorm_mix=layernorm_mix, weight_std=weight_std, bias_std=bias_std,
+)
+settings = Phase1Config(
+    variant="parallel", diversity_weight=diversity_weight, iterations=iterations,
+    learning_rate=phase1_learning_rate, clip_norm=clip_norm,
+    convergence_threshold=convergence_threshold, early_stop_fraction=early_stop_fraction,
+    early_stop_from=early_stop_from, ema_decay=ema_decay, seed=seeds[0],
+)
+
+# %%
 study = Study(
-    run, ModelConfig(*network, *initial), settings, seeds, device, text_source=text_source,
-    tokenizer=tokenizer, vocabulary=vocabulary, embedding=embedding, window=ppmi[0],
-    corpus_documents=ppmi[1], dialogues=dialogues[0], dialogue_tokens=dialogues[1],
+    run, shape, settings, seeds, device, text_source=text_source,
+    tokenizer=tokenizer, vocabulary=vocabulary, embedding=embedding, window=ppmi_window,
+    corpus_documents=corpus_documents, dialogues=dialogues, dialogue_tokens=dialogue_tokens,
     val_data_source=val_data_source,
 )
 study.train()
@@ -91,8 +119,12 @@ study.train()
 # occur in neither; only this one says something about new text.
 
 # %%
-config = Phase2Config("v2.0", *epochs, phase2[0], adam[1], *phase2[1:], seeds[0])
-arms = Arms(study, config, dialogues[1])
+config = Phase2Config(
+    version="v2.0", epochs=epochs, patience=patience, batch_tokens=batch_tokens,
+    learning_rate=phase2_learning_rate, clip_norm=clip_norm, context_weight=context_weight,
+    head_std=head_std, seed=seeds[0],
+)
+arms = Arms(study, config, dialogue_tokens)
 
 # %% [markdown]
 # All arms share the architecture, the number of parameters, the order of the batches and the

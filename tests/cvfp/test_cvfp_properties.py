@@ -105,7 +105,7 @@ def test_training_twice_gives_identical_results(network, embeddings, phase1, var
     assert all(torch.equal(runs[0][2][k], runs[1][2][k]) for k in runs[0][2])
 
 
-CHAOS = {"context_dim": 48, "embed_dim": 46, "hidden_dim": 94, "weight_std": 0.5}
+CHAOS = {"context_dim": 48, "embed_dim": 46, "weight_std": 0.5}
 
 
 def forgetful(network, context_dim=12):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
@@ -39,9 +40,13 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def test_hidden_width_must_be_the_sum(small):
-    with pytest.raises(ValueError, match=r"hidden_dim = 23.*12 \+ 10 = 22"):
-        replace(small, hidden_dim=23)
+def test_widths_and_settings_by_name(small, phase1, phase2):
+    assert small.hidden_dim == 22, "context and token side by side"
+    for settings in (small, phase1, phase2):
+        with pytest.raises(TypeError, match="positional"):
+            type(settings)(*vars(settings).values())
+    with pytest.raises(ValueError, match="at least 1"):
+        replace(small, embed_dim=0)
     with pytest.raises(ValueError, match="layernorm_mix"):
         replace(small, layernorm_mix=1.1)
 
@@ -205,9 +210,15 @@ train_until_killed(sys.argv[1], sys.argv[3], int(sys.argv[4]))
 def train_until_killed(checkpoint, variant, iterations):
     """A small training whose weights depend on nothing but its arguments."""
     torch.set_num_threads(1)
-    block = CVFPBlock(ModelConfig(64, 64, 128, 3, 1.0, 0.1, 0.01), 0)
+    shape = ModelConfig(context_dim=64, embed_dim=64, num_layers=3, layernorm_mix=1.0,
+                        weight_std=0.1, bias_std=0.01)
+    block = CVFPBlock(shape, 0)
     tokens = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
-    config = Phase1Config(variant, 0.7, iterations, 0.002, 1.0, 0.1, 1.0, 2, 0.9, 0)
+    config = Phase1Config(
+        variant=variant, diversity_weight=0.7, iterations=iterations, learning_rate=0.002,
+        clip_norm=1.0, convergence_threshold=0.1, early_stop_fraction=1.0, early_stop_from=2,
+        ema_decay=0.9, seed=0,
+    )
     train(block, tokens, config, checkpoint=Path(checkpoint))
     return block.state_dict()
 
@@ -279,7 +290,8 @@ def test_embedding_sources(tmp_path):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    config = ModelConfig(32, 32, 64, 2, 1.0, 0.1, 0.01)
+    config = ModelConfig(context_dim=32, embed_dim=32, num_layers=2, layernorm_mix=1.0,
+                         weight_std=0.1, bias_std=0.01)
     return config, folder, data.prepare(
         folder, config, text_source="self_consistency", tokenizer="project", vocabulary=600,
         embedding="ppmi", window=3, corpus_documents=60, dialogues=10, dialogue_tokens=40,
@@ -301,6 +313,22 @@ def test_prepared_texts(prepared):
             vocabulary=600, embedding="gaussian", window=3, corpus_documents=60, dialogues=10,
             dialogue_tokens=40, val_data_source="auto_split", seed=1, device="cpu",
         )
+
+
+def test_files_that_both_chapters_share_are_replaced_as_a_whole(tmp_path):
+    config = ModelConfig(context_dim=8, embed_dim=8, num_layers=1, layernorm_mix=1.0,
+                         weight_std=0.1, bias_std=0.01)
+    settings = {"text_source": "self_consistency", "tokenizer": "project", "embedding": "gaussian",
+                "window": 3, "corpus_documents": 60, "dialogues": 5, "dialogue_tokens": 40,
+                "val_data_source": "text_file", "device": "cpu"}
+    files = data.prepare(tmp_path, config, vocabulary=600, seed=1, **settings).files.values()
+    before = [path.read_bytes() for path in files]
+    with ExitStack() as held:
+        readers = [held.enter_context(path.open("rb")) for path in files]
+        data.prepare(tmp_path, config, vocabulary=500, seed=2, **settings)
+        assert [reader.read() for reader in readers] == before
+    assert all(path.read_bytes() != old for path, old in zip(files, before, strict=True))
+    assert not list(tmp_path.glob(".*")), "no scratch file stays"
 
 
 def test_convergence_command(prepared, phase1, capsys):

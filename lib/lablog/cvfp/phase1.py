@@ -24,11 +24,12 @@ from lablog.files import atomic_write, sha256
 from lablog.progress import progress as progress_bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase1Config:
     """Settings of Phase 1 (the log's values in brackets).
 
-    `iterations` includes iteration 0, which learns nothing (10). `convergence_threshold`: MSE
+    `iterations` includes iteration 0, which learns nothing (10). `learning_rate` is Adam's
+    (0.002), `clip_norm` the norm that gradients are cut to (1.0). `convergence_threshold`: MSE
     to the previous context below which a token counts as converged (0.1). Training stops early
     when `early_stop_fraction` of the tokens (0.95) converged in iteration `early_stop_from` or
     later; from 2 on, because iteration 1 repeats iteration 0 whatever the network.

@@ -22,7 +22,7 @@ from lablog.cvfp.model import Context, CVFPBlock, Token, shifted
 from lablog.progress import progress as progress_bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase2Config:
     """Settings of Phase 2: `patience` counts epochs without a lower validation loss (3);
     `context_weight` multiplies v1.0's MSE; `head_std` is the head's initial deviation."""
