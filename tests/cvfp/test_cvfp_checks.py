@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lablog.cvfp import checks
 from lablog.cvfp.convergence import Trials
-from lablog.cvfp.phase1 import iterate_passes
+from lablog.cvfp.passes import iterate_passes
 from lablog.cvfp.rollout import rollout
 
 

@@ -18,9 +18,10 @@ import torch
 from lablog.cvfp import data
 from lablog.cvfp.convergence import main as convergence_command
 from lablog.cvfp.model import CVFPBlock, ModelConfig, TokenEmbedding
+from lablog.cvfp.passes import iterate_passes
 from lablog.cvfp.phase1 import Phase1Config, train
 from lablog.cvfp.phase2 import FixedText, train_phase2, window_contexts
-from lablog.cvfp.rollout import rollout
+from lablog.cvfp.rollout import exact_shares, rollout
 from lablog.files import repository
 from lablog.text.corpora import documents
 from lablog.text.embeddings import gaussian_embedding, ppmi_embedding
@@ -153,10 +154,25 @@ def test_unknown_names(tmp_path, phase1, phase2, network, embeddings):
         rollout(network(), embeddings(3), method="newton")
     with pytest.raises(ValueError, match="0 < tolerance < 1"):
         rollout(network(), embeddings(3), tolerance=0.0)
+    with pytest.raises(ValueError, match="expected 'sequential' or 'parallel'"):
+        iterate_passes(network(), embeddings(3), 2, "jacobi", 0.1)
+    with pytest.raises(ValueError, match="at least 1 pass"):
+        iterate_passes(network(), embeddings(3), 0, "parallel", 0.1)
+    with pytest.raises(ValueError, match="3 tokens and 2 contexts"):
+        exact_shares(network(), embeddings(3), torch.ones(2, 12).double(), 2)
     with pytest.raises(ValueError, match="does not divide"):
         window_contexts(torch.randn(9, 10), torch.arange(5), 12, 5)
     with pytest.raises(ValueError, match="same number"):
         FixedText(torch.arange(4), torch.zeros(4, 2), torch.zeros(3, 2))
+
+
+def test_shuffled_rows_are_the_same_rows_in_an_order_of_the_seed():
+    rows, order = torch.arange(40).view(20, 2), torch.Generator()
+    once, twice = (data.shuffled(rows, order.manual_seed(3)) for _ in range(2))
+    assert torch.equal(once, twice)
+    assert not torch.equal(once, rows)
+    assert torch.equal(once.sort(0).values, rows)
+    assert not torch.equal(data.shuffled(rows, order), once), "the generator goes on"
 
 
 @pytest.mark.parametrize("variant", ["parallel", "sequential"])
@@ -247,12 +263,12 @@ def test_sigkill_then_resume_gives_bit_identical_weights(tmp_path, variant, iter
 
 def test_no_synchronisation_with_the_host_inside_token_loops():
     """No .item(), .tolist(), float() or bool() of a tensor in the bodies that run per token."""
-    from lablog.cvfp import phase1
+    from lablog.cvfp import lyapunov, memory, phase1
     from lablog.cvfp import rollout as module
 
     loops = (phase1.SequentialStep.__call__, phase1.sequential_iteration,
-             module.SequentialRollout.__call__, module.lyapunov_exponent,
-             module.memory_curve)
+             module.SequentialRollout.__call__, lyapunov.lyapunov_exponent,
+             memory.memory_curve)
     for function in loops:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         for loop in (n for n in ast.walk(tree) if isinstance(n, ast.For)):

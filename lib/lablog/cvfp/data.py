@@ -122,6 +122,11 @@ def read_validation(
     return ids
 
 
+def shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """`rows` [n, ...] in an order that the CPU's `generator` draws."""
+    return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Ids [n] and normalised embeddings of the three texts, and the files they came from."""
