@@ -30,8 +30,8 @@ def test_k_jacobi_passes_make_exactly_k_tokens_exact(network, embeddings, k, see
         with torch.no_grad():
             guess = block.chunked(shifted(guess, start), tokens)
     error = (guess - exact).norm(dim=1) / exact.norm(dim=1)
-    assert (error[:k] < 1e-12).all()
-    assert (error[k:] > 1e-12).all()
+    assert (error[:k] < 1e-10).all(), "rounding, which a chaotic network amplifies"
+    assert (error[k:] > 1e-10).all()
 
 
 @fast
