@@ -368,7 +368,7 @@ pd.DataFrame([
 
 # %%
 maps = {main: again[main], bare: again[bare], f"{bare}, parallel": frozen[bare]}
-run.figure("changes", *plots.change_map(maps, 200),
+run.figure("changes", *plots.change_map(maps, tokens=200),
            "Change of each context from pass to pass over the first tokens of the validation text.")
 
 # %% [markdown]

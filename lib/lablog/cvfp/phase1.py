@@ -305,11 +305,11 @@ def trained(
     folder: Path, shape: ModelConfig, config: Phase1Config, tokens: Tensor,
     initial: Tensor | None = None,
 ) -> tuple[CVFPBlock, Phase1Result]:
-    """The network that :func:`train` makes of `config.seed` on `tokens`, and its training.
+    """The network of `config.seed`, trained on `tokens` [n, embed_dim], and how it went.
 
     Its checkpoint lies in `folder` under a name that holds a hash of all it depends on: what one
-    notebook has trained, another finds, and what was cut off goes on. `initial` as in
-    :func:`train`, which says what is refused.
+    notebook has trained, another finds, and what was cut off goes on. `initial` [n, context_dim]
+    as in :func:`train`, which says what is refused.
     """
     block = CVFPBlock(shape, config.seed).to(tokens.device)
     path = _stored(folder, "phase1", _identity(block, tokens, config), ".pt")
@@ -317,7 +317,7 @@ def trained(
 
 
 def contexts_of(folder: Path, block: CVFPBlock, tokens: Tensor) -> Tensor:
-    """Contexts [n, context_dim] of one pass of `block` over `tokens` from the zero context.
+    """Contexts [n, context_dim] of one pass of `block` over `tokens` [n, embed_dim] from zero.
 
     Kept in `folder` for the notebook that asks again, under a name as in :func:`trained`.
     """

@@ -128,13 +128,12 @@ def predict(model: Phase2Model, text: FixedText, rows: int = 1024) -> Prediction
 
 @dataclass(frozen=True)
 class Epoch:
-    """Perplexity and accuracy: training as met during the epoch, validation after it."""
+    """Training as met during the epoch, validation after it."""
 
     epoch: int
     train_perplexity: float
     train_accuracy: float
     validation_perplexity: float
-    validation_accuracy: float
 
 
 @dataclass
@@ -185,7 +184,7 @@ def train_phase2(
                     f"learning_rate = {config.learning_rate} or check the contexts for NaN"
                 )
             seen = predict(model, validation)
-            now = Epoch(epoch, math.exp(entropy), accuracy, seen.perplexity, seen.accuracy)
+            now = Epoch(epoch, math.exp(entropy), accuracy, seen.perplexity)
             history.append(now)
             if best is None or now.validation_perplexity < best.validation_perplexity:
                 best, weights = now, copy.deepcopy(model.state_dict())
