@@ -21,25 +21,42 @@
 # checks: **what would this check have said without any training, and what does it miss?**
 
 # %% tags=["parameters"]
+# Text and tokens.
 text_source: str = "arianna"  # arianna, self_consistency (offline) or ultrachat (Hub)
+corpus_documents: int = 2000  # training dialogues read at most: tokenizer, embedding, training text
+dialogues: int = 10  # dialogues in the training text
+dialogue_tokens: int = 64  # tokens that each is cut to
+val_data_source: str = "text_file"  # anything else is refused
 tokenizer: str = "project"  # project, or the path of a .model or of GPT-2's vocabulary .gguf
 vocabulary: int = 1024  # pieces of the project's tokenizer
+# Embedding.
 embedding: str = "ppmi"  # ppmi, gaussian, a .safetensors with GPT-2's matrix, or a Hub name
-ppmi: list[int] = [5, 2000]  # tokens apart that co-occur, training dialogues read at most
-val_data_source: str = "text_file"  # anything else is refused
-dialogues: list[int] = [10, 64]  # training dialogues, tokens of each
-network: list[int] = [128, 128, 256, 3]  # dimensions of context, embedding, hidden; layers
-initial: list[float] = [1.0, 0.1, 0.01]  # LayerNorm mix, initial deviation of weights, of biases
+ppmi_window: int = 5  # tokens apart at most that count as co-occurring
+# Network.
+context_dim: int = 128  # dimensions of a context
+embed_dim: int = 128  # dimensions of a token's embedding; GPT-2's matrix has 768
+num_layers: int = 3  # layers, each as wide as context and embedding together
+layernorm_mix: float = 1.0  # share of LayerNorm in a layer's output, 0 to 1
+weight_std: float = 0.1  # standard deviation of the initial weights
+bias_std: float = 0.01  # standard deviation of the initial biases
+# Training of Phase 1.
 diversity_weight: float = 0.9  # w of the parallel variant
 other_weights: list[float] = [0.5, 0.01]  # further values of w, first seed only
 seeds: list[int] = [42, 43]  # seeds of the network
-iterations: int = 5  # passes at most, iteration 0 included
-adam: list[float] = [0.002, 1.0, 0.99]  # learning rate, gradient norm, decay of the moving mean
-converged: list[float] = [0.1, 0.95]  # MSE of a converged token, share that ends training
+iterations: int = 5  # passes over the text at most, iteration 0 included
+phase1_learning_rate: float = 0.002  # Adam's
+clip_norm: float = 1.0  # norm that gradients are cut to
+convergence_threshold: float = 0.1  # MSE to the pass before below which a token has converged
+early_stop_fraction: float = 0.95  # share of converged tokens that ends training
 early_stop_from: int = 2  # first iteration that may end it
+ema_decay: float = 0.99  # decay of the moving mean, sequential variant
 sequential_weight: float = 0.5  # w of the sequential variant
-sequential_size: list[int] = [64, 3]  # its slice of the text in tokens, and its iterations
-probes: list[int] = [5, 40, 100]  # passes of check 3, tokens after a change, for the exponent
+sequential_tokens: int = 64  # tokens of the text that it reads
+sequential_iterations: int = 3  # its passes, iteration 0 included
+# Measurements.
+check3_passes: int = 5  # sequential passes of check 3, the first included
+lyapunov_tokens: int = 100  # tokens along which the Lyapunov exponent is measured
+memory_distance: int = 40  # tokens after a changed one that are compared
 device: str = "cpu"  # cpu or cuda
 
 # %% [markdown]
@@ -56,24 +73,70 @@ device: str = "cpu"  # cpu or cuda
 # the last fifth of the *training* text, through a file. The disjoint test text is ours.
 
 # %%
-from IPython.display import Markdown
-from lablog import figures, record
-from lablog.cvfp.model import ModelConfig
-from lablog.cvfp.phase1 import Phase1Config
-from lablog.cvfp.study import Study
+from dataclasses import replace
 
-# %%
+import pandas as pd
+import torch
+
+from lablog import figures, record
+from lablog.cvfp import lyapunov, memory, passes, phase1, plots, results
+from lablog.cvfp.checks import effective_rank
+from lablog.cvfp.data import prepare, shuffled
+from lablog.cvfp.model import CVFPBlock, ModelConfig
+from lablog.cvfp.rollout import exact_shares, rollout
+from lablog.determinism import seed_everything
+
 figures.use_style()
 run = record.begin("04_cvfp_phase1", globals())
-settings = Phase1Config("parallel", diversity_weight, iterations, *adam[:2], *converged,
-                        early_stop_from, adam[2], seeds[0])
-study = Study(
-    run, ModelConfig(*network, *initial), settings, seeds, device, text_source=text_source,
-    tokenizer=tokenizer, vocabulary=vocabulary, embedding=embedding, window=ppmi[0],
-    corpus_documents=ppmi[1], dialogues=dialogues[0], dialogue_tokens=dialogues[1],
-    val_data_source=val_data_source,
+seed_everything(seeds[0])
+
+# %% [markdown]
+# All trainings of this chapter share one shape and one set of settings; what a training has of its
+# own, its seed and its $w$, is replaced by name where it is trained.
+
+# %%
+shape = ModelConfig(
+    context_dim=context_dim, embed_dim=embed_dim, num_layers=num_layers,
+    layernorm_mix=layernorm_mix, weight_std=weight_std, bias_std=bias_std,
 )
-Markdown(study.sizes())
+settings = phase1.Phase1Config(
+    variant="parallel", diversity_weight=diversity_weight, iterations=iterations,
+    learning_rate=phase1_learning_rate, clip_norm=clip_norm,
+    convergence_threshold=convergence_threshold, early_stop_fraction=early_stop_fraction,
+    early_stop_from=early_stop_from, ema_decay=ema_decay, seed=seeds[0],
+)
+
+# %% [markdown]
+# The three texts, their tokenizer and the embedding come from one call with the same arguments as
+# in the next chapter, and are kept in one folder. Into it go, below, trained networks and the
+# contexts of whole texts, each under a name with a hash of all that it depends on: the next chapter
+# finds them, and a run with other settings does not.
+
+# %%
+folder = run.artifacts / "cvfp"
+with run.stage("data"):
+    texts = prepare(
+        folder, shape, text_source=text_source, tokenizer=tokenizer, vocabulary=vocabulary,
+        embedding=embedding, window=ppmi_window, corpus_documents=corpus_documents,
+        dialogues=dialogues, dialogue_tokens=dialogue_tokens, val_data_source=val_data_source,
+        seed=seeds[0], device=device,
+    )
+for path in texts.files.values():
+    run.file(path)
+training, validation = texts.tokens["training"], texts.tokens["validation"]
+
+# %% [markdown]
+# Occurrences of one token share an embedding and can differ in their contexts only, so the number
+# of distinct tokens is the highest rank that the embeddings of the text can have.
+
+# %%
+for name, ids in texts.ids.items():
+    run.metric(f"data.{name}_tokens", len(ids), "count")
+run.metric("data.distinct_tokens", len(texts.ids["training"].unique()), "count")
+run.say("""
+{data.training_tokens:value} training tokens of {data.distinct_tokens:value} kinds,
+{data.validation_tokens:value} validation tokens, {data.test_tokens:value} test tokens.
+""")
 
 # %% [markdown]
 # ## Iteration 0, and two facts about it
@@ -88,9 +151,38 @@ Markdown(study.sizes())
 # converged, before the first optimiser step. Early stopping may look from iteration 2 on only.
 #
 # **Fact (b).** A wide random network already spreads its contexts over most dimensions.
+#
+# The two dictionaries that the next cell begins hold everything that is compared later: networks
+# by name, and for each name its contexts on each text. A context is a row, a text a matrix of as
+# many rows as it has tokens. The mean over seeds is recorded with its interval.
 
 # %%
-Markdown(study.iteration_0())
+blocks, contexts, ranks = {}, {}, []
+with run.stage("iteration 0"):
+    for seed in seeds:
+        name = f"untrained.seed{seed}"
+        blocks[name] = CVFPBlock(shape, seed).to(device)
+        contexts[name] = {"training": phase1.contexts_of(folder, blocks[name], training)}
+        ranks.append(effective_rank(contexts[name]["training"]).fraction)
+results.record_mean(run, "untrained.training.effective_rank", ranks, "fraction", seeds)
+
+# %% [markdown]
+# For fact (a) the first seed's network, still untrained, makes two parallel passes more: iterations
+# 1 and 2 of a training that takes no step. A token counts as converged when the mean squared
+# difference of its context to the one in the pass before is below the threshold.
+
+# %%
+bare = f"untrained.seed{seeds[0]}"
+once = passes.iterate_passes(blocks[bare], training, 2, "parallel", convergence_threshold,
+                             contexts[bare]["training"])
+results.record_passes(run, "untrained.training.parallel", once)
+pd.DataFrame({"pass": [1, 2], "tokens converged": once.converged, "of": len(training)})
+
+# %%
+run.say("""
+Untrained: effective rank {untrained.training.effective_rank:value} of the dimensions;
+{untrained.training.parallel.convergence:counts} tokens count as converged in the second pass.
+""")
 
 # %% [markdown]
 # ## Training
@@ -101,23 +193,52 @@ Markdown(study.iteration_0())
 # $w$; the first seed also runs at the others, with $w = 0.01$ as the case that the log calls
 # collapse. Training keeps a checkpoint after each iteration and continues behind a kill to the
 # same bits.
+#
+# The contexts that are kept for a trained network are those of its last iteration, before that
+# iteration's step: the ones that the log evaluates.
 
 # %%
-study.train(other_weights)
+histories = []
+cases = [(seed, diversity_weight) for seed in seeds] + [(seeds[0], w) for w in other_weights]
+for seed, w in cases:
+    name, start = f"w{w:g}.seed{seed}", contexts[f"untrained.seed{seed}"]["training"]
+    config = replace(settings, seed=seed, diversity_weight=w)
+    with run.stage(f"train {name}"):
+        blocks[name], result = phase1.trained(folder, shape, config, training, start)
+    contexts[name] = {"training": result.contexts}
+    histories.append(results.record_history(run, name, result))
 
 # %% [markdown]
 # What the log counts on validation text is the same loop with frozen weights. In the parallel
 # reading it can only ever change as many tokens as there are passes, whatever the network (fact
 # (a) again), so its convergence says nothing about training; the untrained control shows it.
+#
+# All networks read the validation text once, from the zero context. Where a measurement is costly,
+# from here on, three of the first seed are compared: the adopted $w$, the smallest $w$, and the one
+# that was not trained.
 
 # %%
-study.read_validation()
-run.figure(
-    "convergence",
-    *study.convergence(),
-    "Tokens within the convergence threshold, and MSE to the pass before, per iteration of "
-    "training and per pass with frozen weights over validation text.",
-)
+main = f"w{diversity_weight:g}.seed{seeds[0]}"
+low = f"w{min([diversity_weight, *other_weights]):g}.seed{seeds[0]}"
+compared = list(dict.fromkeys([main, low, bare]))
+
+# %%
+frozen = {}
+with run.stage("validation"):
+    for name, block in blocks.items():
+        contexts[name]["validation"] = phase1.contexts_of(folder, block, validation)
+    for name in compared:
+        frozen[name] = passes.iterate_passes(
+            blocks[name], validation, iterations - 1, "parallel", convergence_threshold,
+            contexts[name]["validation"],
+        )
+        results.record_passes(run, f"{name}.validation.parallel", frozen[name])
+
+# %%
+shown = {f"{name}, validation, frozen": frozen[name] for name in (main, bare)}
+run.figure("convergence", *plots.convergence(histories, shown),
+           "Tokens within the convergence threshold, and MSE to the pass before, per iteration of "
+           "training and per pass with frozen weights over validation text.")
 
 # %% [markdown]
 # Every training starts near 100 % because of fact (a): at iteration 1 there is nothing to learn
@@ -134,12 +255,52 @@ run.figure(
 # measures after centring and with squared singular values (which weigh the large ones more), the
 # mean cosine between contexts (above 0.99 all tokens share one attractor), and four controls:
 # untrained networks, a constant output, the embeddings passed through, and shuffled tokens.
+#
+# The *constant* is one context of the untrained network, repeated. The *embeddings* stand for a
+# network that hands its input through. For the *shuffled* control the trained network reads the
+# same tokens in a random order, and check 2 compares its contexts with the tokens in that order.
 
 # %%
-study.check_table()
+splits = {"training": training, "validation": validation}
+constant = contexts[bare]["training"][:1]
+contexts["control.constant"] = {k: constant.expand(len(t), -1) for k, t in splits.items()}
+contexts["control.embeddings"] = dict(splits)
 
 # %%
-Markdown(study.ranks())
+order = torch.Generator()
+mixed = {k: shuffled(t, order.manual_seed(seeds[0])) for k, t in splits.items()}
+with run.stage("shuffled"):
+    contexts["control.shuffled"] = {
+        k: rollout(blocks[main], t).contexts for k, t in mixed.items()
+    }
+
+# %%
+rows = []
+for name, found in contexts.items():
+    read = mixed if name == "control.shuffled" else splits
+    rows += results.record_contexts(run, name, found, read)
+table = pd.DataFrame(rows)
+table.set_index(["network", "split"]).round(3)
+
+# %% [markdown]
+# One network is one draw of initial weights. The effective rank at the adopted $w$ is therefore
+# also given as a mean over seeds, with a $t$ interval.
+
+# %%
+adopted = table[table.network.isin([f"w{diversity_weight:g}.seed{seed}" for seed in seeds])]
+for split in splits:
+    shares = adopted[adopted.split == split].share.tolist()
+    results.record_mean(run, f"parallel.{split}.effective_rank", shares, "fraction", seeds)
+
+# %%
+run.say("""
+Effective rank on training text: {main.training.effective_rank:value} of the dimensions after
+training, {bare.training.effective_rank:value} before. On validation text:
+{main.validation.effective_rank:value} trained, {bare.validation.effective_rank:value} untrained,
+{control.embeddings.validation.effective_rank:value} for the embeddings,
+{control.shuffled.validation.effective_rank:value} for shuffled tokens,
+{control.constant.validation.effective_rank:value} for the constant.
+""", main=main, bare=bare)
 
 # %% [markdown]
 # **What the checks detect.** Check 1 catches the planted constant: its effective rank is 1, and the
@@ -153,23 +314,22 @@ Markdown(study.ranks())
 # validation, does not pass the log's own check 1, whose threshold is 81–82 %.
 
 # %%
-run.figure(
-    "spectra",
-    *study.spectra(),
-    "Singular values of the context matrix on training text, relative to the largest.",
-)
+matrices = {name: contexts[name]["training"] for name in [*compared, "control.embeddings"]}
+run.figure("spectra", *plots.spectra(matrices),
+           "Singular values of the context matrix on training text, relative to the largest.")
 
 # %% [markdown]
 # The value depends on how many tokens are read: no matrix of $n$ rows has a rank above $n$. A rank
 # without its number of tokens can therefore not be compared with another, and most of the gap
-# between training and validation in the log is this dependence.
+# between training and validation in the log is this dependence. On the right, the networks of the
+# first seed, one for each $w$.
 
 # %%
-run.figure(
-    "rank",
-    *study.rank_growth(),
-    "Effective rank against the number of tokens read, and against the diversity weight.",
-)
+weights = {f"w{w:g}.seed{seeds[0]}": w for w in [diversity_weight, *other_weights]}
+by_weight = table[table.network.isin(weights)]
+by_weight = by_weight.assign(w=by_weight.network.map(weights)).sort_values("w")
+run.figure("rank", *plots.rank_growth(matrices, by_weight),
+           "Effective rank against the number of tokens read, and against the diversity weight.")
 
 # %% [markdown]
 # ## Check 3: reading again
@@ -180,23 +340,44 @@ run.figure(
 # The planted fault that it must catch is the untrained network read sequentially. In the parallel
 # reading of fact (a) the same network goes through as if converged. And a constant, or the
 # embeddings themselves, pass check 3 by definition: what depends on no context cannot change.
+#
+# The first pass is the reading of the validation text from above. Each compared network reads the
+# text again, and the trained one also the shuffled text.
 
 # %%
-study.check3(probes[0])
+readers = {name: (blocks[name], validation) for name in compared}
+readers["control.shuffled"] = (blocks[main], mixed["validation"])
+again = {}
+with run.stage("passes"):
+    for name, (block, text) in readers.items():
+        again[name] = passes.iterate_passes(block, text, check3_passes - 1, "sequential",
+                                            convergence_threshold, contexts[name]["validation"])
+for name in ("control.constant", "control.embeddings"):
+    again[name] = passes.Passes.unchanged(contexts[name]["validation"], check3_passes - 1)
 
 # %%
-run.figure(
-    "changes",
-    *study.change_map(200),
-    "Change of each context from pass to pass over the first tokens of the validation text.",
-)
+pd.DataFrame([
+    results.record_passes(run, f"{name}.validation.sequential", found)
+    for name, found in again.items()
+]).round(6)
+
+# %% [markdown]
+# Where in the text do contexts change? Two passes differ at the start token first. A network that
+# forgets loses this difference within a few tokens, a chaotic one carries it through the text. In
+# the parallel reading, pass $k$ can change token $k$ alone: a diagonal.
+
+# %%
+maps = {main: again[main], bare: again[bare], f"{bare}, parallel": frozen[bare]}
+run.figure("changes", *plots.change_map(maps, tokens=200),
+           "Change of each context from pass to pass over the first tokens of the validation text.")
 
 # %% [markdown]
 # The convergence tool reads the same losses as trials and fits a line through them. It is also a
 # command, `python -m lablog.cvfp.convergence --num_trials 10`.
 
 # %%
-print(study.trials())
+for name in compared:
+    print(name, results.record_trials(run, name, again[name].differences), sep="\n")
 
 # %% [markdown]
 # ## Where parallel evaluation is exact, and where it wins
@@ -209,20 +390,43 @@ print(study.trials())
 # where its neighbour ended in the pass before, forgets $e^{\lambda L}$ a pass for the same work.
 # The quasi-Newton method adds a diagonal Jacobian under a trust region. When residuals do not
 # shrink, the loop takes over from the beginning; the tolerance is $10^{-4}$ relative to the loop.
+#
+# The tangent vector $v$ starts in a random direction and turns into the fastest growing one while
+# the first fifth of the tokens is read; those are not counted.
 
 # %%
-study.lyapunov(probes[2])
+part, zero = training[:lyapunov_tokens], training.new_zeros(context_dim)
+rows = []
+for name in compared:
+    growth = lyapunov.lyapunov_exponent(blocks[name], part, zero, seeds[0], len(part) // 5)
+    rows.append(results.record_exponent(run, name, growth))
+pd.DataFrame(rows)
+
+# %% [markdown]
+# Every method reads the validation text with the trained and with the untrained network, and is
+# held against the loop's contexts. A method is told by its name and by the tokens of a segment.
 
 # %%
-run.figure(
-    "rollouts",
-    *study.rollouts(64),
-    "Residuals of the last window that each method tried, and its time for the validation text "
-    "(fallback to the loop included; x64: segments of 64 tokens). Dotted: the tolerance.",
-)
+methods = [("sequential", 1), ("jacobi", 1), ("jacobi", 64), ("quasi-newton", 1)]
+tried, rows = {}, []
+for name in (main, bare):
+    for method, segment in methods:
+        label = method + (f" x{segment}" if segment > 1 else "")
+        with run.stage(f"rollout {name} {label}"):
+            found = rollout(blocks[name], validation, method=method, segment=segment)
+        tried[f"{name} {label}"] = found
+        row = results.record_rollout(run, f"{name}.rollout.{method}{segment}", found,
+                                     contexts[name]["validation"])
+        rows.append({"network": name, "method": label} | row)
 
 # %%
-study.methods
+run.figure("rollouts", *plots.residuals(tried),
+           "Residuals of the last window that each method tried, and its time for the validation "
+           "text (fallback to the loop included; x64: segments of 64 tokens). Dotted: the "
+           "tolerance.")
+
+# %%
+pd.DataFrame(rows)
 
 # %% [markdown]
 # Exactness spreads one token a pass. The curve below is the error of Jacobi iteration against the
@@ -231,28 +435,43 @@ study.methods
 # arithmetic does: a product over many tokens rounds otherwise than one over a single
 # token, and a recurrence with $\lambda > 0$ multiplies that difference by $e^{\lambda}$ a token, so
 # that after a few tokens there is no common answer to be exact about. That is why a fallback starts
-# over with the loop instead of keeping the tokens that were "exact".
+# over with the loop instead of keeping the tokens that were "exact". Shown are forty passes over
+# the first two hundred tokens.
 
 # %%
-run.figure(
-    "jacobi",
-    *study.exactness(200, 40),
-    "Tokens within 1e-4 of the loop after so many Jacobi passes; dotted: one token a pass.",
-)
+part, jacobi_passes, curves = validation[:200], 40, {}
+for name in compared:
+    exact = contexts[name]["validation"][: len(part)]
+    curves[name] = exact_shares(blocks[name], part, exact, jacobi_passes)
+    run.metric(f"{name}.jacobi.exact_after_{jacobi_passes}", curves[name][-1], "fraction",
+               n=len(part))
+
+# %%
+run.figure("jacobi", *plots.exactness(curves, len(part)),
+           "Tokens within 1e-4 of the loop after so many Jacobi passes; dotted: one token a pass.")
 
 # %% [markdown]
 # Fast parallel convergence and long memory exclude each other: what Jacobi forgets in a pass, the
 # network forgets in a token. The memory is measured by changing one token and comparing all later
 # contexts with the original ones; its *effective length* is the last distance at which the median
-# relative difference is above the threshold. A chaotic network never forgets in this sense, which
+# relative difference is above one per cent. A chaotic network never forgets in this sense, which
 # is not the same as remembering something of use.
+#
+# Forty tokens, evenly spread over the text, are changed one at a time, each into a token drawn from
+# the same text.
 
 # %%
-run.figure(
-    "memory",
-    *study.memory(probes[1], 0.01),
-    "Relative difference of the contexts after one changed token: median and quartiles.",
-)
+threshold, curves = 0.01, {}
+last = len(validation) - memory_distance - 1
+changed = torch.linspace(1, last, 40).long().to(device).unique()
+for name in compared:
+    curves[name] = memory.memory_curve(blocks[name], validation, contexts[name]["validation"],
+                                       changed, memory_distance, seeds[0])
+    results.record_memory(run, name, curves[name], threshold)
+
+# %%
+run.figure("memory", *plots.memory(curves),
+           "Relative difference of the contexts after one changed token: median and quartiles.")
 
 # %% [markdown]
 # ## The sequential variant
@@ -264,7 +483,27 @@ run.figure(
 # not the algorithm, is the log's factor of 23 (measured by `make bench`).
 
 # %%
-study.sequential(sequential_weight, *sequential_size)
+part = training[:sequential_tokens]
+start = contexts[bare]["training"][: len(part)]
+config = replace(settings, variant="sequential", diversity_weight=sequential_weight,
+                 iterations=sequential_iterations)
+with run.stage("train sequential"):
+    _, result = phase1.trained(folder, shape, config, part, start)
+frame = results.record_history(run, "sequential", result)
+frame[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
+
+# %% [markdown]
+# Its diversity loss needs no other context than the present one: mean and variance move along with
+# the text, each as large as a single context.
+
+# %%
+results.record_contexts(run, "sequential", {"training": result.contexts}, {"training": part})
+run.metric("sequential.tokens", len(part), "count")
+run.metric("sequential.tracker_memory", 2 * result.contexts[0].nbytes, "bytes")
+run.say("""
+It read {sequential.tokens:value} tokens. Its moving mean and variance take
+{sequential.tracker_memory}, however long the text is.
+""")
 
 # %% [markdown]
 # ## Findings
@@ -287,7 +526,7 @@ run.say("""
   {main.validation.sequential.final_diff:value} for the trained one,
   {control.constant.validation.sequential.final_diff:value} for the constant, which it misses, and
   {bare.validation.parallel.final_diff:value} for the untrained one in the parallel reading.
-""", main=study.main, bare=study.bare)
+""", main=main, bare=bare)
 
 # %%
 run.say("""
@@ -300,7 +539,7 @@ run.say("""
 - **How far back the context remembers.** Last distance with a median difference above the
   threshold: {main.memory_length:value} trained, {bare.memory_length:value} untrained; difference
   at the end of the curve {main.memory_at_end:value} and {bare.memory_at_end:value}.
-""", main=study.main, bare=study.bare)
+""", main=main, bare=bare)
 
 # %% [markdown]
 # ## Report
@@ -309,7 +548,7 @@ run.say("""
 # that all iterations ran.
 
 # %%
-run.finish(main=study.main)
+run.finish(main=main)
 
 # %% [markdown]
 # ## What this does not show

@@ -21,24 +21,42 @@
 # last few tokens in as many numbers, and n-grams. **Do the contexts of Phase 1 help to predict?**
 
 # %% tags=["parameters"]
+# Text and tokens.
 text_source: str = "arianna"  # arianna, self_consistency (offline) or ultrachat (Hub)
+corpus_documents: int = 2000  # training dialogues read at most: tokenizer, embedding, training text
+dialogues: int = 10  # dialogues in the training text
+dialogue_tokens: int = 64  # tokens that each is cut to
+val_data_source: str = "text_file"  # anything else is refused
 tokenizer: str = "project"  # project, or the path of a .model or of GPT-2's vocabulary .gguf
 vocabulary: int = 1024  # pieces of the project's tokenizer
+# Embedding.
 embedding: str = "ppmi"  # ppmi, gaussian, a .safetensors with GPT-2's matrix, or a Hub name
-ppmi: list[int] = [5, 2000]  # tokens apart that co-occur, training dialogues read at most
-val_data_source: str = "text_file"  # anything else is refused
-dialogues: list[int] = [10, 64]  # training dialogues, tokens of each
-network: list[int] = [128, 128, 256, 3]  # dimensions of context, embedding, hidden; layers
-initial: list[float] = [1.0, 0.1, 0.01]  # LayerNorm mix, initial deviation of weights, of biases
-diversity_weight: float = 0.9  # Phase 1: w of the parallel variant
+ppmi_window: int = 5  # tokens apart at most that count as co-occurring
+# Network.
+context_dim: int = 128  # dimensions of a context
+embed_dim: int = 128  # dimensions of a token's embedding; GPT-2's matrix has 768
+num_layers: int = 3  # layers, each as wide as context and embedding together
+layernorm_mix: float = 1.0  # share of LayerNorm in a layer's output, 0 to 1
+weight_std: float = 0.1  # standard deviation of the initial weights
+bias_std: float = 0.01  # standard deviation of the initial biases
+# Training of Phase 1.
+diversity_weight: float = 0.9  # w of the parallel variant
 seeds: list[int] = [42, 43]  # seeds of network and Phase 2
-iterations: int = 5  # Phase 1: passes at most
-adam: list[float] = [0.002, 1.0, 0.99]  # Phase 1: learning rate, gradient norm, moving mean
-converged: list[float] = [0.1, 0.95]  # Phase 1: MSE of a converged token, share to stop at
-early_stop_from: int = 2  # Phase 1: first iteration that may stop
-epochs: list[int] = [4, 3, 256]  # Phase 2: at most, patience, predictions per optimiser step
-phase2: list[float] = [0.001, 1.0, 0.02]  # learning rate, v1.0's MSE weight, head's deviation
-window_tokens: int = 4  # tokens in the window that replaces C*
+iterations: int = 5  # passes over the text at most, iteration 0 included
+phase1_learning_rate: float = 0.002  # Adam's
+clip_norm: float = 1.0  # norm that gradients are cut to, in both phases
+convergence_threshold: float = 0.1  # MSE to the pass before below which a token has converged
+early_stop_fraction: float = 0.95  # share of converged tokens that ends training
+early_stop_from: int = 2  # first iteration that may end it
+ema_decay: float = 0.99  # decay of the moving mean, sequential variant
+# Training of Phase 2.
+epochs: int = 4  # epochs at most
+patience: int = 3  # epochs without a lower validation loss that end training
+batch_tokens: int = 256  # predictions of an optimiser step
+phase2_learning_rate: float = 0.001  # Adam's
+context_weight: float = 1.0  # weight of v1.0's MSE to C*
+head_std: float = 0.02  # standard deviation of the head's initial weights
+window_tokens: int = 4  # tokens in the window that replaces C*; divides context_dim
 device: str = "cpu"  # cpu or cuda
 
 # %% [markdown]
@@ -46,28 +64,79 @@ device: str = "cpu"  # cpu or cuda
 #
 # The networks are those of the chapter before (the same settings find the same checkpoints; without
 # them they are trained here). $C^*$ is one sequential pass from the zero context over each text,
-# without gradients, and constant from then on.
+# without gradients, and constant from then on. Nothing in this chapter changes a context or a
+# network of Phase 1: what is trained below is a copy.
 
 # %%
-from IPython.display import Markdown
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+
 from lablog import figures, record
-from lablog.cvfp.model import ModelConfig
-from lablog.cvfp.phase1 import Phase1Config
-from lablog.cvfp.phase2 import Phase2Config
-from lablog.cvfp.study import Arms, Study
+from lablog.cvfp import phase1, phase2, plots, results
+from lablog.cvfp.data import prepare, shuffled
+from lablog.cvfp.model import CVFPBlock, ModelConfig
+from lablog.determinism import seed_everything
 
-# %%
 figures.use_style()
 run = record.begin("05_cvfp_phase2", globals())
-settings = Phase1Config("parallel", diversity_weight, iterations, *adam[:2], *converged,
-                        early_stop_from, adam[2], seeds[0])
-study = Study(
-    run, ModelConfig(*network, *initial), settings, seeds, device, text_source=text_source,
-    tokenizer=tokenizer, vocabulary=vocabulary, embedding=embedding, window=ppmi[0],
-    corpus_documents=ppmi[1], dialogues=dialogues[0], dialogue_tokens=dialogues[1],
-    val_data_source=val_data_source,
+seed_everything(seeds[0])
+
+# %% [markdown]
+# Shape and settings are spelt out once more, since a checkpoint is found by all of them: a
+# different learning rate in Phase 1 is another network, and is trained.
+
+# %%
+shape = ModelConfig(
+    context_dim=context_dim, embed_dim=embed_dim, num_layers=num_layers,
+    layernorm_mix=layernorm_mix, weight_std=weight_std, bias_std=bias_std,
 )
-study.train()
+settings = phase1.Phase1Config(
+    variant="parallel", diversity_weight=diversity_weight, iterations=iterations,
+    learning_rate=phase1_learning_rate, clip_norm=clip_norm,
+    convergence_threshold=convergence_threshold, early_stop_fraction=early_stop_fraction,
+    early_stop_from=early_stop_from, ema_decay=ema_decay, seed=seeds[0],
+)
+
+# %% [markdown]
+# So are the texts. Text and tokenizer are drawn with the first seed whatever the seed of the
+# network, so that seeds differ in initial weights and in the order of batches alone.
+
+# %%
+folder = run.artifacts / "cvfp"
+with run.stage("data"):
+    texts = prepare(
+        folder, shape, text_source=text_source, tokenizer=tokenizer, vocabulary=vocabulary,
+        embedding=embedding, window=ppmi_window, corpus_documents=corpus_documents,
+        dialogues=dialogues, dialogue_tokens=dialogue_tokens, val_data_source=val_data_source,
+        seed=seeds[0], device=device,
+    )
+for path in texts.files.values():
+    run.file(path)
+
+# %% [markdown]
+# One network a seed, at the adopted $w$. Their numbers go into this record too, where they say
+# which contexts the rest of the chapter stands on.
+
+# %%
+blocks = {}
+for seed in seeds:
+    name, config = f"w{diversity_weight:g}.seed{seed}", replace(settings, seed=seed)
+    with run.stage(f"train {name}"):
+        blocks[seed], result = phase1.trained(folder, shape, config, texts.tokens["training"])
+    results.record_history(run, name, result)
+
+# %% [markdown]
+# And their contexts, a row for each token of each of the three texts. Every text is read from the
+# zero context: the validation text is a part of the training text, but its contexts begin anew.
+
+# %%
+fixed = {}
+with run.stage("contexts"):
+    for seed, block in blocks.items():
+        fixed[seed] = {k: phase1.contexts_of(folder, block, t) for k, t in texts.tokens.items()}
 
 # %% [markdown]
 # ## Stage 2: prediction
@@ -88,22 +157,108 @@ study.train()
 # Three texts are read. **Training**: what is fitted. **Validation**, as the log specifies it: the
 # last fifth *of the training text*, so low numbers there are memory. **Test**: dialogues that
 # occur in neither; only this one says something about new text.
+#
+# What stands in the place of $C^*$ is made here. `shuffled` takes the rows of a text in a random
+# order. `window` gives each of the last tokens an equal share of the numbers: as many leading
+# principal components of the embedding, taken over the tokens that occur in the text. To try
+# something else in the place of $C^*$, make a row of `context_dim` numbers for each token of each
+# text here, and name it in the list of arms below.
 
 # %%
-config = Phase2Config("v2.0", *epochs, phase2[0], adam[1], *phase2[1:], seeds[0])
-arms = Arms(study, config, dialogues[1])
+first = seeds[0]
+order = torch.Generator().manual_seed(first)
+bare = CVFPBlock(shape, first).to(device)
+zeros = {k: torch.zeros_like(c) for k, c in fixed[first].items()}
+mixed = {k: shuffled(c, order) for k, c in fixed[first].items()}
+unlearnt = {k: phase1.contexts_of(folder, bare, t) for k, t in texts.tokens.items()}
+window = {
+    k: phase2.window_contexts(texts.embedding.table, ids, context_dim, window_tokens)
+    for k, ids in texts.ids.items()
+}
 
 # %% [markdown]
 # All arms share the architecture, the number of parameters, the order of the batches and the
 # stopping rule; they differ in the numbers that stand where $C^*$ stands. The block starts from
-# Phase 1's weights, except in `untrained`, where it starts from the weights before Phase 1.
+# Phase 1's weights, except in `untrained`, where it starts from the weights before Phase 1. `v2.0`
+# and `zeros` are trained with every seed, the others with the first.
 #
-# Two baselines need no network: the frequency of each token, and bigrams with Witten-Bell
-# smoothing, which has no parameter to tune. Intervals are bootstrapped over dialogues; they say
-# how the perplexity would vary with other dialogues of the same kind, not with another seed.
+# Each arm answers one objection. If `zeros` predicts as well as `v2.0`, contexts add nothing to the
+# current token. If `shuffled` does, any vectors of this kind would do. If `untrained` does, Phase 1
+# was not needed for them. If `window` does, they hold no more than the last few tokens.
 
 # %%
-arms.run_all(window_tokens)
+arms = []  # name, seed, the block that training starts from, what stands in the place of C*
+for seed in seeds:
+    arms += [("v2.0", seed, blocks[seed], fixed[seed]), ("zeros", seed, blocks[seed], zeros)]
+arms += [
+    ("v1.0", first, blocks[first], fixed[first]), ("untrained", first, bare, unlearnt),
+    ("shuffled", first, blocks[first], mixed), ("window", first, blocks[first], window),
+]
+
+# %% [markdown]
+# The loss is the cross-entropy of the next token, to which `v1.0` adds an MSE with the weight
+# $\alpha$ (`context_weight`):
+#
+# $$ L = -\frac{1}{n} \sum_i \ln p(t_{i+1}) + \alpha \, \mathrm{MSE}(c_i, C^*_i), \qquad
+#    \alpha = 0 \text{ in v2.0}. $$
+#
+# Positions are drawn in a new order each epoch: with constant contexts, each of them is a sample by
+# itself. The seed decides this order and the head's initial weights, so that all arms of one seed
+# begin with the same head and meet the same positions at the same step.
+
+# %%
+config = phase2.Phase2Config(
+    version="v2.0", epochs=epochs, patience=patience, batch_tokens=batch_tokens,
+    learning_rate=phase2_learning_rate, clip_norm=clip_norm, context_weight=context_weight,
+    head_std=head_std, seed=first,
+)
+suffix = {seed: "" if seed == first else f".seed{seed}" for seed in seeds}
+
+# %% [markdown]
+# An arm is trained on the training text and stopped by validation; the weights of its best epoch
+# then predict validation and test once. Arms of further seeds carry their seed in the name.
+
+# %%
+trained, seen, rows = {}, {}, []
+for arm, seed, block, contexts in arms:
+    key, version = arm + suffix[seed], "v1.0" if arm == "v1.0" else "v2.0"
+    read = {k: phase2.FixedText(texts.ids[k], texts.tokens[k], c) for k, c in contexts.items()}
+    with run.stage(f"phase 2 {key}"):
+        trained[key] = phase2.train_phase2(
+            block, texts.vocabulary, read["training"], read["validation"],
+            replace(config, version=version, seed=seed), key, progress=True,
+        )
+    seen[key] = {k: phase2.predict(trained[key].model, read[k]) for k in ("validation", "test")}
+    rows.append(results.record_predictions(run, key, seen[key], dialogue_tokens, trained[key]))
+
+# %% [markdown]
+# Two baselines need no network: the frequency of each token, and bigrams with Witten-Bell
+# smoothing, which has no parameter to tune. With $N(a, b)$ bigrams, $N(a)$ of them after $a$ and
+# $T(a)$ different tokens among these,
+#
+# $$ p(b \mid a) = \frac{N(a, b) + T(a)\, p(b)}{N(a) + T(a)}. $$
+#
+# Intervals are bootstrapped over dialogues; they say how the perplexity would vary with other
+# dialogues of the same kind, not with another seed. The table shows all arms of all seeds;
+# accuracy is the share of positions whose most probable token is the next one.
+
+# %%
+ids = {k: text.tolist() for k, text in texts.ids.items()}
+for name, model in (("unigram", phase2.unigram), ("bigram", phase2.bigram)):
+    seen[name] = {k: model(ids["training"], ids[k], texts.vocabulary)
+                  for k in ("validation", "test")}
+    rows.append(results.record_predictions(run, name, seen[name], dialogue_tokens))
+pd.DataFrame(rows).set_index("arm").round(3)
+
+# %% [markdown]
+# The two arms that were trained with every seed also have a mean over seeds. It is the mean of the
+# logarithm, the cross-entropy, turned back into a perplexity, and so is its $t$ interval.
+
+# %%
+for arm in ("v2.0", "zeros"):
+    for split in ("validation", "test"):
+        values = [seen[arm + suffix[seed]][split].perplexity for seed in seeds]
+        results.record_mean(run, f"{arm}.seeds.{split}.perplexity", values, "", seeds, log=True)
 
 # %% [markdown]
 # The left curves are what was met during an epoch, the right ones what is read after it. Where the
@@ -112,12 +267,11 @@ arms.run_all(window_tokens)
 # training text. A network that never forgets its start gives the same sentence other contexts.
 
 # %%
-run.figure(
-    "perplexity",
-    *arms.curves(),
-    "Perplexity per epoch, first seed. Training as met during the epoch, validation after it. "
-    "Dotted: n-grams on validation.",
-)
+levels = {name: seen[name]["validation"].perplexity for name in ("unigram", "bigram")}
+learnt = {name: trained[name] for name in dict.fromkeys(arm for arm, *_ in arms)}
+run.figure("perplexity", *plots.perplexity(learnt, levels),
+           "Perplexity per epoch, first seed. Training as met during the epoch, validation after "
+           "it. Dotted: n-grams on validation.")
 
 # %% [markdown]
 # ## On new text
@@ -127,29 +281,41 @@ run.figure(
 # `zeros`, which sees the current token alone? And does training the contexts in Phase 1 make a
 # difference, that is, does `v2.0` get below `untrained`?
 #
-# Each step is a comparison on the same tokens, so the interval that matters is
-# that of the *difference* of log-likelihoods, arm by arm against v2.0, resampled over dialogues.
-# A ratio above 1 means that the arm is worse than v2.0; where the interval contains 1, ten
+# Each step is a comparison on the same tokens, so the interval that matters is that of the
+# *difference* of log-likelihoods, arm by arm against v2.0, resampled over dialogues. The intervals
+# of the figure are wider, since dialogues differ from one another for every arm alike. A ratio
+# above 1 means that the arm is worse than v2.0; where the interval contains 1, so few
 # dialogues do not decide.
 
 # %%
-run.figure(
-    "test",
-    *arms.on_test(),
-    "Perplexity on disjoint test dialogues, first seed, bootstrap intervals over dialogues.",
-)
+names = [*learnt, *levels]
+on_test = {name: seen[name]["test"] for name in names}
+run.figure("test", *plots.intervals(on_test, dialogue_tokens),
+           "Perplexity on disjoint test dialogues, first seed, bootstrap intervals over dialogues.")
+
+# %% [markdown]
+# With $\ell_i$ the negative log-likelihood of token $i$, the ratio is $\exp$ of the mean of
+# $\ell_i^{\text{arm}} - \ell_i^{\text{v2.0}}$. The last column says on which side of 1 the whole
+# interval lies.
 
 # %%
-ratios, sentence = arms.against("v2.0")
-ratios
+others, rows = [name for name in names if name != "v2.0"], []
+for name in others:
+    for split in ("validation", "test"):
+        row = results.record_ratio(run, f"{name}.over_v2.0.{split}", seen[name][split],
+                                   seen["v2.0"][split], dialogue_tokens)
+        rows.append({"arm": name, "text": split} | row)
 
 # %%
-Markdown(sentence)
+ratios = pd.DataFrame(rows).set_index(["arm", "text"])
+sides = [ratios.low > 1, ratios.high < 1]
+ratios.round(3).assign(interval=np.select(sides, ["above 1", "below 1"], "contains 1"))
 
 # %% [markdown]
 # ## Findings
 #
-# Intervals over seeds are geometric; those of ratios are over dialogues, on the same tokens.
+# Intervals over seeds are geometric; those of ratios are over dialogues, on the same tokens. The
+# means are over all seeds, everything else is of the first.
 
 # %%
 run.say("""
@@ -165,9 +331,11 @@ run.say("""
 
 # %% [markdown]
 # ## Report
+#
+# One line for each arm of the first seed and each baseline, on validation and on disjoint text.
 
 # %%
-run.finish(arms=arms.names)
+run.finish(arms=names)
 
 # %% [markdown]
 # ## What this does not show
@@ -178,5 +346,7 @@ run.finish(arms=arms.names)
 #   late with respect to new text, in all arms alike.
 # - Six thousand tokens are little. On so short a text every network here memorises; the arms differ
 #   in what they memorise with.
+# - Only `v2.0` and `zeros` are trained with several seeds. The ratio of another arm is that of one
+#   draw of initial weights, and its interval covers other dialogues, not other draws.
 # - v1.0 is given $C^*_{i-1}$ as input on every text, as in training. Left to its own contexts it
 #   could drift.

@@ -9,9 +9,16 @@ from lablog.cvfp.model import CVFPBlock, ModelConfig
 from lablog.cvfp.phase1 import Phase1Config
 from lablog.cvfp.phase2 import Phase2Config
 
-SMALL = ModelConfig(12, 10, 22, 3, 1.0, 0.3, 0.05)
-PHASE1 = Phase1Config("parallel", 0.7, 5, 0.002, 1.0, 0.1, 1.0, 2, 0.9, 0)
-PHASE2 = Phase2Config("v2.0", 4, 3, 8, 0.002, 1.0, 1.0, 0.1, 0)
+SMALL = ModelConfig(context_dim=12, embed_dim=10, num_layers=3, layernorm_mix=1.0,
+                    weight_std=0.3, bias_std=0.05)
+PHASE1 = Phase1Config(
+    variant="parallel", diversity_weight=0.7, iterations=5, learning_rate=0.002, clip_norm=1.0,
+    convergence_threshold=0.1, early_stop_fraction=1.0, early_stop_from=2, ema_decay=0.9, seed=0,
+)
+PHASE2 = Phase2Config(
+    version="v2.0", epochs=4, patience=3, batch_tokens=8, learning_rate=0.002, clip_norm=1.0,
+    context_weight=1.0, head_std=0.1, seed=0,
+)
 
 
 @pytest.fixture(autouse=True)

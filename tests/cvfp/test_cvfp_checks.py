@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lablog.cvfp import checks
 from lablog.cvfp.convergence import Trials
-from lablog.cvfp.phase1 import iterate_passes
+from lablog.cvfp.passes import iterate_passes
 from lablog.cvfp.rollout import rollout
 
 
@@ -72,7 +72,7 @@ def test_check_2_detects_pass_through_and_misses_a_constant(embeddings):
 
 
 def test_check_3_detects_chaos_sequentially_and_misses_it_in_parallel(network, embeddings):
-    chaos = {"context_dim": 48, "embed_dim": 46, "hidden_dim": 94, "weight_std": 0.5}
+    chaos = {"context_dim": 48, "embed_dim": 46, "weight_std": 0.5}
     block, tokens = network(**chaos), embeddings(150, 46)
     modes = ("sequential", "parallel")
     passes = {mode: iterate_passes(block, tokens, 9, mode, 0.1) for mode in modes}

@@ -7,16 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lablog.cvfp.model import shifted
-from lablog.cvfp.phase1 import iterate_passes, make_optimizer, parallel_step, train
-from lablog.cvfp.rollout import (
-    SequentialRollout,
-    correct,
-    lyapunov_exponent,
-    memory_curve,
-    memory_length,
-    rollout,
-)
+from lablog.cvfp.lyapunov import lyapunov_exponent
+from lablog.cvfp.memory import memory_curve, memory_length
+from lablog.cvfp.model import CVFPBlock, shifted
+from lablog.cvfp.passes import iterate_passes
+from lablog.cvfp.phase1 import contexts_of, make_optimizer, parallel_step, train, trained
+from lablog.cvfp.rollout import SequentialRollout, correct, exact_shares, rollout
 
 fast = settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -34,8 +30,8 @@ def test_k_jacobi_passes_make_exactly_k_tokens_exact(network, embeddings, k, see
         with torch.no_grad():
             guess = block.chunked(shifted(guess, start), tokens)
     error = (guess - exact).norm(dim=1) / exact.norm(dim=1)
-    assert (error[:k] < 1e-12).all()
-    assert (error[k:] > 1e-12).all()
+    assert (error[:k] < 1e-10).all(), "rounding, which a chaotic network amplifies"
+    assert (error[k:] > 1e-10).all()
 
 
 @fast
@@ -49,6 +45,19 @@ def test_iteration_1_repeats_iteration_0_apart_from_the_start_token(network, emb
         changed = (changes > 1e-20).nonzero().flatten().tolist()
         assert changed == [k], "pass k + 1 changes token k alone"
     assert torch.allclose(passes.contexts[3:], first[3:], rtol=1e-9, atol=1e-12)
+
+
+def test_jacobi_spreads_exactness_a_token_a_pass_and_faster_where_the_network_forgets(
+    network, embeddings
+):
+    tokens = embeddings(50)
+    forgets, slow = forgetful(network), network(weight_std=0.001, layernorm_mix=0.0)
+    for block in (forgets, slow):
+        shares = exact_shares(block, tokens, rollout(block, tokens).contexts, 50)
+        assert len(shares) == 50
+        assert all(50 * share > k - 0.5 for k, share in enumerate(shares, 1))
+        assert shares[-1] == 1.0
+        assert (shares[15] == 1.0) == (block is forgets)
 
 
 def test_training_reports_convergence_before_anything_is_learnt(network, embeddings, phase1):
@@ -105,7 +114,29 @@ def test_training_twice_gives_identical_results(network, embeddings, phase1, var
     assert all(torch.equal(runs[0][2][k], runs[1][2][k]) for k in runs[0][2])
 
 
-CHAOS = {"context_dim": 48, "embed_dim": 46, "hidden_dim": 94, "weight_std": 0.5}
+def test_a_trained_network_and_its_contexts_are_found_again(
+    small, phase1, embeddings, tmp_path
+):
+    """What one notebook has trained or read is what another asks for, whatever it asked before."""
+    tokens = embeddings(30).float()
+    block, result = trained(tmp_path, small, phase1, tokens)
+    read = contexts_of(tmp_path, block, tokens)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(files) == 2
+    fresh, again = trained(tmp_path, small, phase1, tokens)
+    assert again.history == result.history
+    assert torch.equal(again.contexts, result.contexts)
+    assert torch.equal(contexts_of(tmp_path, fresh, tokens), read)
+    assert torch.equal(rollout(block, tokens).contexts, read)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+    contexts_of(tmp_path, CVFPBlock(small, phase1.seed), tokens)
+    contexts_of(tmp_path, block, tokens[:20])
+    trained(tmp_path, small, replace(phase1, seed=1), tokens)
+    trained(tmp_path, replace(small, weight_std=0.2), phase1, tokens)
+    assert len(list(tmp_path.iterdir())) == 6, "another network, text, seed or shape is not it"
+
+
+CHAOS = {"context_dim": 48, "embed_dim": 46, "weight_std": 0.5}
 
 
 def forgetful(network, context_dim=12):

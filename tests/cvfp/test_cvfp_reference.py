@@ -46,7 +46,8 @@ def compare_weights(block, parameters, limit):
 )
 def test_forward_for_any_width_depth_and_mix(context, embed, layers, mix, seed):
     context, embed = context + 1, embed + 1  # the LayerNorm of a single number has no gradient
-    config = ModelConfig(context, embed, context + embed, layers, mix, 0.3, 0.05)
+    config = ModelConfig(context_dim=context, embed_dim=embed, num_layers=layers,
+                         layernorm_mix=mix, weight_std=0.3, bias_std=0.05)
     block = CVFPBlock(config, seed).double()
     generator = torch.Generator().manual_seed(seed)
     c = torch.randn(3, context, generator=generator, dtype=torch.float64)
@@ -60,7 +61,9 @@ def test_forward_for_any_width_depth_and_mix(context, embed, layers, mix, seed):
 
 
 def test_forward_at_full_width_in_float32():
-    block = CVFPBlock(ModelConfig(768, 768, 1536, 6, 1.0, 0.1, 0.01), 42)
+    config = ModelConfig(context_dim=768, embed_dim=768, num_layers=6, layernorm_mix=1.0,
+                         weight_std=0.1, bias_std=0.01)
+    block = CVFPBlock(config, 42)
     c, t = torch.randn(2, 2, 768, generator=torch.Generator().manual_seed(0))
     out_c, out_t = block(c, t)
     parameters = reference.parameters_of(block)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
@@ -17,9 +18,10 @@ import torch
 from lablog.cvfp import data
 from lablog.cvfp.convergence import main as convergence_command
 from lablog.cvfp.model import CVFPBlock, ModelConfig, TokenEmbedding
+from lablog.cvfp.passes import iterate_passes
 from lablog.cvfp.phase1 import Phase1Config, train
 from lablog.cvfp.phase2 import FixedText, train_phase2, window_contexts
-from lablog.cvfp.rollout import rollout
+from lablog.cvfp.rollout import exact_shares, rollout
 from lablog.files import repository
 from lablog.text.corpora import documents
 from lablog.text.embeddings import gaussian_embedding, ppmi_embedding
@@ -39,9 +41,13 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def test_hidden_width_must_be_the_sum(small):
-    with pytest.raises(ValueError, match=r"hidden_dim = 23.*12 \+ 10 = 22"):
-        replace(small, hidden_dim=23)
+def test_widths_and_settings_by_name(small, phase1, phase2):
+    assert small.hidden_dim == 22, "context and token side by side"
+    for settings in (small, phase1, phase2):
+        with pytest.raises(TypeError, match="positional"):
+            type(settings)(*vars(settings).values())
+    with pytest.raises(ValueError, match="at least 1"):
+        replace(small, embed_dim=0)
     with pytest.raises(ValueError, match="layernorm_mix"):
         replace(small, layernorm_mix=1.1)
 
@@ -148,10 +154,25 @@ def test_unknown_names(tmp_path, phase1, phase2, network, embeddings):
         rollout(network(), embeddings(3), method="newton")
     with pytest.raises(ValueError, match="0 < tolerance < 1"):
         rollout(network(), embeddings(3), tolerance=0.0)
+    with pytest.raises(ValueError, match="expected 'sequential' or 'parallel'"):
+        iterate_passes(network(), embeddings(3), 2, "jacobi", 0.1)
+    with pytest.raises(ValueError, match="at least 1 pass"):
+        iterate_passes(network(), embeddings(3), 0, "parallel", 0.1)
+    with pytest.raises(ValueError, match="3 tokens and 2 contexts"):
+        exact_shares(network(), embeddings(3), torch.ones(2, 12).double(), 2)
     with pytest.raises(ValueError, match="does not divide"):
         window_contexts(torch.randn(9, 10), torch.arange(5), 12, 5)
     with pytest.raises(ValueError, match="same number"):
         FixedText(torch.arange(4), torch.zeros(4, 2), torch.zeros(3, 2))
+
+
+def test_shuffled_rows_are_the_same_rows_in_an_order_of_the_seed():
+    rows, order = torch.arange(40).view(20, 2), torch.Generator()
+    once, twice = (data.shuffled(rows, order.manual_seed(3)) for _ in range(2))
+    assert torch.equal(once, twice)
+    assert not torch.equal(once, rows)
+    assert torch.equal(once.sort(0).values, rows)
+    assert not torch.equal(data.shuffled(rows, order), once), "the generator goes on"
 
 
 @pytest.mark.parametrize("variant", ["parallel", "sequential"])
@@ -205,9 +226,15 @@ train_until_killed(sys.argv[1], sys.argv[3], int(sys.argv[4]))
 def train_until_killed(checkpoint, variant, iterations):
     """A small training whose weights depend on nothing but its arguments."""
     torch.set_num_threads(1)
-    block = CVFPBlock(ModelConfig(64, 64, 128, 3, 1.0, 0.1, 0.01), 0)
+    shape = ModelConfig(context_dim=64, embed_dim=64, num_layers=3, layernorm_mix=1.0,
+                        weight_std=0.1, bias_std=0.01)
+    block = CVFPBlock(shape, 0)
     tokens = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
-    config = Phase1Config(variant, 0.7, iterations, 0.002, 1.0, 0.1, 1.0, 2, 0.9, 0)
+    config = Phase1Config(
+        variant=variant, diversity_weight=0.7, iterations=iterations, learning_rate=0.002,
+        clip_norm=1.0, convergence_threshold=0.1, early_stop_fraction=1.0, early_stop_from=2,
+        ema_decay=0.9, seed=0,
+    )
     train(block, tokens, config, checkpoint=Path(checkpoint))
     return block.state_dict()
 
@@ -236,12 +263,12 @@ def test_sigkill_then_resume_gives_bit_identical_weights(tmp_path, variant, iter
 
 def test_no_synchronisation_with_the_host_inside_token_loops():
     """No .item(), .tolist(), float() or bool() of a tensor in the bodies that run per token."""
-    from lablog.cvfp import phase1
+    from lablog.cvfp import lyapunov, memory, phase1
     from lablog.cvfp import rollout as module
 
     loops = (phase1.SequentialStep.__call__, phase1.sequential_iteration,
-             module.SequentialRollout.__call__, module.lyapunov_exponent,
-             module.memory_curve)
+             module.SequentialRollout.__call__, lyapunov.lyapunov_exponent,
+             memory.memory_curve)
     for function in loops:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         for loop in (n for n in ast.walk(tree) if isinstance(n, ast.For)):
@@ -279,7 +306,8 @@ def test_embedding_sources(tmp_path):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    config = ModelConfig(32, 32, 64, 2, 1.0, 0.1, 0.01)
+    config = ModelConfig(context_dim=32, embed_dim=32, num_layers=2, layernorm_mix=1.0,
+                         weight_std=0.1, bias_std=0.01)
     return config, folder, data.prepare(
         folder, config, text_source="self_consistency", tokenizer="project", vocabulary=600,
         embedding="ppmi", window=3, corpus_documents=60, dialogues=10, dialogue_tokens=40,
@@ -301,6 +329,22 @@ def test_prepared_texts(prepared):
             vocabulary=600, embedding="gaussian", window=3, corpus_documents=60, dialogues=10,
             dialogue_tokens=40, val_data_source="auto_split", seed=1, device="cpu",
         )
+
+
+def test_files_that_both_chapters_share_are_replaced_as_a_whole(tmp_path):
+    config = ModelConfig(context_dim=8, embed_dim=8, num_layers=1, layernorm_mix=1.0,
+                         weight_std=0.1, bias_std=0.01)
+    settings = {"text_source": "self_consistency", "tokenizer": "project", "embedding": "gaussian",
+                "window": 3, "corpus_documents": 60, "dialogues": 5, "dialogue_tokens": 40,
+                "val_data_source": "text_file", "device": "cpu"}
+    files = data.prepare(tmp_path, config, vocabulary=600, seed=1, **settings).files.values()
+    before = [path.read_bytes() for path in files]
+    with ExitStack() as held:
+        readers = [held.enter_context(path.open("rb")) for path in files]
+        data.prepare(tmp_path, config, vocabulary=500, seed=2, **settings)
+        assert [reader.read() for reader in readers] == before
+    assert all(path.read_bytes() != old for path, old in zip(files, before, strict=True))
+    assert not list(tmp_path.glob(".*")), "no scratch file stays"
 
 
 def test_convergence_command(prepared, phase1, capsys):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lablog.cvfp import results
-from lablog.cvfp.phase1 import Passes
+from lablog.cvfp.passes import Passes
 from lablog.cvfp.phase2 import Predictions
+from lablog.cvfp.rollout import Rollout, relative_errors
 
 
 class Recorder:
@@ -66,5 +67,30 @@ def test_check_3_lets_a_constant_through():
 
 def test_relative_errors_are_per_context():
     exact = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
-    errors = results.relative_errors(exact + torch.tensor([[0.0, 0.5], [0.0, 0.0]]), exact)
+    errors = relative_errors(exact + torch.tensor([[0.0, 0.5], [0.0, 0.0]]), exact)
     assert errors.tolist() == pytest.approx([0.1, 0.0])
+
+
+def test_memory_beyond_the_curve_is_undefined_and_not_a_number():
+    run, curve = Recorder(), torch.tensor([[1.0, 1.0], [0.5, 0.3], [0.001, 0.003]])
+    results.record_memory(run, "forgets", curve, 0.01)
+    results.record_memory(run, "keeps", curve[:2], 0.01)
+    assert run.metrics["forgets.memory_length"] == (1, {"n": 2, "undefined": None})
+    length, details = run.metrics["keeps.memory_length"]
+    assert (length, details["undefined"]) == (None, "above 0.01 to the end, 1 tokens")
+    assert run.metrics["keeps.memory_at_end"][0] == pytest.approx(0.3)
+
+
+def test_exponent_trials_and_rollout_are_recorded_as_their_rows_say():
+    run = Recorder()
+    row = results.record_exponent(run, "a", torch.tensor([1.0, 3.0]).repeat(20))
+    assert row["exponent"] == run.metrics["a.lyapunov"][0] == 2
+    assert row["low"] == row["high"] == 2, "all batches have one mean"
+    assert results.record_exponent(run, "b", torch.ones(5))["low"] is None
+    trials = results.record_trials(run, "a", [0.5, 0.3, 0.1])
+    assert run.metrics["a.trials.class"][0] == trials.verdict == "CONVERGING"
+    exact = torch.ones(4, 3)
+    found = Rollout(1.1 * exact, "jacobi", passes=2.5, sequential_tokens=0)
+    row = results.record_rollout(run, "a.rollout", found, exact)
+    assert row["largest error"] == run.metrics["a.rollout.error"][0] == pytest.approx(0.1)
+    assert (row["passes"], row["fell back"]) == (2.5, False)

@@ -64,8 +64,13 @@ def run(size: Size | None = None, device: str = "cpu") -> list[Row]:
     About 3 minutes on two idle cores.
     """
     size = size or Size()
-    config = ModelConfig(size.width, size.width, 2 * size.width, size.layers, 1.0, 0.1, 0.01)
-    settings = Phase1Config("parallel", 0.9, 10, 0.002, 1.0, 0.1, 0.95, 2, 0.99, 42)
+    config = ModelConfig(context_dim=size.width, embed_dim=size.width, num_layers=size.layers,
+                         layernorm_mix=1.0, weight_std=0.1, bias_std=0.01)
+    settings = Phase1Config(
+        variant="parallel", diversity_weight=0.9, iterations=10, learning_rate=0.002,
+        clip_norm=1.0, convergence_threshold=0.1, early_stop_fraction=0.95, early_stop_from=2,
+        ema_decay=0.99, seed=42,
+    )
     length = min(128, size.tokens // 5)
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(

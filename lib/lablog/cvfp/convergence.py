@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from lablog.cvfp.data import read_validation, tokenizer_from
 from lablog.cvfp.model import CVFPBlock, ModelConfig, TokenEmbedding
-from lablog.cvfp.phase1 import iterate_passes, load_checkpoint
+from lablog.cvfp.passes import iterate_passes
+from lablog.cvfp.phase1 import load_checkpoint
 
 SLOPE, SPREAD = 0.001, 0.01  # the log's thresholds
 

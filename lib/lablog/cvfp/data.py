@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lablog.cvfp.model import ModelConfig, Token, TokenEmbedding
@@ -122,6 +122,11 @@ def read_validation(
     return ids
 
 
+def shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """`rows` [n, ...] in an order that the CPU's `generator` draws."""
+    return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Ids [n] and normalised embeddings of the three texts, and the files they came from."""
@@ -144,13 +149,15 @@ def prepare(
 ) -> Prepared:
     """Everything that both notebooks feed to a network; writes only into `folder`.
 
+    The notebooks share the folder: each file is replaced as a whole, so that one that runs beside
+    the other reads the old file or the new one.
+
     `tokenizer`: "project" trains one of `vocabulary` pieces on the training documents, anything
     else is the path of a ``.model`` or ``.gguf``, relative to the repository. `embedding`: "ppmi"
     (co-occurrences at most `window` apart in the first `corpus_documents` training documents),
     "gaussian", or GPT-2's (a ``.safetensors`` or a Hub name). Validation and test have a fifth of
     the training tokens each.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",
              "embedding": folder / "embedding.safetensors"}
@@ -172,7 +179,7 @@ def prepare(
             f"embedding {embedding!r} has {len(table)} rows, tokenizer {tokenizer!r} "
             f"{len(encoder)} ids: choose a pair of one vocabulary"
         )
-    save_file({"table": table}, files["embedding"])
+    atomic_write(files["embedding"], save({"table": table}))
     module = TokenEmbedding(table, config).to(device)
     training = cut(documents_, encoder, dialogues, dialogue_tokens)
     flat = [i for ids in training for i in ids]

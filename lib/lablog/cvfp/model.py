@@ -19,32 +19,32 @@ Context = NewType("Context", Tensor)
 Token = NewType("Token", Tensor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Widths, depth and initialisation (the log: 768, 768, 1536, 6, 1.0, 0.1, 0.01).
+    """Widths, depth and initialisation (the log: 768, 768, 6, 1.0, 0.1, 0.01).
 
-    `layernorm_mix` m gives out = (1 - m) x + m LayerNorm(x). Raises ValueError for a hidden
-    width other than context + embedding width and for m outside [0, 1].
+    `layernorm_mix` m gives out = (1 - m) x + m LayerNorm(x); `weight_std` and `bias_std` are the
+    deviations of the initial normal weights and biases. Raises ValueError for m outside [0, 1]
+    and for widths or a number of layers below 1.
     """
 
     context_dim: int
     embed_dim: int
-    hidden_dim: int
     num_layers: int
     layernorm_mix: float
     weight_std: float
     bias_std: float
 
     def __post_init__(self) -> None:
-        if self.hidden_dim != self.context_dim + self.embed_dim:
-            raise ValueError(
-                f"hidden_dim = {self.hidden_dim}, but it must be context_dim + embed_dim = "
-                f"{self.context_dim} + {self.embed_dim} = {self.context_dim + self.embed_dim}"
-            )
         if not 0 <= self.layernorm_mix <= 1:
             raise ValueError(f"layernorm_mix = {self.layernorm_mix}, expected 0 (none) to 1 (full)")
         if min(self.context_dim, self.embed_dim, self.num_layers) < 1:
             raise ValueError(f"widths and num_layers must be at least 1: {asdict(self)}")
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of a layer, which reads and writes context and token side by side."""
+        return self.context_dim + self.embed_dim
 
     @property
     def forward_flops(self) -> int:

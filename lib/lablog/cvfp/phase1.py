@@ -9,26 +9,28 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from lablog.cvfp.model import Context, CVFPBlock, Token, shifted
-from lablog.cvfp.rollout import Method, rollout
+from lablog.cvfp.model import Context, CVFPBlock, ModelConfig, Token, shifted
+from lablog.cvfp.rollout import rollout
 from lablog.files import atomic_write, sha256
 from lablog.progress import progress as progress_bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase1Config:
     """Settings of Phase 1 (the log's values in brackets).
 
-    `iterations` includes iteration 0, which learns nothing (10). `convergence_threshold`: MSE
+    `iterations` includes iteration 0, which learns nothing (10). `learning_rate` is Adam's
+    (0.002), `clip_norm` the norm that gradients are cut to (1.0). `convergence_threshold`: MSE
     to the previous context below which a token counts as converged (0.1). Training stops early
     when `early_stop_fraction` of the tokens (0.95) converged in iteration `early_stop_from` or
     later; from 2 on, because iteration 1 repeats iteration 0 whatever the network.
@@ -97,11 +99,6 @@ class DiversityTracker:
     mean: Tensor
     variance: Tensor
     decay: float
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the two moving statistics."""
-        return self.mean.nbytes + self.variance.nbytes
 
     def update(self, context: Tensor) -> None:
         """Take in one context [context_dim]."""
@@ -304,7 +301,33 @@ def train(
     return Phase1Result(history, contexts, config.iterations)
 
 
-def fingerprint(block: CVFPBlock, tokens: Tensor) -> dict[str, Any]:
+def trained(
+    folder: Path, shape: ModelConfig, config: Phase1Config, tokens: Tensor,
+    initial: Tensor | None = None,
+) -> tuple[CVFPBlock, Phase1Result]:
+    """The network of `config.seed`, trained on `tokens` [n, embed_dim], and how it went.
+
+    Its checkpoint lies in `folder` under a name that holds a hash of all it depends on: what one
+    notebook has trained, another finds, and what was cut off goes on. `initial` [n, context_dim]
+    as in :func:`train`, which says what is refused.
+    """
+    block = CVFPBlock(shape, config.seed).to(tokens.device)
+    path = _stored(folder, "phase1", _identity(block, tokens, config), ".pt")
+    return block, train(block, tokens, config, path, initial, progress=True)
+
+
+def contexts_of(folder: Path, block: CVFPBlock, tokens: Tensor) -> Tensor:
+    """Contexts [n, context_dim] of one pass of `block` over `tokens` [n, embed_dim] from zero.
+
+    Kept in `folder` for the notebook that asks again, under a name as in :func:`trained`.
+    """
+    path = _stored(folder, "contexts", _pass_identity(block, tokens), ".safetensors")
+    if not path.is_file():
+        atomic_write(path, save({"contexts": rollout(block, tokens).contexts}))
+    return load_file(path, str(tokens.device))["contexts"]
+
+
+def _pass_identity(block: CVFPBlock, tokens: Tensor) -> dict[str, Any]:
     """Everything that a pass of `block` over `tokens` depends on, as names and plain values."""
     digest = hashlib.sha256()
     for tensor in (*block.state_dict().values(), tokens):
@@ -320,20 +343,13 @@ def fingerprint(block: CVFPBlock, tokens: Tensor) -> dict[str, Any]:
 
 def _identity(block: CVFPBlock, tokens: Tensor, config: Phase1Config) -> dict[str, Any]:
     """Everything that the result of :func:`train` depends on."""
-    return fingerprint(block, tokens) | asdict(config)
+    return _pass_identity(block, tokens) | asdict(config)
 
 
-def named(folder: Path, kind: str, identity: dict[str, Any], suffix: str) -> Path:
+def _stored(folder: Path, kind: str, identity: dict[str, Any], suffix: str) -> Path:
     """A file in `folder` whose name holds a hash of everything that its content depends on."""
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()
     return folder / f"{kind}-{key[:16]}{suffix}"
-
-
-def checkpoint_path(
-    folder: Path, block: CVFPBlock, tokens: Tensor, config: Phase1Config
-) -> Path:
-    """A file name in `folder` for the training of this untrained `block`, by what it depends on."""
-    return named(folder, "phase1", _identity(block, tokens, config), ".pt")
 
 
 def load_checkpoint(
@@ -356,56 +372,3 @@ def load_checkpoint(
             "delete it or name another file"
         )
     return state
-
-
-@dataclass
-class Passes:
-    """Repeated passes with frozen weights: mean MSE to the pass before, from pass 1 on.
-
-    `converged` counts tokens below the threshold per pass; `changes` [passes, n] is the MSE of
-    each token, for the heat map.
-    """
-
-    contexts: Tensor
-    differences: list[float]
-    converged: list[int]
-    changes: Tensor = field(repr=False)
-
-    @classmethod
-    def unchanged(cls, contexts: Tensor, passes: int) -> Passes:
-        """Passes of what does not depend on the context: a constant, the embeddings."""
-        nothing = contexts.new_zeros(passes, len(contexts))
-        return cls(contexts, [0.0] * passes, [len(contexts)] * passes, nothing)
-
-
-def iterate_passes(
-    block: CVFPBlock, tokens: Tensor, passes: int, mode: Literal["sequential", "parallel"],
-    threshold: float, initial: Tensor | None = None, method: Method = "sequential",
-) -> Passes:
-    """Pass 0 from the zero context (or `initial`), then `passes` more over the same text.
-
-    Each later pass starts from the last context of the one before. In `sequential` mode a pass
-    is a whole rollout by `method`; in `parallel` mode it is one application of the parallel map,
-    which can change no more than the first k tokens in k passes.
-    """
-    previous = rollout(block, tokens, method=method).contexts if initial is None else initial
-    rows = []
-    for contexts in _passes(block, tokens, previous, passes, mode, method):
-        rows.append((contexts - previous).square().mean(1))
-        previous = contexts
-    changes = torch.stack(rows)
-    return Passes(
-        previous, changes.mean(1).tolist(), (changes < threshold).sum(1).tolist(), changes
-    )
-
-
-@torch.no_grad()
-def _passes(
-    block: CVFPBlock, tokens: Tensor, previous: Tensor, passes: int, mode: str, method: Method
-) -> Iterator[Tensor]:
-    for _ in range(passes):
-        if mode == "parallel":
-            previous = block.chunked(shifted(previous, previous[-1]), tokens)
-        else:
-            previous = rollout(block, tokens, previous[-1], method).contexts
-        yield previous

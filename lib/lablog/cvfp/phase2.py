@@ -22,7 +22,7 @@ from lablog.cvfp.model import Context, CVFPBlock, Token, shifted
 from lablog.progress import progress as progress_bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase2Config:
     """Settings of Phase 2: `patience` counts epochs without a lower validation loss (3);
     `context_weight` multiplies v1.0's MSE; `head_std` is the head's initial deviation."""
@@ -128,13 +128,12 @@ def predict(model: Phase2Model, text: FixedText, rows: int = 1024) -> Prediction
 
 @dataclass(frozen=True)
 class Epoch:
-    """Perplexity and accuracy: training as met during the epoch, validation after it."""
+    """Training as met during the epoch, validation after it."""
 
     epoch: int
     train_perplexity: float
     train_accuracy: float
     validation_perplexity: float
-    validation_accuracy: float
 
 
 @dataclass
@@ -185,7 +184,7 @@ def train_phase2(
                     f"learning_rate = {config.learning_rate} or check the contexts for NaN"
                 )
             seen = predict(model, validation)
-            now = Epoch(epoch, math.exp(entropy), accuracy, seen.perplexity, seen.accuracy)
+            now = Epoch(epoch, math.exp(entropy), accuracy, seen.perplexity)
             history.append(now)
             if best is None or now.validation_perplexity < best.validation_perplexity:
                 best, weights = now, copy.deepcopy(model.state_dict())

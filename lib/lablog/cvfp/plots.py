@@ -13,9 +13,13 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from lablog.cvfp.checks import effective_rank, effective_rank_of, singular_values
+from lablog.cvfp.passes import Passes
+from lablog.cvfp.phase2 import Phase2Result, Predictions
+from lablog.cvfp.results import bootstrap_perplexity
+from lablog.cvfp.rollout import TOLERANCE, Rollout
 from lablog.figures import GREY, MARKERS
 
-Drawn = tuple[Figure, pd.DataFrame]
+Plot = tuple[Figure, pd.DataFrame]
 
 
 def _axes(columns: int, height: float = 3.0) -> tuple[Figure, list[plt.Axes]]:
@@ -29,8 +33,18 @@ def _legend_below(figure: Figure, axis: plt.Axes) -> None:
                   fontsize=8)
 
 
-def convergence(frame: pd.DataFrame) -> Drawn:
-    """Share of converged tokens and CVFP loss against iteration, a line for each network."""
+def convergence(histories: Sequence[pd.DataFrame], frozen: Mapping[str, Passes]) -> Plot:
+    """Share of converged tokens and MSE against iteration of training, and against frozen pass.
+
+    `histories`: rows of iterations (network, iteration, share, cvfp_loss), a line each.
+    """
+    passes = [
+        pd.DataFrame({"network": name, "iteration": range(1, 1 + len(found.differences)),
+                      "cvfp_loss": found.differences,
+                      "share": [c / len(found.contexts) for c in found.converged]})
+        for name, found in frozen.items()
+    ]
+    frame = pd.concat([*histories, *passes])
     figure, (left, right) = _axes(2, 3.6)
     for i, (name, rows) in enumerate(frame.groupby("network", sort=False)):
         style: dict[str, Any] = {"label": name, "marker": MARKERS[i % 6],
@@ -43,7 +57,7 @@ def convergence(frame: pd.DataFrame) -> Drawn:
     return figure, frame
 
 
-def spectra(matrices: Mapping[str, Tensor]) -> Drawn:
+def spectra(matrices: Mapping[str, Tensor]) -> Plot:
     """Singular values relative to the largest, with the effective rank of each matrix.
 
     The axis ends below the last two per cent, which LayerNorm takes away (the mean).
@@ -64,10 +78,14 @@ def spectra(matrices: Mapping[str, Tensor]) -> Drawn:
     return figure, pd.concat(frames)
 
 
-def rank_growth(matrices: Mapping[str, Tensor], counts: Sequence[int],
-                weights: pd.DataFrame) -> Drawn:
-    """Effective rank against the number of tokens, and against the diversity weight w."""
+def rank_growth(matrices: Mapping[str, Tensor], weights: pd.DataFrame) -> Plot:
+    """Effective rank against the number of tokens (64, 128, ..., all), and against the weight w.
+
+    `weights`: rows of networks (network, split, share, w).
+    """
     figure, (left, right) = _axes(2)
+    longest = max(map(len, matrices.values()))
+    counts = sorted({2**k for k in range(6, longest.bit_length())} | {longest})
     rows = [
         {"matrix": name, "tokens": n, "effective rank": effective_rank(matrix[:n]).value}
         for name, matrix in matrices.items() for n in counts if n <= len(matrix)
@@ -85,12 +103,12 @@ def rank_growth(matrices: Mapping[str, Tensor], counts: Sequence[int],
     return figure, pd.concat([frame, weights.rename(columns={"network": "matrix"})])
 
 
-def change_map(changes: Mapping[str, Tensor], tokens: int) -> Drawn:
+def change_map(passes: Mapping[str, Passes], tokens: int) -> Plot:
     """log10 of the context's mean squared change over the first `tokens` tokens and all passes."""
-    figure, axes = _axes(len(changes), 2.6)
+    figure, axes = _axes(len(passes), 2.6)
     frames = []
-    for axis, (name, values) in zip(axes, changes.items(), strict=True):
-        shown = values[:, :tokens].clamp_min(1e-14).log10().cpu().numpy()
+    for axis, (name, found) in zip(axes, passes.items(), strict=True):
+        shown = found.changes[:, :tokens].clamp_min(1e-14).log10().cpu().numpy()
         image = axis.imshow(shown, aspect="auto", vmin=-10, vmax=0.5, cmap="cividis",
                             extent=(0, shown.shape[1], len(shown) + 0.5, 0.5))
         axis.set(title=name, xlabel="token", ylabel="pass")
@@ -102,8 +120,14 @@ def change_map(changes: Mapping[str, Tensor], tokens: int) -> Drawn:
     return figure, pd.concat(frames)
 
 
-def residuals(frame: pd.DataFrame) -> Drawn:
-    """Largest relative residual of each method against passes, and the time of each method."""
+def residuals(rollouts: Mapping[str, Rollout]) -> Plot:
+    """Residuals of the last window that each rollout tried, and the time for the whole text."""
+    frames = []
+    for label, found in rollouts.items():
+        last = found.residuals[-1] if found.residuals else [float("nan")]
+        frames.append(pd.DataFrame({"run": label, "pass": range(1, len(last) + 1),
+                                    "residual": last, "seconds": found.seconds}))
+    frame = pd.concat(frames)
     figure, (left, right) = _axes(2, 3.6)
     for i, (name, rows) in enumerate(frame.groupby("run", sort=False)):
         curve = rows.dropna(subset=["residual"])
@@ -111,7 +135,7 @@ def residuals(frame: pd.DataFrame) -> Drawn:
             left.plot(curve["pass"], curve["residual"], label=name, marker=MARKERS[i % 6],
                       color=f"C{i % 6}", linestyle="-" if i < 4 else "--")
         right.barh(str(name), rows["seconds"].iloc[0], color=f"C{i % 6}")
-    left.axhline(1e-4, color=GREY, linestyle=":")
+    left.axhline(TOLERANCE, color=GREY, linestyle=":")
     left.set(xlabel="pass over a window", ylabel="largest relative change", yscale="log")
     _legend_below(figure, left)
     right.set(xlabel="time for the whole text / s")
@@ -119,7 +143,7 @@ def residuals(frame: pd.DataFrame) -> Drawn:
     return figure, frame
 
 
-def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Drawn:
+def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Plot:
     """Share of tokens that are exact after each pass; dotted: one token a pass."""
     figure, (axis,) = _axes(1)
     frame = pd.DataFrame(dict(shares))
@@ -132,7 +156,7 @@ def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Drawn:
     return figure, frame
 
 
-def memory(curves: Mapping[str, Tensor]) -> Drawn:
+def memory(curves: Mapping[str, Tensor]) -> Plot:
     """Median relative difference that a changed token leaves after so many tokens."""
     figure, (axis,) = _axes(1)
     frames = []
@@ -148,8 +172,13 @@ def memory(curves: Mapping[str, Tensor]) -> Drawn:
     return figure, pd.concat(frames)
 
 
-def perplexity(curves: pd.DataFrame, levels: Mapping[str, float]) -> Drawn:
+def perplexity(trainings: Mapping[str, Phase2Result], levels: Mapping[str, float]) -> Plot:
     """Training and validation perplexity per epoch for each arm; n-grams as dotted lines."""
+    curves = pd.DataFrame([
+        {"arm": name, "epoch": e.epoch, "training": e.train_perplexity,
+         "validation": e.validation_perplexity}
+        for name, found in trainings.items() for e in found.history
+    ])
     figure, axes = _axes(2, 3.4)
     for axis, split in zip(axes, ("training", "validation"), strict=True):
         for i, (name, rows) in enumerate(curves.groupby("arm", sort=False)):
@@ -163,8 +192,14 @@ def perplexity(curves: pd.DataFrame, levels: Mapping[str, float]) -> Drawn:
     return figure, curves
 
 
-def intervals(table: pd.DataFrame) -> Drawn:
-    """Test perplexity of each arm with its interval (columns arm, value, low, high)."""
+def intervals(predictions: Mapping[str, Predictions], block: int) -> Plot:
+    """Test perplexity of each arm with its bootstrap interval over dialogues of `block` tokens."""
+    spreads = {name: bootstrap_perplexity(found, block) for name, found in predictions.items()}
+    table = pd.DataFrame([
+        {"arm": name, "value": found.perplexity, "low": spreads[name].low,
+         "high": spreads[name].high}
+        for name, found in predictions.items()
+    ])
     figure, (axis,) = _axes(1, 0.35 * len(table) + 1)
     error = [table["value"] - table["low"], table["high"] - table["value"]]
     axis.errorbar(table["value"], table["arm"], xerr=error, fmt="o", capsize=3)

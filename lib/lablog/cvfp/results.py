@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from lablog.cvfp import checks
-from lablog.cvfp.phase1 import Passes, Phase1Result
+from lablog.cvfp.convergence import Trials
+from lablog.cvfp.memory import memory_length
+from lablog.cvfp.passes import Passes
+from lablog.cvfp.phase1 import Phase1Result
 from lablog.cvfp.phase2 import Phase2Result, Predictions
-from lablog.cvfp.rollout import Rollout
+from lablog.cvfp.rollout import Rollout, relative_errors
 from lablog.intervals import Interval, geometric_over_seeds, over_seeds
 from lablog.record import Run
 
@@ -53,8 +55,8 @@ def record_history(run: Run, key: str, result: Phase1Result) -> pd.DataFrame:
     run.metric(f"{key}.cvfp_loss", last.cvfp_loss, "", n=last.tokens)
     run.metric(f"{key}.cvfp_loss.first", history[0].cvfp_loss, "", n=last.tokens)
     run.metric(f"{key}.cvfp_loss.largest", max(h.cvfp_loss for h in history), "", n=last.tokens)
-    run.metric(f"{key}.iterations", len(history) + 1, "count", numerator=len(history) + 1,
-               denominator=result.planned)
+    run.metric(f"{key}.iterations", result.iterations_done, "count",
+               numerator=result.iterations_done, denominator=result.planned)
     frame = pd.DataFrame([vars(h) for h in history])
     return frame.assign(network=key, share=frame["converged"] / frame["tokens"])
 
@@ -90,8 +92,10 @@ def batch_means(values: Tensor, batches: int = 10) -> Interval | None:
     return Interval(found.low, found.high, f"t over {batches} batch means")
 
 
-def bootstrap_perplexity(predictions: Predictions, block: int, draws: int, seed: int) -> Interval:
-    """Percentile bootstrap of the perplexity over consecutive blocks (dialogues) of tokens."""
+def bootstrap_perplexity(
+    predictions: Predictions, block: int, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap of the perplexity over consecutive dialogues of `block` tokens."""
     blocks = [float(part.double().sum()) for part in predictions.nll.split(block)]
     sizes = np.array([len(part) for part in predictions.nll.split(block)])
     picks = np.random.default_rng(seed).integers(0, len(blocks), (draws, len(blocks)))
@@ -108,7 +112,7 @@ def record_predictions(run: Run, key: str, predictions: Mapping[str, Predictions
         n = len(found.nll)
         row[f"{split} perplexity"], row[f"{split} accuracy"] = found.perplexity, found.accuracy
         run.metric(f"{key}.{split}.perplexity", found.perplexity, "", n=n,
-                   interval=bootstrap_perplexity(found, block, 2000, 0))
+                   interval=bootstrap_perplexity(found, block))
         run.metric(f"{key}.{split}.accuracy", found.accuracy, "fraction", n=n,
                    numerator=float(found.correct.sum()), denominator=n)
     if best is not None:
@@ -126,20 +130,42 @@ def record_ratio(run: Run, name: str, other: Predictions, ours: Predictions,
     """Perplexity of `other` over that of `ours` on the same tokens, resampled over dialogues."""
     nll = other.nll.double() - ours.nll.double()
     difference = Predictions(nll, nll > 0)
-    spread = bootstrap_perplexity(difference, block, 2000, 0)
+    spread = bootstrap_perplexity(difference, block)
     run.metric(name, difference.perplexity, "ratio", n=len(nll), interval=spread)
     return {"ratio": difference.perplexity, "low": spread.low, "high": spread.high}
 
 
-def record_rollout(run: Run, key: str, found: Rollout, error: float) -> None:
-    """Largest error against the loop, passes per token, and tokens that the loop did."""
-    n = len(found.contexts)
+def record_trials(run: Run, key: str, differences: Sequence[float]) -> Trials:
+    """Slope, spread and class that the convergence tool reads in the changes of each pass."""
+    trials, n = Trials(tuple(differences)), len(differences)
+    run.metric(f"{key}.trials.slope", trials.slope, "per trial", n=n)
+    run.metric(f"{key}.trials.spread", trials.spread, "", n=n)
+    run.metric(f"{key}.trials.class", trials.verdict, "class", n=n)
+    return trials
+
+
+def record_exponent(run: Run, key: str, growth: Tensor) -> dict[str, Any]:
+    """Lyapunov exponent per token, the mean of `growth` [n], with its interval; the table's row."""
+    spread, mean = batch_means(growth), float(growth.mean())
+    run.metric(f"{key}.lyapunov", mean, "per token", n=len(growth), interval=spread)
+    return {"network": key, "exponent": mean, "low": spread and spread.low,
+            "high": spread and spread.high}
+
+
+def record_memory(run: Run, key: str, curve: Tensor, threshold: float) -> None:
+    """Effective memory length, and the median difference at the end of `curve` [distance, p]."""
+    length, (distances, positions) = memory_length(curve, threshold), curve.shape
+    why = None if length is not None else f"above {threshold} to the end, {distances - 1} tokens"
+    run.metric(f"{key}.memory_length", length, "tokens", n=positions, undefined=why)
+    run.metric(f"{key}.memory_at_end", float(curve[-1].median()), "", n=positions)
+
+
+def record_rollout(run: Run, key: str, found: Rollout, exact: Tensor) -> dict[str, Any]:
+    """Largest error against the loop's contexts `exact`, passes per token, and tokens that the
+    loop did; the table's row."""
+    n, error = len(found.contexts), float(relative_errors(found.contexts, exact).max())
     run.metric(f"{key}.error", error, "", n=n)
     run.metric(f"{key}.passes", found.passes, "per token", n=n)
     run.metric(f"{key}.loop_tokens", found.sequential_tokens, "count",
                numerator=found.sequential_tokens, denominator=n)
-
-
-def relative_errors(guess: Tensor, exact: Tensor) -> Tensor:
-    """Norm of the difference of each context to the exact one, relative to its norm: [n]."""
-    return torch.linalg.vector_norm(guess - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
+    return {"passes": found.passes, "fell back": found.fell_back, "largest error": error}

@@ -11,6 +11,7 @@ the recurrence contracts (arXiv:2508.16817), so both fall back to the loop where
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from lablog.cvfp.model import Context, CVFPBlock, Token, check_widths, mix_norm, shifted
 
 Method = Literal["sequential", "jacobi", "quasi-newton"]
+TOLERANCE = 1e-4  # largest relative error of a context that counts as exact
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Rollout:
     `passes`: evaluations of the parallel map per token, on average. `sequential_tokens`: tokens
     computed by the loop: all for the method `sequential` and where another fell back to it, else
     0. `residuals`: per window of tokens, the largest relative change of a context in each pass.
+    `seconds`: wall-clock time of the whole, fallback included.
     """
 
     contexts: Tensor
@@ -37,6 +40,7 @@ class Rollout:
     passes: float = 0.0
     sequential_tokens: int = 0
     residuals: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def fell_back(self) -> bool:
@@ -102,7 +106,7 @@ def rollout(
     tokens: Tensor,
     start: Tensor | None = None,
     method: Method = "sequential",
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     segment: int = 1,
     max_passes: int = 16,
 ) -> Rollout:
@@ -119,7 +123,7 @@ def rollout(
     where the recurrence does not contract, even the rounding of an exact prefix would grow.
     Raises ValueError for a wrong width, method, segment or tolerance, FloatingPointError for NaN.
     """
-    config = block.config
+    began, config = time.perf_counter(), block.config
     start = tokens.new_zeros(config.context_dim) if start is None else start
     check_widths(config, start, tokens)
     if method not in ("sequential", "jacobi", "quasi-newton"):
@@ -152,7 +156,29 @@ def rollout(
         raise FloatingPointError(
             "contexts are not finite: weights or tokens are not, or without LayerNorm they grow"
         )
+    result.seconds = time.perf_counter() - began
     return result
+
+
+def relative_errors(guess: Tensor, exact: Tensor) -> Tensor:
+    """Norm of the difference of each context to the exact one, relative to its norm: [n]."""
+    return torch.linalg.vector_norm(guess - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
+
+
+@torch.no_grad()
+def exact_shares(block: CVFPBlock, tokens: Tensor, exact: Tensor, passes: int) -> list[float]:
+    """Share of tokens within TOLERANCE of `exact` after each Jacobi pass, without any fallback.
+
+    `tokens` [n, embed_dim]; `exact` [n, context_dim] is their rollout from the zero context, and
+    the iteration starts from zero contexts. ValueError unless both have the same length.
+    """
+    if len(tokens) != len(exact):
+        raise ValueError(f"{len(tokens)} tokens and {len(exact)} contexts: expected one for each")
+    guess, shares = torch.zeros_like(exact), []
+    for _ in range(passes):
+        guess = block.chunked(shifted(guess, torch.zeros_like(guess[0])), tokens)
+        shares.append(float((relative_errors(guess, exact) < TOLERANCE).float().mean()))
+    return shares
 
 
 class _Window:
@@ -243,61 +269,3 @@ def correct(new: Tensor, guess: Tensor, diagonal: Tensor) -> Tensor:
         step = torch.cat([step[:distance], step[distance:] + power * step[:-distance]])
         power, distance = power * power, 2 * distance
     return new + step
-
-
-def lyapunov_exponent(
-    block: CVFPBlock, tokens: Tensor, start: Tensor, seed: int, warm_up: int
-) -> Tensor:
-    """Growth ln ||J v|| / ||v|| of a tangent vector at each token after `warm_up`, shape [n].
-
-    Its mean is the largest Lyapunov exponent per token: negative where the recurrence forgets.
-    Tangents smaller than 1e-30 (a constant network) count as that.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tangent = F.normalize(torch.randn(1, len(start), generator=generator), dim=1).to(start)
-    context, growth = start.unsqueeze(0), tokens.new_empty(len(tokens))
-    with torch.no_grad():
-        for i in range(len(tokens)):
-            token = Token(tokens[i : i + 1])
-            context, tangent = torch.func.jvp(
-                lambda c, token=token: block(Context(c), token)[0], (context,), (tangent,)
-            )[:2]
-            norm = torch.linalg.vector_norm(tangent).clamp_min(1e-30)
-            growth[i], tangent = norm.log(), tangent / norm
-    return growth[warm_up:]
-
-
-@torch.no_grad()
-def memory_curve(
-    block: CVFPBlock, tokens: Tensor, contexts: Tensor, positions: Tensor, distance: int, seed: int
-) -> Tensor:
-    """How much a changed token matters later: relative context difference [distance + 1, p].
-
-    At each of p `positions` the token is replaced by one drawn from the same text; the contexts
-    that follow are compared with `contexts` (a rollout of `tokens`) after 0..distance tokens.
-    """
-    if int(positions.min()) < 1 or int(positions.max()) + distance >= len(tokens):
-        raise ValueError(
-            f"positions {int(positions.min())}..{int(positions.max())} with distance {distance} "
-            f"leave the text of {len(tokens)} tokens (the first position is 1)"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    other = torch.randint(0, len(tokens), (len(positions),), generator=generator)
-    context, token = contexts[positions - 1], tokens[other.to(tokens.device)]
-    curve = tokens.new_empty(distance + 1, len(positions))
-    for d in range(distance + 1):
-        context = block(Context(context), Token(token))[0]
-        true = contexts[positions + d]
-        curve[d] = torch.linalg.vector_norm(context - true, dim=1) / torch.linalg.vector_norm(
-            true, dim=1
-        ).clamp_min(1e-30)
-        token = tokens[(positions + d + 1).clamp_max(len(tokens) - 1)]
-    return curve
-
-
-def memory_length(curve: Tensor, threshold: float) -> int | None:
-    """Last distance at which the median difference is above `threshold`; None: beyond the curve."""
-    above = curve.median(dim=1).values > threshold
-    if bool(above[-1]):
-        return None
-    return int(above.nonzero().max()) if bool(above.any()) else 0
