@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from lablog import keys, provenance
-from lablog.commitment import plots
+from lablog.commitment import plots, sweep
+from lablog.commitment.conversations import Conversations
+from lablog.commitment.personas import PersonaConversations
+from lablog.commitment.qlora import train_commitment
 from lablog.files import repository
 from lablog.keys import key
+from lablog.models import convert
+from lablog.models.source import gguf_file
+from lablog.models.training import offline_model
 
 
 @dataclass(frozen=True)
@@ -166,3 +174,46 @@ def test_the_key_is_the_same_in_another_process():
                           check=True, cwd=repository(), env={"PYTHONHASHSEED": "7",
                                                              "PYTHONPATH": "lib"})
     assert told.stdout.strip() == key(plots.heat, {"a": [2.5], "b": 1})
+
+
+# --- what the project stores ----------------------------------------------------------------------
+
+
+def behind(function) -> set[str]:
+    """Files whose change gives another key to what `function` makes."""
+    source = Path(inspect.getsourcefile(function))
+    return {str(path.relative_to(repository())) for path in keys.made_from(source)}
+
+
+def test_a_sweep_s_rows_depend_on_the_patch_and_on_no_picture():
+    files = behind(sweep.Laboratory.evaluate)
+    assert {"native/patches/0001-commitment.patch", "lib/lablog/models/llama_cpp.py",
+            "lib/lablog/commitment/probes.py", "data/dialogues.yaml"} <= files
+    assert any(name.startswith("native/src/") for name in files)
+    assert not {"lib/lablog/commitment/plots.py", "lib/lablog/commitment/results.py"} & files
+
+
+def test_trainings_depend_on_what_makes_their_conversations():
+    assert "lib/lablog/text/personas.py" in behind(PersonaConversations)
+    assert "lib/lablog/commitment/rendering.py" in behind(Conversations)
+    assert {"lib/lablog/commitment/hooks.py", "lib/lablog/commitment/variational.py",
+            "lib/lablog/models/training.py"} <= behind(train_commitment)
+    assert {"lib/lablog/text/dialogues.py", "data/dialogues.yaml"} <= behind(offline_model)
+    for function in (train_commitment, offline_model):
+        assert not {name for name in behind(function) if "plots" in name or "results" in name}
+        assert not any(name.startswith("native/") for name in behind(function))
+
+
+def test_a_converted_model_depends_on_all_of_its_shards(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
+        (folder / name).write_text(name)
+    made = []
+    monkeypatch.setattr(convert, "to_gguf", wraps(convert.to_gguf)(
+        lambda folder, output, dtype: made.append(output) or output))
+    for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
+        gguf_file(str(folder), tmp_path / "artifacts")
+        (folder / name).write_text("other")
+    gguf_file(str(folder), tmp_path / "artifacts")
+    assert len(set(made)) == 4

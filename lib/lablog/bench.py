@@ -23,6 +23,7 @@ from lablog.commitment import latent
 from lablog.cvfp import bench as cvfp
 from lablog.files import repository
 from lablog.intervals import bootstrap_percentile
+from lablog.keys import key
 from lablog.models import convert, source
 from lablog.models.llama_cpp import bindings, native_folder
 from lablog.progress import progress
@@ -130,7 +131,7 @@ def random_llama(artifacts: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = artifacts / "random-51m"
+    folder = artifacts / f"random-51m-{key(random_llama)}"
     gguf = folder.with_suffix(".gguf")
     if not gguf.is_file():
         tokenizer = source.hugging_face_folder("offline:smoke", artifacts) / "tokenizer.model"

@@ -47,14 +47,19 @@ def key(function: Callable[..., Any], *parts: Any) -> str:
 @cache
 def _made_by(source: Path) -> dict[str, Any]:
     """Hash of the sources and data behind a module, and the versions of what else it imports."""
-    root = repository()
+    files = made_from(source)
+    return {"code": sha256_of(files, repository()), "packages": _versions(packages_imported(files))}
+
+
+def made_from(source: Path) -> list[Path]:
+    """The files whose change gives another key to what a module makes: its source and those that
+    it imports, their data files and, where llama.cpp takes part, its patch and sampler."""
     files = source_dependencies(source)
-    packages = packages_imported(files)
-    native = root / "native"
-    if ENGINE in packages:
+    native = repository() / "native"
+    if ENGINE in packages_imported(files):
         files += [*native.glob("CMakeLists.txt"), *native.glob("cmake/*"),
                   *native.glob("patches/*.patch"), *native.glob("src/*")]
-    return {"code": sha256_of(files, root), "packages": _versions(packages)}
+    return files
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lablog.arianna import guards
-from lablog.models.training import ModelShape, TrainingSettings, fingerprint, train_causal_lm
+from lablog.keys import key
+from lablog.models.training import ModelShape, TrainingSettings, train_causal_lm
 from lablog.text.packing import Stream, Windows, pack, refuse_overlap
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -69,11 +70,11 @@ def _train(name: str, start: ModelShape | Path, shape: ModelShape, settings: Tra
            stream: Stream, tokenizer: Tokenizer, runs: Path) -> Path:
     """Train on windows of `stream` into ``runs/<name>-<key>``, unless that is there."""
     origin = start.name if isinstance(start, Path) else ""
-    key = fingerprint(shape.model_dump(), settings.model_dump(), stream.key, origin)
+    made_of = key(Windows, shape, settings, stream.key, origin)
     count = settings.steps * settings.batch_size * settings.gradient_accumulation
     return train_causal_lm(
         start, Windows(stream, shape.context, count, settings.seed), settings,
-        runs / f"{name}-{key}", tokenizer=tokenizer.path, data_key=stream.key,
+        runs / f"{name}-{made_of}", tokenizer=tokenizer.path, data_key=stream.key,
     )
 
 

@@ -11,7 +11,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lablog.commitment.conversations import Conversation, Conversations, Convers
 from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
+    base_hash,
     load_committed,
     load_to_read,
     train_commitment,
@@ -34,8 +35,8 @@ from lablog.commitment.reader import Reader
 from lablog.commitment.trained import HEADLINE, Probes, Source, choices
 from lablog.commitment.variational import VariationalCommitment
 from lablog.determinism import seed_everything
-from lablog.files import atomic_write, sha256_of
-from lablog.models.training import key_of
+from lablog.files import atomic_write
+from lablog.keys import key
 from lablog.progress import progress
 from lablog.text.dialogues import ASKED, load_settings, new_phrasings, things
 from lablog.text.tokenizer import Tokenizer
@@ -96,7 +97,6 @@ ARMS = {
 }
 """The last ones are ``<training>.<source>``: baselines at equal bits, and the parts of the method
 left out one at a time."""
-MODULES = ("arms", "conversations", "latent", "novelty", "probes", "reader", "rendering", "trained")
 
 
 def conversations(training: Training, settings: ConversationSettings) -> ConversationSettings:
@@ -161,15 +161,16 @@ class Experiment:
     def data_key(self, name: str) -> str:
         """What the conversations of a training are made of."""
         if self.data != "dialogues":
-            return self.data
+            return key(from_hub, self.data)
         made = conversations(TRAININGS[name], self.settings)
-        return key_of({**asdict(replace(made, dialogues=None)),  # type: ignore[arg-type]
-                       "dialogues": made.dialogues.model_dump(exclude={"recipes"})})
+        dialogues = made.dialogues.model_copy(update={"recipes": {}})
+        return key(Conversations, replace(made, dialogues=dialogues))
 
     def folder(self, base: int, seed: int, name: str) -> Path:
         """Where a training lies: under the digest of all that decides it."""
-        key = training_key(self.bases[base], self.plan_of(base, seed, name), self.data_key(name))
-        return self.artifacts / f"qlora-{name}-{base}-{seed}-{key}"
+        made_of = training_key(self.bases[base], self.plan_of(base, seed, name),
+                               self.data_key(name))
+        return self.artifacts / f"qlora-{name}-{base}-{seed}-{made_of}"
 
     def dataset(self, base: int, seed: int, name: str, held_out: bool = False,
                 count: int | None = None) -> Dataset[Conversation]:
@@ -221,13 +222,12 @@ class Experiment:
 
         They are kept in `artifacts` under the digest of all that decides them.
         """
-        arm, here = ARMS[name], Path(__file__).parent
+        arm = ARMS[name]
         made = "commitment" if arm.training == "random" else arm.training
         trained = self.folder(base, seed, made).name if made in TRAININGS else ""
-        code = sha256_of([here / f"{module}.py" for module in MODULES], here)
-        key = key_of(trained, training_key(self.bases[base], self.plan, "measure"), asdict(arm),
-                     seed, asdict(asked), code)
-        kept = self.artifacts / "measured" / f"{key}.json"
+        made_of = key(Experiment.measure, trained, base_hash(self.bases[base]), self.plan, arm,
+                      seed, asked)
+        kept = self.artifacts / "measured" / f"{made_of}.json"
         if kept.is_file():
             found: dict[str, list[float]] = json.loads(kept.read_text())
             return found

@@ -29,9 +29,9 @@ from lablog.commitment.qlora import (
     train_commitment,
     training_key,
 )
-from lablog.files import repository, sha256
+from lablog.files import repository
 from lablog.intervals import over_seeds
-from lablog.models.training import key_of
+from lablog.keys import key
 from lablog.record import Run
 from lablog.text.datasets import Item
 from lablog.text.dialogues import load_settings
@@ -100,7 +100,7 @@ def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Pla
     count = plan.training.steps * plan.training.batch_size * plan.training.gradient_accumulation
     split = [PersonaConversations([d for d in dialogues if d.split == name], tokenizer, seed,
                                   count, plan.window, plan.chat) for name in ("train", "held_out")]
-    data = key_of(sha256(path), sorted(leave_out))
+    data = key(PersonaConversations, path, sorted(leave_out))
 
     def train(chosen: Plan) -> CommittedModel:
         folder = artifacts / f"personas-{training_key(base, chosen, data)}"

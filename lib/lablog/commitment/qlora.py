@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -46,19 +45,15 @@ from lablog.commitment.variational import (
     VariationalCommitment,
 )
 from lablog.files import sha256_of
+from lablog.keys import key
 from lablog.models.training import (
     GuardedTrainer,
     Strict,
     TrainingSettings,
-    fingerprint,
-    key_of,
     train_to_folder,
 )
-from lablog.text.dialogues import load_settings
 
 Quantisation = Literal["nf4", "none"]
-CODE = ("chats", "conversations", "hooks", "personas", "qlora", "rendering",
-        "variational")  # what decides weights
 ACTIVE = 0.01  # variance of a unit's posterior mean from which it counts as active (Burda et al.)
 
 
@@ -341,12 +336,8 @@ def base_hash(folder: Path) -> str:
 
 
 def training_key(base: Path, plan: Plan, data: str) -> str:
-    """Key of what `plan` trains on `base` with `data`: with the code that makes the conversations
-    and trains, and the versions of its packages."""
-    here = Path(__file__).parent
-    code = sha256_of([here / f"{name}.py" for name in CODE], here)
-    dialogues = load_settings().model_dump(exclude={"recipes"})
-    return fingerprint(plan.model_dump(), base_hash(base), data, dialogues, code, version("peft"))
+    """Key of what `plan` trains on `base` with the conversations of the key `data`."""
+    return key(train_commitment, plan, base_hash(base), data)
 
 
 def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, output: Path,
@@ -359,7 +350,7 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
     for a k beyond the width or layers that the model does not have.
     """
     digest = base_hash(base)
-    key = key_of(plan.model_dump(), digest, data_key)
+    made_of = key(train_commitment, plan, digest, data_key)
     commitments = getattr(dataset, "commitments", 0)
     if not commitments and plan.k and (plan.schedule.cells or plan.code == "label"):
         raise ValueError(f"cells = {plan.schedule.cells:g}, code = {plan.code}: cells and labels "
@@ -379,7 +370,7 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
             model.commitment.save(folder, digest)
         (folder / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n")
 
-    return train_to_folder(output, key, plan.training, build, save)
+    return train_to_folder(output, made_of, plan.training, build, save)
 
 
 def plan_of(trained: Path) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import queue
@@ -18,8 +17,8 @@ import pandas as pd
 
 from lablog.commitment import coherence, latent, probes
 from lablog.commitment.window import Injection, Speech
-from lablog.files import sha256, sha256_of
 from lablog.intervals import Interval, hierarchical, over_seeds
+from lablog.keys import key
 from lablog.models.llama_cpp import Commitment, Context, Model
 from lablog.progress import progress
 from lablog.provenance import usable_threads
@@ -169,11 +168,7 @@ class Laboratory:
                 threads=1 if small else usable_threads(), cache_type="f16",
             )
             self._idle.put(Speech(self._stack.enter_context(context), settings.chat))
-        here = Path(__file__).parents[1]
-        code = sha256_of([*here.glob("commitment/*.py"), here / "models/llama_cpp.py",
-                          here / "text/dialogues.py"], here)
-        parts = [asdict(settings), sha256(gguf), code, dialogues.model_dump(exclude={"recipes"})]
-        self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        self.key = key(Laboratory.evaluate, settings, gguf)
         self.residual = self._residual_norms()
         self.baseline = self.with_speech(
             lambda speech: coherence.measure(speech, self.material, Injection())
@@ -353,8 +348,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """
     names = rows.groupby("span", sort=False)["layers"].unique().map(" = ".join)
     table = []
-    for key, group in rows.groupby(["control", "layers", "strength"], sort=False):
-        entry: dict[str, Any] = dict(zip(("control", "layers", "strength"), key, strict=True))
+    for names_it, group in rows.groupby(["control", "layers", "strength"], sort=False):
+        entry: dict[str, Any] = dict(zip(("control", "layers", "strength"), names_it, strict=True))
         entry |= {"span": group["span"].iloc[0], "seeds": len(group),
                   "range": names[group["span"].iloc[0]]}
         entry["word"] = group["word"].mode().iloc[0]

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from lablog.cvfp.model import Context, CVFPBlock, ModelConfig, Token, shifted
 from lablog.cvfp.rollout import rollout
-from lablog.files import atomic_write, sha256
+from lablog.files import atomic_write
+from lablog.keys import key
 from lablog.progress import progress as progress_bar
 
 
@@ -332,12 +333,9 @@ def _pass_identity(block: CVFPBlock, tokens: Tensor) -> dict[str, Any]:
     digest = hashlib.sha256()
     for tensor in (*block.state_dict().values(), tokens):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    folder = Path(__file__).parent
-    sources = [sha256(folder / name) for name in ("model.py", "phase1.py", "rollout.py")]
     return {
-        **asdict(block.config), "start and tokens": digest.hexdigest(), "source": sources,
-        "torch": str(torch.__version__), "threads": torch.get_num_threads(),
-        "device": tokens.device.type,
+        **asdict(block.config), "start and tokens": digest.hexdigest(), "code": key(contexts_of),
+        "threads": torch.get_num_threads(), "device": tokens.device.type,
     }
 
 
@@ -348,8 +346,7 @@ def _identity(block: CVFPBlock, tokens: Tensor, config: Phase1Config) -> dict[st
 
 def _stored(folder: Path, kind: str, identity: dict[str, Any], suffix: str) -> Path:
     """A file in `folder` whose name holds a hash of everything that its content depends on."""
-    key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()
-    return folder / f"{kind}-{key[:16]}{suffix}"
+    return folder / f"{kind}-{key(trained, identity)}{suffix}"
 
 
 def load_checkpoint(
@@ -363,9 +360,9 @@ def load_checkpoint(
         raise ValueError(f"{path} is not a Phase 1 checkpoint: {error}") from error
     if identity is not None and found != identity:
         differing = [
-            f"{key}: checkpoint {found.get(key)!r}, now {identity.get(key)!r}"
-            for key in identity.keys() | found.keys()
-            if found.get(key) != identity.get(key)
+            f"{name}: checkpoint {found.get(name)!r}, now {identity.get(name)!r}"
+            for name in identity.keys() | found.keys()
+            if found.get(name) != identity.get(name)
         ]
         raise ValueError(
             f"{path} belongs to another configuration ({'; '.join(sorted(differing))}): "

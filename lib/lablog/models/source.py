@@ -19,8 +19,11 @@ from typing import Literal
 from filelock import FileLock
 
 from lablog.files import repository, sha256
+from lablog.keys import key
 from lablog.models import convert, hub, llama2c
 
+CONVERTED = (".safetensors", ".json", ".model", ".txt", ".jinja")
+"""Suffixes of the files of a folder that its GGUF is made of: weights, settings, tokenizer."""
 HUB = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+\.gguf))?$")
 
 
@@ -70,8 +73,8 @@ def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32")
         return path
     artifacts.mkdir(parents=True, exist_ok=True)
     folder = hugging_face_folder(model, artifacts)
-    weights = sorted(folder.glob("*.safetensors"))
-    digest = sha256(weights[0])[:12] if weights else "none"
-    output = artifacts / f"{folder.name}-{digest}-{dtype}.gguf"
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in CONVERTED]
+    made_of = key(convert.to_gguf, [[path.name, path] for path in files], dtype)
+    output = artifacts / f"{folder.name}-{made_of}-{dtype}.gguf"
     with FileLock(output.with_suffix(".lock")):
         return output if output.is_file() else convert.to_gguf(folder, output, dtype)

@@ -9,13 +9,11 @@ of experiment A (lab log A3), by a recipe of ``data/dialogues.yaml``.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -41,7 +39,8 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from lablog.determinism import seed_everything
-from lablog.files import atomic_write, sha256, sha256_of
+from lablog.files import atomic_write, sha256
+from lablog.keys import key
 from lablog.progress import progress
 from lablog.text import dialogues
 from lablog.text.datasets import DialogueDataset, Item
@@ -298,11 +297,6 @@ def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "weights": weights}
 
 
-def key_of(*parts: Any) -> str:
-    """Digest of everything that decides a result."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def train_causal_lm(
     start: ModelShape | Path,
     dataset: Dataset[Item],
@@ -330,7 +324,7 @@ def train_causal_lm(
     origin = (
         start.model_dump() if isinstance(start, ModelShape) else sha256(start / "model.safetensors")
     )
-    key = key_of(settings.model_dump(), origin, data_key, vocabulary.hash)
+    made_of = key(train_causal_lm, settings, origin, data_key, vocabulary.hash)
 
     def build(arguments: TrainingArguments) -> Trainer:
         model = (
@@ -348,11 +342,11 @@ def train_causal_lm(
             shutil.copyfile(tokenizer.parent / name, folder / name)
 
     about = {"start": origin, "data": data_key, "tokenizer_sha256": vocabulary.hash}
-    return train_to_folder(output, key, settings, build, save, about)
+    return train_to_folder(output, made_of, settings, build, save, about)
 
 
 def train_to_folder(
-    output: Path, key: str, settings: TrainingSettings,
+    output: Path, made_of: str, settings: TrainingSettings,
     build: Callable[[TrainingArguments], Trainer], save: Callable[[Trainer, Path], None],
     about: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -361,9 +355,9 @@ def train_to_folder(
     Under ``accelerate launch`` every process calls it; the first one alone writes. A step then sees
     the micro-batches of all processes.
 
-    `key` names everything that decides the result; see `train_causal_lm` for checkpoints, resuming
-    and errors. ``training.json`` (with `about`) and TensorBoard's events are added to what `save`
-    writes.
+    `made_of` is the key of everything that decides the result; see `train_causal_lm` for
+    checkpoints, resuming and errors. ``training.json`` (with `about`) and TensorBoard's events are
+    added to what `save` writes.
     """
     check_schedule(settings)
     work = output.parent / f".{output.name}.work"
@@ -372,13 +366,13 @@ def train_to_folder(
     main = processes.is_main_process
     with FileLock(output.parent / f".{output.name}.lock") if main else nullcontext():
         if main:
-            _refuse_foreign(key, output, work)
+            _refuse_foreign(made_of, output, work)
         processes.wait_for_everyone()
         if output.is_dir():
             return output
         processes.wait_for_everyone()
         if main:
-            atomic_write(work / "key", key)
+            atomic_write(work / "key", made_of)
             for partial in set(work.glob("checkpoint-*")):
                 if not (partial / "complete").is_file():
                     shutil.rmtree(partial)
@@ -404,7 +398,7 @@ def train_to_folder(
             saved = last_good(work) or work
             state = [saved / name for name in ("model.safetensors", "optimizer.pt")]
             log = {
-                "key": key,
+                "key": made_of,
                 **(about or {}),
                 "settings": settings.model_dump(),
                 "processes": processes.num_processes,
@@ -426,21 +420,21 @@ def train_to_folder(
             save(trainer, done)
             shutil.move(work / "tensorboard", done / "tensorboard")
             atomic_write(done / "training.json", json.dumps(log, indent=1) + "\n")
-            atomic_write(done / "key", key)
+            atomic_write(done / "key", made_of)
             done.replace(output)
             shutil.rmtree(work)
         processes.wait_for_everyone()
     return output
 
 
-def _refuse_foreign(key: str, *folders: Path) -> None:
+def _refuse_foreign(made_of: str, *folders: Path) -> None:
     """Raise ValueError if one of `folders` was made from other settings, data or tokenizer."""
     for folder in folders:
         found = folder / "key"
-        if found.is_file() and found.read_text() != key:
+        if found.is_file() and found.read_text() != made_of:
             raise ValueError(
                 f"{folder} was made with other settings, data or tokenizer (key "
-                f"{found.read_text()}, expected {key}): delete it or choose another output"
+                f"{found.read_text()}, expected {made_of}): delete it or choose another output"
             )
 
 
@@ -476,18 +470,6 @@ def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
     )
 
 
-CODE = ("dialogues", "datasets", "packing", "tokenizer")  # of lablog.text: weights depend on it
-
-
-def fingerprint(*parts: Any) -> str:
-    """Key of what is trained from `parts`: with the code that trains and its packages' versions."""
-    here = Path(__file__)
-    text = [here.parents[1] / "text" / f"{module}.py" for module in CODE]
-    code = sha256_of([*text, here], here.parents[1])
-    versions = [version("torch"), version("transformers"), version("sentencepiece")]
-    return key_of(*parts, code, versions)
-
-
 class Recipe(Strict):
     """How the offline model is made: ``recipes`` of ``data/dialogues.yaml``."""
 
@@ -512,15 +494,14 @@ def recipe(name: str, settings: dialogues.DialogueSettings | None = None) -> Rec
 def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     """Folder ``artifacts/dialogue-<name>-<key>`` of the offline model, trained if missing.
 
-    `seed` overrides the recipe's. The key covers the dialogue settings, the recipe, the code that
-    makes the model, and the versions of PyTorch and transformers.
+    `seed` overrides the recipe's.
     """
     settings = dialogues.load_settings()
     made = recipe(name, settings)
     if seed is not None:
         made = made.model_copy(update={"training": made.training.model_copy(update={"seed": seed})})
-    key = fingerprint(settings.model_dump(exclude={"recipes"}), made.model_dump())
-    output = artifacts / f"dialogue-{name}-{key}"
+    made_of = key(offline_model, settings.model_copy(update={"recipes": {}}), made)
+    output = artifacts / f"dialogue-{name}-{made_of}"
     if (output / "key").is_file():
         return output
     plan = made.training
@@ -539,7 +520,8 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
             value_weight=made.value_weight,
             simple=made.simple,
         )
-        return train_causal_lm(made.shape, dataset, plan, output, tokenizer=path, data_key=key)
+        return train_causal_lm(made.shape, dataset, plan, output, tokenizer=path,
+                               data_key=made_of)
 
 
 @torch.inference_mode()
