@@ -15,19 +15,9 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from lablog.models import convert
-from lablog.models.training import (
-    ModelShape,
-    Recipe,
-    TrainingSettings,
-    answers,
-    collate,
-    comparison_accuracy,
-    offline_model,
-    perplexity,
-    recall_accuracy,
-    recipe,
-    train_causal_lm,
-)
+from lablog.models.evaluation import answers, comparison_accuracy, perplexity, recall_accuracy
+from lablog.models.offline import Recipe, offline_model, recipe
+from lablog.models.training import ModelShape, TrainingSettings, collate, train_causal_lm
 from lablog.text.datasets import FEW, DialogueDataset, Item
 from lablog.text.dialogues import generate, load_settings, prompt, render
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
@@ -209,7 +199,7 @@ def test_a_smoke_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert time.process_time() - begin < 60
     assert folder.name.startswith("dialogue-smoke-")
     monkeypatch.setattr(
-        "lablog.models.training.train_causal_lm", lambda *a, **k: pytest.fail("trained again")
+        "lablog.models.offline.train_causal_lm", lambda *a, **k: pytest.fail("trained again")
     )
     assert offline_model("smoke", tmp_path) == folder
     model = LlamaForCausalLM.from_pretrained(folder)
@@ -224,7 +214,7 @@ def test_accuracies_are_shares_of_right_answers_to_held_out_questions(monkeypatc
         def said(model, tokenizer, prompts, tokens=16):
             assert [p for p, _ in texts] == list(prompts)
             return [answer for _, answer in texts]
-        monkeypatch.setattr("lablog.models.training.answers", said)
+        monkeypatch.setattr("lablog.models.evaluation.answers", said)
 
     favourites = [generate(SETTINGS, 0, i, "held_out", "favourite", "probe") for i in range(8)]
     answering([(prompt(d.turns[2 if evicted else 0 : -1]),

@@ -19,7 +19,7 @@ from lablog.commitment.sweep import (
 )
 from lablog.comparisons import holm, p_greater
 from lablog.intervals import geometric_over_seeds, wilson
-from lablog.models import training
+from lablog.models import evaluation
 from lablog.record import Run
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
@@ -67,14 +67,15 @@ def record_model_check(run: Run, folder: Path, count: int) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer, settings = Tokenizer(folder / "tokenizer.model"), load_settings()
     shares = {
-        "recall": training.recall_accuracy(model, tokenizer, settings, count),
-        "recall_evicted": training.recall_accuracy(model, tokenizer, settings, count, evicted=True),
+        "recall": evaluation.recall_accuracy(model, tokenizer, settings, count),
+        "recall_evicted": evaluation.recall_accuracy(model, tokenizer, settings, count,
+                                                     evicted=True),
     }
     for name, share in shares.items():
         hits = round(share * count)
         run.metric(f"offline.{name}", share, "fraction", numerator=float(hits), n=count,
                    denominator=float(count), interval=wilson(hits, count))
-    compared = training.comparison_accuracy(model, tokenizer, settings, count)
+    compared = evaluation.comparison_accuracy(model, tokenizer, settings, count)
     for name, share in compared.items():
         run.metric(f"offline.compare_{name}", share, "fraction", n=count)
     run.metric("offline.parameters", model.num_parameters(), "count")

@@ -22,7 +22,7 @@ from lablog.commitment.qlora import load_base
 from lablog.commitment.trained import HEADLINE
 from lablog.figures import COLOURS, GREY, MARKERS
 from lablog.intervals import Interval, hierarchical
-from lablog.models import training
+from lablog.models import evaluation
 from lablog.record import Record, Run
 from lablog.report import format_metric
 from lablog.text.dialogues import load_settings
@@ -103,8 +103,8 @@ def record_bases(run: Run, bases: Mapping[int, Path], count: int, model: str) ->
     for seed, folder in bases.items():
         network = LlamaForCausalLM.from_pretrained(folder)
         tokenizer = Tokenizer(folder / "tokenizer.model")
-        recall = training.recall_accuracy(network, tokenizer, settings, count)
-        compared = training.comparison_accuracy(network, tokenizer, settings, count)
+        recall = evaluation.recall_accuracy(network, tokenizer, settings, count)
+        compared = evaluation.comparison_accuracy(network, tokenizer, settings, count)
         for name, share in {"recall": recall, **{f"compare_{k}": v for k, v in
                                                  compared.items()}}.items():
             run.metric(f"bases.seed{seed}.{name}", share, "fraction", n=count)

@@ -34,7 +34,7 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
     Raises ValueError when the name is of no known form or names a GGUF file.
     """
     if model.startswith("offline:"):
-        from lablog.models.training import offline_model
+        from lablog.models.offline import offline_model
 
         return offline_model(model.removeprefix("offline:"), artifacts, seed)
     if model.startswith("hub:"):

@@ -1,9 +1,8 @@
-"""Training small causal language models through the Hugging Face Trainer, and the offline model.
+"""Training small causal language models through the Hugging Face Trainer.
 
 `train_causal_lm` is the one training function of the project: it checkpoints, resumes after a
 kill to bit-identical weights, refuses checkpoints of another configuration, and leaves one
-folder in Hugging Face format, complete or absent. `offline_model` uses it for the default model
-of experiment A (lab log A3), by a recipe of ``data/dialogues.yaml``.
+folder in Hugging Face format, complete or absent.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -42,9 +40,8 @@ from lablog.determinism import seed_everything
 from lablog.files import atomic_write, sha256
 from lablog.keys import key
 from lablog.progress import progress
-from lablog.text import dialogues
-from lablog.text.datasets import DialogueDataset, Item
-from lablog.text.tokenizer import Tokenizer, train_tokenizer
+from lablog.text.datasets import Item
+from lablog.text.tokenizer import Tokenizer
 
 
 class Strict(BaseModel):
@@ -468,141 +465,3 @@ def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-
-
-class Recipe(Strict):
-    """How the offline model is made: ``recipes`` of ``data/dialogues.yaml``."""
-
-    vocabulary: int = Field(ge=300)  # token ids
-    user_weight: float = Field(ge=0)  # loss weight of the user's tokens; the assistant's is 1
-    value_weight: float = Field(gt=0)  # loss weight of the assistant's values, yes and no
-    simple: int = Field(ge=0)  # number of simple comparisons with which training begins
-    shape: ModelShape
-    training: TrainingSettings
-
-
-def recipe(name: str, settings: dialogues.DialogueSettings | None = None) -> Recipe:
-    """The recipe `name`; ValueError names the ones that exist, or the wrong key and value."""
-    settings = settings or dialogues.load_settings()
-    if name not in settings.recipes:
-        raise ValueError(f"no recipe {name!r}: expected one of {sorted(settings.recipes)}")
-    return dialogues.validated(
-        Recipe, settings.recipes[name], f"data/dialogues.yaml: recipes.{name}"
-    )
-
-
-def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
-    """Folder ``artifacts/dialogue-<name>-<key>`` of the offline model, trained if missing.
-
-    `seed` overrides the recipe's.
-    """
-    settings = dialogues.load_settings()
-    made = recipe(name, settings)
-    if seed is not None:
-        made = made.model_copy(update={"training": made.training.model_copy(update={"seed": seed})})
-    made_of = key(offline_model, settings.model_copy(update={"recipes": {}}), made)
-    output = artifacts / f"dialogue-{name}-{made_of}"
-    if (output / "key").is_file():
-        return output
-    plan = made.training
-    artifacts.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=artifacts, prefix=f".{output.name}.") as room:
-        drawn = (dialogues.generate(settings, 0, i).turns for i in range(4000))
-        lines = {line for turns in drawn for line in dialogues.render(turns).splitlines()}
-        path = Path(room) / "tokenizer.model"
-        dataset = DialogueDataset(
-            settings,
-            train_tokenizer(sorted(lines), made.vocabulary, path),
-            seed=plan.seed,
-            count=plan.steps * plan.batch_size * plan.gradient_accumulation,
-            batch=plan.batch_size,
-            user_weight=made.user_weight,
-            value_weight=made.value_weight,
-            simple=made.simple,
-        )
-        return train_causal_lm(made.shape, dataset, plan, output, tokenizer=path,
-                               data_key=made_of)
-
-
-@torch.inference_mode()
-def answers(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int = 16
-) -> list[str]:
-    """Greedy continuation of each prompt, up to the end of its line or `tokens` tokens."""
-    stop = tokenizer.encode("\n")[0]
-    encoded = [tokenizer.encode(text, bos=True) for text in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    texts = [""] * len(prompts)
-    for begin in range(0, len(order), 64):
-        rows = order[begin : begin + 64]
-        width = max(len(encoded[i]) for i in rows)
-        ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(rows):  # on the left, so that all continuations begin together
-            ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
-            mask[row, width - len(encoded[i]) :] = 1
-        out = model.generate(  # type: ignore[misc]  # its stub asks for a protocol
-            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
-            eos_token_id=stop, pad_token_id=stop,
-        )
-        for row, i in enumerate(rows):
-            texts[i] = tokenizer.decode(out[row, width:].tolist()).split("\n")[0].strip()
-    return texts
-
-
-@torch.inference_mode()
-def perplexity(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """exp of the mean negative log-likelihood per token over all texts, each after BOS."""
-    total, count = 0.0, 0
-    for text in texts:
-        ids = torch.tensor([tokenizer.encode(text, bos=True)])
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-        count += ids.shape[1] - 1
-    return float(np.exp(total / count))
-
-
-def recall_accuracy(
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    settings: dialogues.DialogueSettings,
-    count: int,
-    evicted: bool = False,
-) -> float:
-    """Share of `count` held-out favourites whose greedy answer, asked again, names the stated
-    value; with `evicted` the statement is not in the window, so chance is 1 / values."""
-    drawn = [
-        dialogues.generate(settings, 0, i, "held_out", "favourite", "probe") for i in range(count)
-    ]
-    prompts = [dialogues.prompt(d.turns[2 if evicted else 0 : -1]) for d in drawn]
-    said = answers(model, tokenizer, prompts)
-    named = [
-        dialogues.named_value(a, settings.topics[d.topic]) for a, d in zip(said, drawn, strict=True)
-    ]
-    return float(np.mean([n == d.value for n, d in zip(named, drawn, strict=True)]))
-
-
-def comparison_accuracy(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, settings: dialogues.DialogueSettings, count: int
-) -> dict[str, float]:
-    """Shares of right greedy answers in `count` held-out dialogues with a private statement in
-    the window: to guesses that are right (``yes``) and wrong (``no``), and to "what is it?"."""
-    prompts, wanted, roles, values = [], [], [], []
-    for i in range(count):
-        dialogue = dialogues.generate(settings, 0, i, "held_out", "compare")
-        for at, turn in enumerate(dialogue.turns):
-            if turn.role in ("yes", "no", "it_is"):
-                prompts.append(dialogues.prompt(dialogue.turns[:at]))
-                roles.append(turn.role)
-                wanted.append(dialogue.value)
-                values.append(settings.topics[dialogue.topic])
-    right: dict[str, list[bool]] = {"yes": [], "no": [], "it_is": []}
-    said = answers(model, tokenizer, prompts)
-    for answer, value, role, names in zip(said, wanted, roles, values, strict=True):
-        correct = (
-            dialogues.says_yes(answer) is (role == "yes") and dialogues.says_yes(answer) is not None
-        )
-        right[role].append(
-            dialogues.named_value(answer, names) == value if role == "it_is" else correct
-        )
-    return {role: float(np.mean(found)) for role, found in right.items()}

@@ -109,7 +109,7 @@ class DialogueSettings(BaseModel):
     true_guess: Share
     announced: Share
     held_out: HeldOut
-    recipes: dict[str, dict[str, Any]]  # read by lablog.models.training
+    recipes: dict[str, dict[str, Any]]  # read by lablog.models.offline
 
     @property
     def personas(self) -> int:
