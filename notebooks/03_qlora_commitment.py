@@ -28,30 +28,52 @@ base_seeds: list[int] = [1]  # of the offline model: each is a base of its own
 chat: str = "plain"  # how the model is spoken to, in training and by the probes: plain or llama2
 data: str = "dialogues"  # what to train on: the project's dialogues, or hub:OWNER/NAME of chats
 quantisation: str = "nf4"  # how the base lies in memory: nf4 (4 bits) or none
-compute: list[str] = ["cpu", "f32"]  # device (cpu or cuda), and precision of products (f32 or bf16)
+device: str = "cpu"  # cpu or cuda
+precision: str = "f32"  # of products: f32 or bf16
+
+# The commitment
 k: int = 12  # latent dimension of z*
-layers: list[int] = []  # first and last layer that receive z*, from 0; empty: all
+first_layer: int = 0  # first layer that receives z*, counted from 0
+last_layer: int = -1  # last layer that receives z*; -1: the model's last
 strength: float = 20.0  # λ, the length of the injected direction before training
-lora: list[float] = [8, 16, 0.0]  # rank, alpha and dropout of the low-rank adapters
+
+# The low-rank adapters
+lora_rank: int = 8  # rank of an update
+lora_alpha: float = 16.0  # an update is scaled by alpha / rank
+lora_dropout: float = 0.0  # share of an adapter's inputs
 targets: list[str] = []  # modules that get an adapter; empty: all linear layers
-schedule: list[float] = [0.1, 4, 8, 0.0, 0.5]  # β; steps at 0; steps of its rise; free nats; cells
-gap: list[int] = [0, 2]  # exchanges of other talk inside a guessing game, least and most
+
+# The loss
+beta: float = 0.1  # weight of the KL divergence once it has risen
+beta_zero_steps: int = 4  # steps during which it is zero
+beta_rise_steps: int = 8  # steps of its rise after these
+free_bits: float = 0.0  # nats of KL that cost nothing
+cells: float = 0.5  # share of conversations, at the end, whose z* comes from the prior's cells
+
+# Training
+gap_least: int = 0  # exchanges of other talk inside a guessing game, at least
+gap_most: int = 2  # and at most
 steps: int = 24  # optimiser steps of each run
-batch: list[int] = [12, 1]  # conversations in a micro-batch, and micro-batches in a step
+batch_size: int = 12  # conversations in a micro-batch
+gradient_accumulation: int = 1  # micro-batches in a step
 checkpointing: bool = False  # recompute activations in the backward pass to save memory
 learning_rate: float = 3e-3  # peak, then cosine to zero
 seeds: list[int] = [1, 2]  # one training of z* each, on every base
 control_seeds: list[int] = [1]  # of these, with which the controls are trained too
 ablations: list[str] = []  # trainings besides, on the first base with the first seed (`TRAININGS`)
+workers: int = 2  # processes that train and measure at a time, one thread each
+
+# The probes
 item_seed: int = 11  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
 fewer: int = 12  # of these, for every other kind of new and for every gap
 texts: int = 8  # held-out dialogues to read
 gaps: list[int] = [0, 6]  # exchanges of other talk between opening and question, to be probed
 guesses: int = 2  # guesses in a whole game before it is forked
+
+# A file of the user's
 personas: str = ""  # CSV of dialogues with personas to train on too; empty: not run
 personas_leave_out: list[int] = []  # rows of that file to ignore, the header being row 1
-workers: int = 2  # processes that train and measure at a time, one thread each
 
 # %%
 from lablog import figures, record
@@ -129,18 +151,19 @@ run.metrics_table("bases")
 # of eight that is nearest to its cell's border (hard examples {cite}`shrivastava2016hard`).
 
 # %%
-device, precision = compute
 optimisation = training.TrainingSettings(
-    steps=steps, batch_size=batch[0], gradient_accumulation=batch[1], learning_rate=learning_rate,
-    warmup_steps=steps // 16, schedule="cosine", betas=(0.9, 0.98), weight_decay=0.0, threads=1,
-    precision=precision, cpu=device == "cpu", checkpoint_every=max(steps // 4, 1),
-    log_every=max(steps // 48, 1),
+    steps=steps, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+    learning_rate=learning_rate, warmup_steps=steps // 16, schedule="cosine", betas=(0.9, 0.98),
+    weight_decay=0.0, threads=1, precision=precision, cpu=device == "cpu",
+    checkpoint_every=max(steps // 4, 1), log_every=max(steps // 48, 1),
 )
 plan = Plan(
-    k=k, strength=strength, layers=layers or None, quantisation=quantisation, chat=chat,
+    k=k, strength=strength, layers=(first_layer, last_layer), quantisation=quantisation, chat=chat,
     training=optimisation, gradient_checkpointing=checkpointing,
-    schedule=dict(zip(Schedule.model_fields, schedule, strict=True)),
-    lora=LoraSettings(r=lora[0], alpha=lora[1], dropout=lora[2], targets=targets or "all-linear"),
+    schedule=Schedule(beta=beta, warmup=beta_zero_steps, annealing=beta_rise_steps,
+                      free_bits=free_bits, cells=cells),
+    lora=LoraSettings(r=lora_rank, alpha=lora_alpha, dropout=lora_dropout,
+                      targets=targets or "all-linear"),
 )
 
 # %% [markdown]
@@ -166,14 +189,14 @@ plan = Plan(
 # %%
 settings = load_settings()
 experiment = arms.Experiment(bases, plan, data, ConversationSettings(
-    trained_part(settings), gap=tuple(gap)), run.artifacts)
+    trained_part(settings), gap=(gap_least, gap_most)), run.artifacts)
 tokenizer = Tokenizer(bases[wanted[0]] / "tokenizer.model")
 for kind in KINDS:
     item = trained.Probes(item_seed, 1, 0, kind).items.fork[0]
     print(f"{kind}: {item.opening[0].text} … {item.guesses[0].text} / {item.naming.text}")
 
 # %%
-example = experiment.dataset(wanted[0], seeds[0], "commitment", count=4 * batch[0])
+example = experiment.dataset(wanted[0], seeds[0], "commitment", count=4 * batch_size)
 for index in (0, len(example) - 1):
     print("prefix, for the posterior alone:", tokenizer.decode(example[index].prefix.ids.tolist()))
     print(tokenizer.decode(example[index].forks.ids.tolist()), "\n")
@@ -373,7 +396,7 @@ mine = [(base, seed) for base in bases for seed in seeds]
 with run.stage("diagnostics"):
     latents = {(base, seed): trained.diagnose(
         load_committed(bases[base], runs[base, seed, "commitment"]),
-        experiment.dataset(base, seed, "commitment", True, 8 * batch[0]), batch[0])
+        experiment.dataset(base, seed, "commitment", True, 8 * batch_size), batch_size)
         for base, seed in mine}
 results.record_diagnostics(run, latents)
 run.metrics_table("latent")
@@ -443,7 +466,7 @@ run.metrics_table("native")
 # An unpatched llama.cpp can hold a sampled commitment too, as a control vector, if the layers that
 # receive it begin at 1: the format has no place for layer 0. Given such a file it computes the
 # same logits as the patched one, to the last bit. By default all layers receive $z^*$, layer 0
-# among them, and the refusal below says what to do about it: `layers=[1,2]` trains a commitment
+# among them, and the refusal below says what to do about it: `first_layer=1` trains a commitment
 # that any llama.cpp can carry. The adapter must be given beside it either way.
 
 # %%

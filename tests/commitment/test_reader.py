@@ -522,16 +522,16 @@ class Full:
 def full(llama2, tmp_path_factory) -> Full:
     """z* and its controls, trained for one step."""
     values = profiles.load("full").parameters["03_qlora_commitment"]
-    beta, _, _, free, cells = values["schedule"]
-    rank, alpha, dropout = values["lora"]
     plan = Plan(
         k=values["k"], strength=values["strength"], chat=values["chat"],
         quantisation=values["quantisation"], gradient_checkpointing=values["checkpointing"],
-        lora=LoraSettings(r=rank, alpha=alpha, dropout=dropout, targets=values["targets"]),
-        schedule=Schedule(beta=beta, warmup=0, annealing=0, free_bits=free, cells=cells),
+        lora=LoraSettings(r=values["lora_rank"], alpha=values["lora_alpha"],
+                          dropout=values["lora_dropout"], targets=values["targets"]),
+        schedule=Schedule(beta=values["beta"], warmup=0, annealing=0,
+                          free_bits=values["free_bits"], cells=values["cells"]),
         training=PLAN.training.model_copy(update={
-            "batch_size": values["batch"][0], "gradient_accumulation": values["batch"][1],
-            "learning_rate": values["learning_rate"], "precision": values["compute"][1]}))
+            name: values[name] for name in ("batch_size", "gradient_accumulation",
+                                            "learning_rate", "precision")}))
     base, artifacts = (tmp_path_factory.mktemp(name) for name in ("llama-2", "full"))
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
@@ -541,7 +541,7 @@ def full(llama2, tmp_path_factory) -> Full:
     )).to(torch.bfloat16).save_pretrained(base, max_shard_size="3MB")
     (base / "tokenizer.model").write_bytes(llama2.path.read_bytes())
     experiment = Experiment({1: base}, plan, values["data"], ConversationSettings(
-        trained_part(DIALOGUES), gap=tuple(values["gap"])), artifacts)
+        trained_part(DIALOGUES), gap=(values["gap_least"], values["gap_most"])), artifacts)
     for name in ("commitment", "lora", "note"):
         experiment.train(1, 1, name)
     return Full(base, plan, experiment)

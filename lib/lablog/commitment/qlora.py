@@ -90,7 +90,8 @@ class Schedule(Strict):
 class Plan(Strict):
     """Everything that decides a trained commitment beside the base and the data.
 
-    k 0 trains LoRA alone on the same data (the control without z*). layers None means all.
+    k 0 trains LoRA alone on the same data (the control without z*). layers: first and last
+    that receive z*, −1 being the model's last; None means all.
     positions: z* is added behind ``all`` tokens, or at the ``first`` alone: one virtual token of
     prefix tuning, whose keys and values carry it to the others. code: z* is ``gaussian`` with a
     posterior that reads the prefix, or the ``label`` of the commitment as a one-hot vector: a
@@ -319,7 +320,7 @@ def committed_model(base: PreTrainedModel, plan: Plan, commitments: int = 0) -> 
         adapted: Any = get_peft_model(base, settings)
     commitment = None
     if plan.k:
-        layers = plan.layers or (0, base.config.num_hidden_layers - 1)
+        layers = layers_of(plan, base.config.num_hidden_layers)
         commitment = VariationalCommitment(CommitmentSettings(
             k=plan.k, width=base.config.hidden_size, layers=layers, strength=plan.strength,
             positions=plan.positions, code=plan.code,
@@ -328,6 +329,12 @@ def committed_model(base: PreTrainedModel, plan: Plan, commitments: int = 0) -> 
         if plan.code == "label":
             commitment.head.requires_grad_(False)
     return CommittedModel(adapted, commitment)
+
+
+def layers_of(plan: Plan, layers: int) -> tuple[int, int]:
+    """First and last layer that receive z* in a model of so many `layers`, from 0."""
+    first, last = plan.layers or (0, -1)
+    return first, layers - 1 if last == -1 else last
 
 
 def base_hash(folder: Path) -> str:

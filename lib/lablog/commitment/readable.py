@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from lablog.commitment import probes
-from lablog.commitment.qlora import Plan
+from lablog.commitment.qlora import Plan, layers_of
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct
 from lablog.text.dialogues import DialogueSettings, Draw, Turn
 from lablog.text.tokenizer import Tokenizer
@@ -56,8 +56,9 @@ def _misfits(plan: Plan, config: PreTrainedConfig, vocabulary: int) -> Iterator[
     if plan.k > config.hidden_size:
         yield (f"k = {plan.k} is larger than the model's width {config.hidden_size}: choose a "
                "smaller k")
-    if plan.layers and not 0 <= plan.layers[0] <= plan.layers[1] < config.num_hidden_layers:
-        yield (f"layers = {list(plan.layers)}: the model has layers 0 to "
+    first, last = layers_of(plan, config.num_hidden_layers)
+    if not 0 <= first <= last < config.num_hidden_layers:
+        yield (f"first_layer = {first}, last_layer = {last}: the model has layers 0 to "
                f"{config.num_hidden_layers - 1}")
     if vocabulary > config.vocab_size:
         yield (f"tokenizer.model has {vocabulary} tokens, the model only {config.vocab_size}: give "
