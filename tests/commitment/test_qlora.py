@@ -353,16 +353,14 @@ def test_cells_and_labels_for_data_without_numbers_are_refused(
 
 
 def test_what_decides_the_weights_is_in_their_key(folder, monkeypatch):
-    """Else a finished run of other code or other dialogues would pass for the one asked for."""
+    """Else a finished run of other code or of another base would pass for the one asked for."""
     other = PLAN.model_copy(update={"strength": PLAN.strength + 1})
     keys = [qlora.training_key(folder, PLAN, "a"), qlora.training_key(folder, PLAN, "b"),
             qlora.training_key(folder, other, "a")]
     assert qlora.training_key(folder, PLAN, "a") == keys[0]
-    phrases = DIALOGUES.model_copy(update={"yes": DIALOGUES.yes[::-1]})
-    for name, value in (("load_settings", lambda: phrases), ("CODE", qlora.CODE[1:]),
-                        ("base_hash", lambda _: "other"), ("version", lambda _: "0")):
+    for name in ("lablog.commitment.qlora.base_hash", "lablog.keys._made_by"):
         with monkeypatch.context() as changed:
-            changed.setattr(qlora, name, value)
+            changed.setattr(name, lambda _: "other")
             keys.append(qlora.training_key(folder, PLAN, "a"))
     assert len(set(keys)) == len(keys)
 
