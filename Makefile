@@ -68,7 +68,7 @@ $(ENV_STAMP): pyproject.toml $(SDIST)
 	  'error: $(PY) is not Python 3.11: activate an environment made from environment.yml,' \
 	  'or deactivate conda' >&2; exit 1; }
 	@echo "installing the pinned packages into $(ENV) (a few minutes the first time)"
-	@$(PIP) install -C 'cmake.args=-DLLAMA_BUILD=OFF;-DLLAVA_BUILD=OFF' $(SDIST)
+	@$(PIP) install --config-settings 'cmake.args=-DLLAMA_BUILD=OFF;-DLLAVA_BUILD=OFF' $(SDIST)
 	@$(PIP) install --editable '.[test]'
 	@touch $@
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lablog.cvfp.lyapunov import lyapunov_exponent
@@ -148,6 +148,8 @@ def forgetful(network, context_dim=12):
 
 
 @fast
+@example(seed=225, std=1.0, forgets=False, tokens=85, segment=18, method="jacobi", mix=0.9,
+         tolerance=1e-8)
 @given(
     seed=st.integers(0, 1000), std=st.floats(0.02, 1.5), forgets=st.booleans(),
     tokens=st.integers(1, 300), segment=st.integers(1, 40),
@@ -163,7 +165,10 @@ def test_a_rollout_is_never_silently_wrong(
     segment = segment if method == "jacobi" else 1
     result = rollout(block, text, method=method, tolerance=tolerance, segment=segment)
     error = ((result.contexts - exact).norm(dim=1) / exact.norm(dim=1)).max()
-    assert float(error) <= tolerance
+    # As many passes as segments are exact but for rounding, which grows where nothing contracts.
+    nudge = torch.full_like(text[0, :1], 1e-15).expand(exact.shape[1])
+    rounding = (rollout(block, text, nudge).contexts - exact).norm(dim=1) / exact.norm(dim=1)
+    assert float(error) <= tolerance + (0 if result.fell_back else 10 * float(rounding.max()))
     assert result.sequential_tokens in (0, tokens)
     assert not result.fell_back or torch.equal(result.contexts, exact)
 
