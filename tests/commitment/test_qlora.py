@@ -365,6 +365,12 @@ def test_what_decides_the_weights_is_in_their_key(folder, monkeypatch):
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize(("asked", "got"), [
+    (None, (0, 5)), ((0, -1), (0, 5)), ((2, -1), (2, 5)), ((1, 4), (1, 4))])
+def test_the_last_layer_may_be_counted_from_the_end(asked, got):
+    assert qlora.layers_of(PLAN.model_copy(update={"layers": asked}), 6) == got
+
+
 def test_a_batch_holds_every_persona_once(tokenizer):
     data = conversations(tokenizer, 24, 12)
     topics = [list(values) for values in DIALOGUES.topics.values()]
