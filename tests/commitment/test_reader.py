@@ -466,7 +466,8 @@ def test_what_cannot_be_probed_is_refused_before_anything_is_trained(folder):
     check(folder)
     wrong = PLAN.model_copy(update={"k": 65, "layers": (2, 6)})
     with pytest.raises(ValueError, match=r"k = 65 is larger than the model's width 64: choose a "
-                                         r"smaller k\nfirst_layer = 2, last_layer = 6: .* layers 0 to 5"):
+                                         r"smaller k\nfirst_layer = 2, last_layer = 6: .* layers "
+                                         "0 to 5"):
         check(folder, wrong)
     chapter = (repository() / "notebooks" / "03_qlora_commitment.py").read_text()
     assert chapter.index("check_readable(folder, ") < chapter.index("experiment.train")
