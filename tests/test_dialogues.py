@@ -90,6 +90,11 @@ def test_dialogues_in_few_phrasings_keep_the_split_of_all(kind):
     assert len(texts) <= 3 * len(SETTINGS.topics)
 
 
+def test_few_phrasings_that_leave_none_in_a_split_are_refused():
+    with pytest.raises(ValueError, match=r"few = 1: no phrasing of private .* split held_out"):
+        generate(SETTINGS, 5, 0, "held_out", "compare", number=1, few=1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["training", "probe"])
 def test_every_answer_keeps_to_the_value(kind: Kind, form: Form):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from lablog import keys, provenance
+from lablog.arianna.finetuning import train_base
 from lablog.commitment import plots, sweep
 from lablog.commitment.conversations import Conversations
 from lablog.commitment.personas import PersonaConversations
@@ -37,6 +38,10 @@ class Shape:
 class Plan(BaseModel):
     steps: int
     layers: tuple[int, int] | None = None
+
+
+class Named(BaseModel):
+    topics: dict[str, int]
 
 
 def make() -> None: ...
@@ -63,7 +68,8 @@ def test_a_setting_s_type_and_place_count():
         ({"a": [1]},), (Shape(1),), (Shape(1, 0.2),), (Plan(steps=1),),
         (Plan(steps=1, layers=(0, 1)),))]
     assert len(set(found)) == len(found)
-    assert key(make, {"a": 1, "b": 2}) == key(make, {"b": 2, "a": 1})
+    assert key(make, {"a": 1, "b": 2}) != key(make, {"b": 2, "a": 1})  # draws follow the order
+    assert key(make, Named(topics={"a": 1, "b": 2})) != key(make, Named(topics={"b": 2, "a": 1}))
     assert key(make, 1) != key(make_other, 1)
     assert len(found[0]) == 16
 
@@ -169,7 +175,7 @@ def test_the_key_changes_with_the_packages_behind_it(clone, monkeypatch, distrib
 
 def test_the_key_is_the_same_in_another_process():
     program = ("from lablog.keys import key\nfrom lablog.commitment import plots\n"
-               "print(key(plots.heat, {'b': 1, 'a': [2.5]}))")
+               "print(key(plots.heat, {'a': [2.5], 'b': 1}))")
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           check=True, cwd=repository(), env={"PYTHONHASHSEED": "7",
                                                              "PYTHONPATH": "lib"})
@@ -199,7 +205,8 @@ def test_trainings_depend_on_what_makes_their_conversations():
     assert {"lib/lablog/commitment/hooks.py", "lib/lablog/commitment/variational.py",
             "lib/lablog/models/training.py"} <= behind(train_commitment)
     assert {"lib/lablog/text/dialogues.py", "data/dialogues.yaml"} <= behind(offline_model)
-    for function in (train_commitment, offline_model):
+    assert {"lib/lablog/models/training.py", "lib/lablog/text/packing.py"} <= behind(train_base)
+    for function in (train_commitment, offline_model, train_base):
         assert not {name for name in behind(function) if "plots" in name or "results" in name}
         assert not any(name.startswith("native/") for name in behind(function))
 

@@ -163,6 +163,7 @@ def test_a_metric_is_told_with_counts_unit_and_interval(metric: Metric, expected
     ('{{ counts("train.loss") }}', "has no numerator and denominator"),
     ('{{ dimensions("train.loss") }}', "has no numerator and denominator"),
     ('{{ number(arm ~ ".loss") }}', "04_cvfp_phase1: 'arm' is undefined"),
+    ('{{ number("no metric") }}', "lacks a mandatory number: .*'no metric'"),
     ('{{ number("train.loss" }}', "04_cvfp_phase1: unexpected"),
 ])
 def test_a_line_without_its_number_is_refused(line: str, expected: str):

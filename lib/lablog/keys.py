@@ -31,9 +31,9 @@ ENGINE = "llama_cpp"
 def key(function: Callable[..., Any], *parts: Any) -> str:
     """The digest, 16 hexadecimal digits, under which what `function` makes of `parts` is stored.
 
-    A part is a setting (None, bool, number, string, list, tuple, mapping, dataclass, pydantic
-    model), an array or tensor, which counts by dtype, shape and bytes, or the path of a file or
-    folder, which counts by its contents and never by where it lies.
+    A part is a setting (None, bool, number, string, list, tuple, mapping in its order, dataclass,
+    pydantic model), an array or tensor, which counts by dtype, shape and bytes, or the path of a
+    file or folder, which counts by its contents and never by where it lies.
 
     Raises FileNotFoundError for a path that is not there and TypeError for a part that is none of
     these.
@@ -82,9 +82,9 @@ def _plain(part: Any) -> Any:
         case Path():
             return {"contents": _contents(part)}
         case BaseModel():
-            return {type(part).__name__: part.model_dump(mode="json")}
+            return {type(part).__name__: _plain(part.model_dump(mode="json"))}
         case Mapping():
-            return {"mapping": [[_plain(name), _plain(part[name])] for name in sorted(part)]}
+            return {"mapping": [[_plain(name), _plain(value)] for name, value in part.items()]}
         case list() | tuple():
             return [_plain(each) for each in part]
         case np.generic():

@@ -91,13 +91,14 @@ def format_metric(metric: Metric, style: str | None = None) -> str:
 def fill(record: Record, text: str) -> str:
     """`text` with the record's numbers in its fields; ReportError for a metric that it lacks."""
 
-    def number(match: re.Match[str]) -> str:
-        try:
-            return format_metric(record.metric(match[1]), match[2])
-        except KeyError as error:
-            raise ReportError(f"the report lacks a mandatory number: {error.args[0]}") from None
+    return _FIELD.sub(lambda field: _told(record, field[1], field[2]), text)
 
-    return _FIELD.sub(number, text)
+
+def _told(record: Record, name: str, style: str | None) -> str:
+    try:
+        return format_metric(record.metric(name), style)
+    except KeyError as error:
+        raise ReportError(f"the report lacks a mandatory number: {error.args[0]}") from None
 
 
 def render(record: Record, template: str, **names: Any) -> str:
@@ -108,7 +109,7 @@ def render(record: Record, template: str, **names: Any) -> str:
     the template is none.
     """
     def number(name: str, style: str | None = None) -> str:
-        return f"{_MARK}{fill(record, f'{{{name}:{style}}}' if style else f'{{{name}}}')}"
+        return _MARK + _told(record, name, style)
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                               autoescape=False)

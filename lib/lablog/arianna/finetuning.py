@@ -70,7 +70,7 @@ def _train(name: str, start: ModelShape | Path, shape: ModelShape, settings: Tra
            stream: Stream, tokenizer: Tokenizer, runs: Path) -> Path:
     """Train on windows of `stream` into ``runs/<name>-<key>``, unless that is there."""
     origin = start.name if isinstance(start, Path) else ""
-    made_of = key(Windows, shape, settings, stream.key, origin)
+    made_of = key(_train, shape, settings, stream.key, origin)
     count = settings.steps * settings.batch_size * settings.gradient_accumulation
     return train_causal_lm(
         start, Windows(stream, shape.context, count, settings.seed), settings,

@@ -162,9 +162,7 @@ class Experiment:
         """What the conversations of a training are made of."""
         if self.data != "dialogues":
             return key(from_hub, self.data)
-        made = conversations(TRAININGS[name], self.settings)
-        dialogues = made.dialogues.model_copy(update={"recipes": {}})
-        return key(Conversations, replace(made, dialogues=dialogues))
+        return key(Conversations, conversations(TRAININGS[name], self.settings))
 
     def folder(self, base: int, seed: int, name: str) -> Path:
         """Where a training lies: under the digest of all that decides it."""

@@ -348,8 +348,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """
     names = rows.groupby("span", sort=False)["layers"].unique().map(" = ".join)
     table = []
-    for names_it, group in rows.groupby(["control", "layers", "strength"], sort=False):
-        entry: dict[str, Any] = dict(zip(("control", "layers", "strength"), names_it, strict=True))
+    for which, group in rows.groupby(["control", "layers", "strength"], sort=False):
+        entry: dict[str, Any] = dict(zip(("control", "layers", "strength"), which, strict=True))
         entry |= {"span": group["span"].iloc[0], "seeds": len(group),
                   "range": names[group["span"].iloc[0]]}
         entry["word"] = group["word"].mode().iloc[0]

@@ -6,7 +6,6 @@ The sequential variant steps after every token, the parallel one once per pass o
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 from collections.abc import Callable
@@ -330,11 +329,9 @@ def contexts_of(folder: Path, block: CVFPBlock, tokens: Tensor) -> Tensor:
 
 def _pass_identity(block: CVFPBlock, tokens: Tensor) -> dict[str, Any]:
     """Everything that a pass of `block` over `tokens` depends on, as names and plain values."""
-    digest = hashlib.sha256()
-    for tensor in (*block.state_dict().values(), tokens):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return {
-        **asdict(block.config), "start and tokens": digest.hexdigest(), "code": key(contexts_of),
+        **asdict(block.config), "code": key(contexts_of),
+        "start and tokens": key(contexts_of, *block.state_dict().values(), tokens),
         "threads": torch.get_num_threads(), "device": tokens.device.type,
     }
 

@@ -118,9 +118,10 @@ def rollout(
 
     The parallel methods solve a window of segments at a time, from the exact end of the window
     before, and stop when the error that is left, extrapolated from how residuals shrink, is below
-    `tolerance` relative to the context's norm. As soon as a window would not get there within
-    `max_passes` (about where the loop is as fast on two CPU cores), the loop does the whole text:
-    where the recurrence does not contract, even the rounding of an exact prefix would grow.
+    half of `tolerance` relative to the context's norm: an estimate, not a bound. As soon as a
+    window would not get there within `max_passes` (about where the loop is as fast on two CPU
+    cores), the loop does the whole text: where the recurrence does not contract, even the rounding
+    of an exact prefix would grow.
     Raises ValueError for a wrong width, method, segment or tolerance, FloatingPointError for NaN.
     """
     began, config = time.perf_counter(), block.config
@@ -216,7 +217,10 @@ class _Window:
             verdict = self._judge(residuals)
             if verdict is not None:
                 return (guess if verdict else None), residuals
-        return guess, residuals  # as many passes as segments make all of them exact
+        # As many passes as segments make all of them exact, but for rounding: where residuals do
+        # not shrink nothing contracts, and that grows from segment to segment.
+        shrunk = segments == 1 or residuals[-1] < residuals[0]
+        return (guess if shrunk else None), residuals
 
     def _judge(self, residuals: list[float]) -> bool | None:
         """True: converged; False: will not be within the passes allowed; None: go on."""

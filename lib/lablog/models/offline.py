@@ -45,7 +45,7 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     made = recipe(name, settings)
     if seed is not None:
         made = made.model_copy(update={"training": made.training.model_copy(update={"seed": seed})})
-    made_of = key(offline_model, settings.model_copy(update={"recipes": {}}), made)
+    made_of = key(offline_model, settings, made)
     output = artifacts / f"dialogue-{name}-{made_of}"
     if (output / "key").is_file():
         return output

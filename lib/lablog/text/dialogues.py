@@ -330,7 +330,7 @@ def generate(
     probe form of a favourite has one statement, ``probe_gap`` distractors and one question; the
     simple form of a comparison is the private statement, one guess and "what is it?". Of the other
     kinds all forms are the same. With `few` only so many phrasings of what is `ASKED` occur, the
-    first; the split is that of all of them.
+    first, and the split is that of all of them. ValueError if that leaves none.
     """
     drawn_from = settings if few is None else settings.model_copy(
         update={name: getattr(settings, name)[:few] for name in ASKED})
@@ -348,6 +348,9 @@ def generate(
     openings = [(offset - number) % count for offset in offsets]
     if few is not None:
         openings = [opening for opening in openings if opening < few]
+    if not openings:
+        raise ValueError(f"few = {few}: no phrasing of {FIRST[kind]} of value "
+                         f"{number} is in the split {split}")
     opening = draw.pick(openings) if split == "train" else openings[0]
     value = settings.topics[topic][number]
     if kind == "favourite":
