@@ -146,7 +146,9 @@ run.say("""
 # for reading, an answer beyond the window is continued in windows that overlap by half.
 #
 # The measure is bits per byte of the answers alone,
+#
 # $$ -\frac{1}{\text{bytes}} \sum_{i \in \text{answer}} \log_2 p(t_i \mid t_{<i}), $$
+#
 # which does not depend on the tokenizer and does not reward learning the form of the questions.
 # Each dialogue is encoded in two forms: *qa* as it is trained on, and *bare*, the same answer
 # behind the bare question, without `Q:` and `A:`. In both, only the answer's tokens count.

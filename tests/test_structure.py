@@ -125,6 +125,15 @@ def lines(text: str) -> int:
     return sum(bool(line.strip()) for line in text.splitlines())
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_a_displayed_formula_is_a_paragraph_of_its_own(path: Path):
+    """Inside another it is shown with its dollar signs."""
+    for text in cells(path, "markdown"):
+        for paragraph in text.split("\n\n"):
+            if "$$" in paragraph:
+                assert paragraph.strip()[:2] == paragraph.strip()[-2:] == "$$", paragraph
+
+
 def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == notebooks()
     assert len(NOTEBOOKS) >= 2
