@@ -43,13 +43,14 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 # figures, the report and the claims ledger read nothing else.
 
 # %%
-from lablog import figures, record
+from lablog import figures
 from lablog.commitment import coherence, latent, plots, results, sweep
 from lablog.commitment.sweep import AT_LOG_DOSE, NAMED_ROWS
 from lablog.models import source
+from lablog.run import begin
 
 figures.use_style()
-run = record.begin("01_zero_shot_commitment", globals())
+run = begin("01_zero_shot_commitment", globals())
 
 # %% [markdown]
 # ## The model

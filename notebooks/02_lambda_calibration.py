@@ -43,15 +43,16 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 # its own, which is what makes the sweep parallel.
 
 # %%
-from lablog import figures, record
+from lablog import figures
 from lablog.commitment import calibration, coherence, plots, results, sweep
 from lablog.commitment.sweep import RANGES
 from lablog.models import source
+from lablog.run import begin
 
 import pandas as pd
 
 figures.use_style()
-run = record.begin("02_lambda_calibration", globals())
+run = begin("02_lambda_calibration", globals())
 with run.stage("model"):
     gguf = run.file(source.gguf_file(model, run.artifacts))
 settings = sweep.Settings(

@@ -76,7 +76,7 @@ personas: str = ""  # CSV of dialogues with personas to train on too; empty: not
 personas_leave_out: list[int] = []  # rows of that file to ignore, the header being row 1
 
 # %%
-from lablog import figures, record
+from lablog import figures
 from lablog.commitment import agreement, arms, export, trained
 from lablog.commitment import training_results as results
 from lablog.commitment.arms import ARMS, Asked
@@ -89,9 +89,10 @@ from lablog.commitment.reader import Reader
 from lablog.models import source, training
 from lablog.text.dialogues import load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
+from lablog.run import begin
 
 figures.use_style()
-run = record.begin("03_qlora_commitment", globals())
+run = begin("03_qlora_commitment", globals())
 processes = arms.Workers(workers)
 
 # %% [markdown]

@@ -20,7 +20,7 @@ from lablog.commitment.sweep import (
 from lablog.comparisons import holm, p_greater
 from lablog.intervals import geometric_over_seeds, wilson
 from lablog.models import evaluation
-from lablog.record import Run
+from lablog.run import Run
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
