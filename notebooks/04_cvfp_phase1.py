@@ -79,12 +79,13 @@ import pandas as pd
 import torch
 
 from lablog import figures
-from lablog.cvfp import lyapunov, memory, passes, phase1, plots, results
+from lablog.cvfp import convergence, lyapunov, memory, passes, phase1, plots, results
 from lablog.cvfp.checks import effective_rank
 from lablog.cvfp.data import prepare, shuffled
 from lablog.cvfp.model import CVFPBlock, ModelConfig
 from lablog.cvfp.rollout import exact_shares, rollout
 from lablog.determinism import seed_everything
+from lablog.record import Metric
 from lablog.run import begin
 
 figures.use_style()
@@ -165,7 +166,7 @@ with run.stage("iteration 0"):
         blocks[name] = CVFPBlock(shape, seed).to(device)
         contexts[name] = {"training": phase1.contexts_of(folder, blocks[name], training)}
         ranks.append(effective_rank(contexts[name]["training"]).fraction)
-results.record_mean(run, "untrained.training.effective_rank", ranks, "fraction", seeds)
+run.metrics([Metric.over_seeds("untrained.training.effective_rank", ranks, "fraction", seeds)])
 
 # %% [markdown]
 # For fact (a) the first seed's network, still untrained, makes two parallel passes more: iterations
@@ -176,7 +177,7 @@ results.record_mean(run, "untrained.training.effective_rank", ranks, "fraction",
 bare = f"untrained.seed{seeds[0]}"
 once = passes.iterate_passes(blocks[bare], training, 2, "parallel", convergence_threshold,
                              contexts[bare]["training"])
-results.record_passes(run, "untrained.training.parallel", once)
+run.metrics(results.check_3(once), under="untrained.training.parallel")
 pd.DataFrame({"pass": [1, 2], "tokens converged": once.converged, "of": len(training)})
 
 # %%
@@ -207,7 +208,8 @@ for seed, w in cases:
     with run.stage(f"train {name}"):
         blocks[name], result = phase1.trained(folder, shape, config, training, start)
     contexts[name] = {"training": result.contexts}
-    histories.append(results.record_history(run, name, result))
+    histories.append(results.iterations(result, name))
+    run.metrics(results.phase1_training(result), under=name)
 
 # %% [markdown]
 # What the log counts on validation text is the same loop with frozen weights. In the parallel
@@ -233,7 +235,7 @@ with run.stage("validation"):
             blocks[name], validation, iterations - 1, "parallel", convergence_threshold,
             contexts[name]["validation"],
         )
-        results.record_passes(run, f"{name}.validation.parallel", frozen[name])
+        run.metrics(results.check_3(frozen[name]), under=f"{name}.validation.parallel")
 
 # %%
 shown = {f"{name}, validation, frozen": frozen[name] for name in (main, bare)}
@@ -275,23 +277,33 @@ with run.stage("shuffled"):
         k: rollout(blocks[main], t).contexts for k, t in mixed.items()
     }
 
+# %% [markdown]
+# Each network and control is recorded under its name and the name of the text, and has a row in the
+# table. The ranks stand in dimensions there, `share` being the first of them over the width; the
+# record holds all four as shares.
+
 # %%
 rows = []
 for name, found in contexts.items():
     read = mixed if name == "control.shuffled" else splits
-    rows += results.record_contexts(run, name, found, read)
+    for split, matrix in found.items():
+        spread = results.Spread.of(matrix, read[split], split)
+        run.metrics(spread.metrics, under=f"{name}.{split}")
+        rows.append({"network": name, "split": split} | spread.row)
 table = pd.DataFrame(rows)
 table.set_index(["network", "split"]).round(3)
 
 # %% [markdown]
 # One network is one draw of initial weights. The effective rank at the adopted $w$ is therefore
-# also given as a mean over seeds, with a $t$ interval.
+# also given as a mean over seeds, with a $t$ interval, as `parallel.<text>.effective_rank`; that of
+# the untrained networks was recorded above.
 
 # %%
 adopted = table[table.network.isin([f"w{diversity_weight:g}.seed{seed}" for seed in seeds])]
 for split in splits:
     shares = adopted[adopted.split == split].share.tolist()
-    results.record_mean(run, f"parallel.{split}.effective_rank", shares, "fraction", seeds)
+    name = f"parallel.{split}.effective_rank"
+    run.metrics([Metric.over_seeds(name, shares, "fraction", seeds)])
 
 # %%
 run.say("""
@@ -357,10 +369,18 @@ for name in ("control.constant", "control.embeddings"):
     again[name] = passes.Passes.unchanged(contexts[name]["validation"], check3_passes - 1)
 
 # %%
-pd.DataFrame([
-    results.record_passes(run, f"{name}.validation.sequential", found)
-    for name, found in again.items()
-]).round(6)
+for name, found in again.items():
+    run.metrics(results.check_3(found), under=f"{name}.validation.sequential")
+run.table([f"{name}.validation.sequential" for name in again],
+          ["final_diff", "convergence", "check3"])
+
+# %% [markdown]
+# The verdict also asks that changes shrink, so here are those of all passes, a row for each: the
+# mean squared difference of the contexts to those of the pass before. The first row is the distance
+# between a reading from the zero context and one from the end of the text.
+
+# %%
+pd.DataFrame({name: found.differences for name, found in again.items()}).round(6)
 
 # %% [markdown]
 # Where in the text do contexts change? Two passes differ at the start token first. A network that
@@ -378,7 +398,9 @@ run.figure("changes", *plots.change_map(maps, tokens=200),
 
 # %%
 for name in compared:
-    print(name, results.record_trials(run, name, again[name].differences), sep="\n")
+    trials = convergence.Trials(tuple(again[name].differences))
+    run.metrics(results.trials(trials), under=name)
+    print(name, trials, sep="\n")
 
 # %% [markdown]
 # ## Where parallel evaluation is exact, and where it wins
@@ -397,11 +419,10 @@ for name in compared:
 
 # %%
 part, zero = training[:lyapunov_tokens], training.new_zeros(context_dim)
-rows = []
 for name in compared:
     growth = lyapunov.lyapunov_exponent(blocks[name], part, zero, seeds[0], len(part) // 5)
-    rows.append(results.record_exponent(run, name, growth))
-pd.DataFrame(rows)
+    run.metrics(results.exponent(growth), under=name)
+run.table(compared, ["lyapunov"])
 
 # %% [markdown]
 # Every method reads the validation text with the trained and with the untrained network, and is
@@ -409,16 +430,15 @@ pd.DataFrame(rows)
 
 # %%
 methods = [("sequential", 1), ("jacobi", 1), ("jacobi", 64), ("quasi-newton", 1)]
-tried, rows = {}, []
+tried, names = {}, []
 for name in (main, bare):
     for method, segment in methods:
         label = method + (f" x{segment}" if segment > 1 else "")
         with run.stage(f"rollout {name} {label}"):
             found = rollout(blocks[name], validation, method=method, segment=segment)
         tried[f"{name} {label}"] = found
-        row = results.record_rollout(run, f"{name}.rollout.{method}{segment}", found,
-                                     contexts[name]["validation"])
-        rows.append({"network": name, "method": label} | row)
+        names.append(f"{name}.rollout.{method}{segment}")
+        run.metrics(results.accuracy_of(found, contexts[name]["validation"]), under=names[-1])
 
 # %%
 run.figure("rollouts", *plots.residuals(tried),
@@ -426,8 +446,12 @@ run.figure("rollouts", *plots.residuals(tried),
            "text (fallback to the loop included; x64: segments of 64 tokens). Dotted: the "
            "tolerance.")
 
+# %% [markdown]
+# How many tokens the loop had to do, how often a parallel method evaluated the map for each token,
+# and the largest relative error of a context, by network, method and tokens of a segment.
+
 # %%
-pd.DataFrame(rows)
+run.table(names, ["passes", "loop_tokens", "error"])
 
 # %% [markdown]
 # Exactness spreads one token a pass. The curve below is the error of Jacobi iteration against the
@@ -468,7 +492,7 @@ changed = torch.linspace(1, last, 40).long().to(device).unique()
 for name in compared:
     curves[name] = memory.memory_curve(blocks[name], validation, contexts[name]["validation"],
                                        changed, memory_distance, seeds[0])
-    results.record_memory(run, name, curves[name], threshold)
+    run.metrics(results.memory(curves[name], threshold), under=name)
 
 # %%
 run.figure("memory", *plots.memory(curves),
@@ -490,7 +514,8 @@ config = replace(settings, variant="sequential", diversity_weight=sequential_wei
                  iterations=sequential_iterations)
 with run.stage("train sequential"):
     _, result = phase1.trained(folder, shape, config, part, start)
-frame = results.record_history(run, "sequential", result)
+run.metrics(results.phase1_training(result), under="sequential")
+frame = results.iterations(result, "sequential")
 frame[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
 
 # %% [markdown]
@@ -498,7 +523,8 @@ frame[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
 # the text, each as large as a single context.
 
 # %%
-results.record_contexts(run, "sequential", {"training": result.contexts}, {"training": part})
+spread = results.Spread.of(result.contexts, part, "training")
+run.metrics(spread.metrics, under="sequential.training")
 run.metric("sequential.tokens", len(part), "count")
 run.metric("sequential.tracker_memory", 2 * result.contexts[0].nbytes, "bytes")
 run.say("""

@@ -79,6 +79,7 @@ from lablog.cvfp import phase1, phase2, plots, results
 from lablog.cvfp.data import prepare, shuffled
 from lablog.cvfp.model import CVFPBlock, ModelConfig
 from lablog.determinism import seed_everything
+from lablog.record import Metric
 from lablog.run import begin
 
 figures.use_style()
@@ -127,7 +128,7 @@ for seed in seeds:
     name, config = f"w{diversity_weight:g}.seed{seed}", replace(settings, seed=seed)
     with run.stage(f"train {name}"):
         blocks[seed], result = phase1.trained(folder, shape, config, texts.tokens["training"])
-    results.record_history(run, name, result)
+    run.metrics(results.phase1_training(result), under=name)
 
 # %% [markdown]
 # And their contexts, a row for each token of each of the three texts. Every text is read from the
@@ -217,10 +218,12 @@ suffix = {seed: "" if seed == first else f".seed{seed}" for seed in seeds}
 
 # %% [markdown]
 # An arm is trained on the training text and stopped by validation; the weights of its best epoch
-# then predict validation and test once. Arms of further seeds carry their seed in the name.
+# then predict validation and test once. Arms of further seeds carry their seed in the name. Of the
+# training text only what was met on the way is known, in the best epoch, while weights still
+# changed: no pass is spent on reading it again.
 
 # %%
-trained, seen, rows = {}, {}, []
+trained, seen = {}, {}
 for arm, seed, block, contexts in arms:
     key, version = arm + suffix[seed], "v1.0" if arm == "v1.0" else "v2.0"
     read = {k: phase2.FixedText(texts.ids[k], texts.tokens[k], c) for k, c in contexts.items()}
@@ -230,7 +233,9 @@ for arm, seed, block, contexts in arms:
             replace(config, version=version, seed=seed), key, progress=True,
         )
     seen[key] = {k: phase2.predict(trained[key].model, read[k]) for k in ("validation", "test")}
-    rows.append(results.record_predictions(run, key, seen[key], dialogue_tokens, trained[key]))
+    for split, found in seen[key].items():
+        run.metrics(results.predictions(found, dialogue_tokens), under=f"{key}.{split}")
+    run.metrics(results.phase2_training(trained[key]), under=key)
 
 # %% [markdown]
 # Two baselines need no network: the frequency of each token, and bigrams with Witten-Bell
@@ -238,6 +243,10 @@ for arm, seed, block, contexts in arms:
 # $T(a)$ different tokens among these,
 #
 # $$ p(b \mid a) = \frac{N(a, b) + T(a)\, p(b)}{N(a) + T(a)}. $$
+#
+# With a network or without, an arm leaves the same behind: for each position of validation and of
+# test the negative log-likelihood of the next token, and whether the most probable token was the
+# right one. Perplexity and accuracy are read from these alone.
 #
 # Intervals are bootstrapped over dialogues; they say how the perplexity would vary with other
 # dialogues of the same kind, not with another seed. The table shows all arms of all seeds;
@@ -248,18 +257,23 @@ ids = {k: text.tolist() for k, text in texts.ids.items()}
 for name, model in (("unigram", phase2.unigram), ("bigram", phase2.bigram)):
     seen[name] = {k: model(ids["training"], ids[k], texts.vocabulary)
                   for k in ("validation", "test")}
-    rows.append(results.record_predictions(run, name, seen[name], dialogue_tokens))
-pd.DataFrame(rows).set_index("arm").round(3)
+    for split, found in seen[name].items():
+        run.metrics(results.predictions(found, dialogue_tokens), under=f"{name}.{split}")
+run.table(list(seen), ["validation.perplexity", "validation.accuracy", "test.perplexity",
+                       "test.accuracy", "best_epoch", "training.perplexity"], style="value")
 
 # %% [markdown]
 # The two arms that were trained with every seed also have a mean over seeds. It is the mean of the
-# logarithm, the cross-entropy, turned back into a perplexity, and so is its $t$ interval.
+# logarithm, the cross-entropy, turned back into a perplexity, and so is its $t$ interval. A mean of
+# perplexities would follow the worst seed, since a perplexity is an exponential. These means have
+# names of their own, `<arm>.seeds.<text>.perplexity`.
 
 # %%
 for arm in ("v2.0", "zeros"):
     for split in ("validation", "test"):
         values = [seen[arm + suffix[seed]][split].perplexity for seed in seeds]
-        results.record_mean(run, f"{arm}.seeds.{split}.perplexity", values, "", seeds, log=True)
+        name = f"{arm}.seeds.{split}.perplexity"
+        run.metrics([Metric.over_seeds(name, values, "", seeds, log=True)])
 
 # %% [markdown]
 # The left curves are what was met during an epoch, the right ones what is read after it. Where the
@@ -296,16 +310,20 @@ run.figure("test", *plots.intervals(on_test, dialogue_tokens),
 
 # %% [markdown]
 # With $\ell_i$ the negative log-likelihood of token $i$, the ratio is $\exp$ of the mean of
-# $\ell_i^{\text{arm}} - \ell_i^{\text{v2.0}}$. The last column says on which side of 1 the whole
-# interval lies.
+# $\ell_i^{\text{arm}} - \ell_i^{\text{v2.0}}$. It is recorded as `<arm>.over_v2.0.<text>`, with the
+# interval that the table shows. The last column says on which side of 1 the whole interval lies.
+# The ratio on validation is shown for comparison with the log and decides nothing: that text was
+# trained on.
 
 # %%
 others, rows = [name for name in names if name != "v2.0"], []
 for name in others:
     for split in ("validation", "test"):
-        row = results.record_ratio(run, f"{name}.over_v2.0.{split}", seen[name][split],
-                                   seen["v2.0"][split], dialogue_tokens)
-        rows.append({"arm": name, "text": split} | row)
+        ratio = results.perplexity_ratio(f"{name}.over_v2.0.{split}", seen[name][split],
+                                         seen["v2.0"][split], dialogue_tokens)
+        run.metrics([ratio])
+        low, high = ratio.interval
+        rows.append({"arm": name, "text": split, "ratio": ratio.value, "low": low, "high": high})
 
 # %%
 ratios = pd.DataFrame(rows).set_index(["arm", "text"])

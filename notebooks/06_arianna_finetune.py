@@ -88,7 +88,7 @@ import numpy as np
 import pandas as pd
 
 from lablog import figures
-from lablog.arianna import chat, dialogues, exports, finetuning, plots, results
+from lablog.arianna import chat, dialogues, exports, finetuning, plots
 from lablog.arianna.bits_per_byte import byte_sizes, estimate, evenly, gap, read_bits, text_items
 from lablog.files import repository
 from lablog.models import convert
@@ -132,7 +132,21 @@ with run.stage("tokenizer"):
     run.file(path)
 with run.stage("packing"):
     stream = pack(training, tokenizer, runs / "corpus")
-results.record_corpus(run, stream, held_out, tokenizer)
+run.file(stream.folder / "manifest.json")
+
+# %% [markdown]
+# What was packed is counted by the stream itself, in its manifest: documents, the bytes of their
+# text, and the tokens that these became. Bytes per token say how much text a window holds. They
+# also tell why losses per token cannot be compared between vocabularies, as bits per byte can: a
+# token of a larger vocabulary costs more bits and covers more bytes.
+
+# %%
+packed = stream.manifest
+for name in ("documents", "bytes", "tokens"):
+    run.metric(f"corpus.{name}", packed[name], "count")
+run.metric("corpus.held_out_documents", len(held_out), "count")
+run.metric("tokenizer.pieces", len(tokenizer), "count")
+run.metric("tokenizer.bytes_per_token", packed["bytes"] / packed["tokens"], "")
 run.say("""
 {corpus.documents} documents of {corpus.bytes} bytes, which are {corpus.tokens} tokens of
 {tokenizer.bytes_per_token} bytes; {corpus.held_out_documents} documents held out.
@@ -163,7 +177,20 @@ for part in parts:
     refuse_overlap(*dialogues.sides(known, part))
 items = {form: [each.item(tokenizer, form) for each in known] for form in ("qa", "bare")}
 sizes = np.array([each.answer_bytes for each in known], float)
-results.record_dialogues(run, items["qa"], folds, context)
+
+# %% [markdown]
+# How long a dialogue is, in tokens of its Q/A form, decides whether a window sees all of it. Where
+# one is longer than the window, the end of its answer is read without the question in sight; the
+# count says for how many dialogues that is so.
+
+# %%
+lengths = [len(item.ids) for item in items["qa"]]
+longer = sum(length > context for length in lengths)
+run.metric("dialogues.count", len(lengths), "count")
+run.metric("dialogues.tokens", sum(lengths), "count")
+run.metric("dialogues.folds", folds, "count")
+run.metric("dialogues.longer_than_window", longer, "count", numerator=longer,
+           denominator=len(lengths))
 run.say("""
 {dialogues.count} dialogues, {dialogues.tokens} tokens; longer than the window are
 {dialogues.longer_than_window:counts}.
@@ -192,9 +219,22 @@ settings = TrainingSettings(
     betas=(beta1, beta2), weight_decay=weight_decay, precision=precision, compiled=compiled,
     seed=seed, checkpoint_every=200, log_every=max(1, base_steps // 100),
 )
+
+# %% [markdown]
+# The folder that training leaves holds the weights and a log of what was done. From there come the
+# number of parameters and the tokens that were read, counted as they passed. A checkpoint is three
+# numbers a parameter: the weight, and the optimiser's two moments, which are needed for going on
+# after a kill alone. The weights are a file that this run reads, and are recorded by their hash.
+
+# %%
 with run.stage("base training"):
     base = finetuning.train_base(shape, settings, stream, tokenizer, runs)
-results.record_base(run, base)
+log = finetuning.training_log(base.folder)
+run.metric("base.parameters", log["parameters"], "count")
+run.metric("base.tokens", log["tokens"], "count")
+run.metric("base.steps", base_steps, "count")
+run.metric("base.checkpoint.bytes", log["checkpoint_bytes"], "count")
+run.file(base.folder / "model.safetensors")
 
 # %% [markdown]
 # What it has learnt is read from base documents that were held out, from the first to the last at
@@ -205,7 +245,7 @@ results.record_base(run, base)
 chosen = held_out[evenly(len(held_out), documents)]
 pages, page_sizes = text_items(chosen, tokenizer), byte_sizes(chosen)
 found = estimate(read_bits(base.folder, pages), page_sizes)
-results.record_bits(run, {"base.documents.bits_per_byte": found})
+run.metrics([found.metric("base.documents.bits_per_byte")])
 run.metrics_table("base")
 
 # %% [markdown]
@@ -225,13 +265,20 @@ run.metrics_table("base")
 #
 # An *arm* is a learning rate, a batch size and a number of steps; all else is the base run's. The
 # main arm is trained once for each fold, on all dialogues outside it.
+#
+# The relative change of the weights is the Euclidean norm of their difference, before and after,
+# over that before; its mean over folds is recorded. Far below a thousandth, a model has hardly been
+# trained; near one, little of the base model is left.
 
 # %%
 main = finetuning.Arm(rate=tune_rate, batch_size=batch_size, steps=tune_steps)
 with run.stage("cross-validation"):
     tuned = [finetuning.tune(base, main, dialogues.sides(known, part), fold)
              for fold, part in enumerate(parts)]
-results.record_updates(run, tuned)
+logs = [finetuning.training_log(folder) for folder in tuned]
+updates = [log["relative_update"] for log in logs]
+run.metric("after.relative_update", float(np.mean(updates)), "", n=len(updates))
+run.metric("after.tokens", logs[-1]["tokens"], "count")
 
 # %% [markdown]
 # Then all answers are read, in both forms: before fine-tuning by the base model, and after it each
@@ -250,11 +297,12 @@ with run.stage("reading answers"):
 # A condition's bits per byte are all its bits over all its bytes. Its interval comes from drawing
 # as many dialogues again, with replacement, 2,000 times. `before` and `after` of one form belong
 # together in the figure, and `qa` and `bare` of one model: the first pair says what fine-tuning
-# does, the second what the marks are worth to the model.
+# does, the second what the marks are worth to the model. The names of the metrics are those of the
+# conditions, as they stand in the table.
 
 # %%
 conditions = {name: estimate(values, sizes) for name, values in bits.items()}
-results.record_bits(run, conditions)
+run.metrics(each.metric(name) for name, each in conditions.items())
 table = pd.DataFrame([{"condition": name, **each.row} for name, each in conditions.items()])
 table.set_index("condition").round(4)
 
@@ -274,7 +322,7 @@ differences = {
     "bare_minus_qa.before": bits["before.bare"] - bits["before.qa"],
     "bare_minus_qa.after": bits["after.bare"] - bits["after.qa"],
 }
-results.record_bits(run, {name: estimate(each, sizes) for name, each in differences.items()})
+run.metrics(estimate(each, sizes).metric(name) for name, each in differences.items())
 run.say("""
 Fine-tuning changes held-out answers by {after_minus_before.qa}. Against the Q/A form, a bare
 question costs {bare_minus_qa.before} before fine-tuning, and {bare_minus_qa.after} after it. In
@@ -316,7 +364,8 @@ with run.stage("comparisons"):
 
 # %% [markdown]
 # Every arm is compared with the base model, and the larger batches with the smaller one at the
-# same rate too: on the same dialogues, so again by paired differences. These intervals cover which
+# same rate too: on the same dialogues, so again by paired differences. A difference is recorded
+# under the arm's name, which tells rate, batch size and steps. These intervals cover which
 # dialogues are asked, not how another seed would have trained.
 
 # %%
@@ -327,7 +376,7 @@ for _, arm in arms:
     if arm.batch_size != batch_size:
         small = finetuning.Arm(rate=arm.rate, batch_size=batch_size, steps=tune_steps)
         changes[f"{arm.name}.minus_small"] = estimate(read[arm] - read[small], sizes[first])
-results.record_bits(run, changes)
+run.metrics(each.metric(name) for name, each in changes.items())
 
 # %%
 compared = pd.DataFrame([
@@ -387,13 +436,16 @@ run.figure("losses", *plots.loss_curves(folders), "Training loss and learning ra
 # llama2.c's two files. The commands `arianna-sample` and `arianna-chat` speak with it. The log's
 # "27 MB" is the `llama2c` file of the real shape, four bytes a parameter and a header. In full
 # precision they write the same words: the tests compare PyTorch, llama.cpp and a program in C token
-# by token.
+# by token. Recorded are the bytes of each file; of the Hugging Face folder, those of the weights.
+# The GGUF file in 16 bits should have half of those in 32, and `q8_0`, which adds a scale to every
+# 32 numbers of eight bits, a little more than a quarter.
 
 # %%
 with run.stage("export"):
     paths = exports.export(tuned[0], run.artifacts)
     base_gguf = convert.to_gguf(base.folder, run.artifacts / "arianna-base.gguf")
-results.record_sizes(run, paths)
+for kind, size in exports.sizes(paths).items():
+    run.metric(f"export.{kind}.bytes", size, "count")
 run.metrics_table("export")
 
 # %% [markdown]
@@ -422,11 +474,12 @@ for number, question in enumerate(asked):
 # answers that were trained on against answers that were not (less the same gap before training,
 # because dialogues differ), and the share of five-word runs in the samples that occur in a training
 # dialogue. The same share for held-out dialogues tells what one author's habits alone would give.
+# Both are recorded under `memory`.
 # What the new voice costs is read from the base corpus: its held-out documents, before and after.
 
 # %%
 found = estimate(read_bits(tuned[0], pages), page_sizes)
-results.record_bits(run, {"after.documents.bits_per_byte": found})
+run.metrics([found.metric("after.documents.bits_per_byte")])
 
 # %% [markdown]
 # As many dialogues that were trained on are read as were held out, at equal distances. The two
@@ -443,15 +496,20 @@ for side, which in (("trained", seen[evenly(len(seen), len(first))]), ("held_out
     memory[f"memory.after.{side}"] = estimate(after, sizes[which])
     change[side] = after - before, sizes[which]
 memory["memory.gap"] = gap(change["trained"], change["held_out"])
-results.record_bits(run, memory)
+run.metrics(each.metric(name) for name, each in memory.items())
 
 # %% [markdown]
-# Runs of words are compared without regard to case, within single samples and dialogues.
+# Runs of words are compared without regard to case, within single samples and dialogues. Both
+# shares are of all runs that the texts have, not of the distinct ones, so that a phrase that a
+# sample repeats counts as often as it is said. A text of fewer than five words has no run, and so
+# no part in the share.
 
 # %%
 learnt, unseen = dialogues.sides(known, first)
-results.record_overlap(run, "memory.runs", words["after"], learnt, 5)
-results.record_overlap(run, "memory.runs.held_out_dialogues", unseen, learnt, 5)
+for name, texts in (("memory.runs", words["after"]),
+                    ("memory.runs.held_out_dialogues", unseen)):
+    shared, total = dialogues.ngram_overlap(texts, learnt, 5)
+    run.metric(name, shared / max(total, 1), "fraction", numerator=shared, denominator=total)
 run.metrics_table("memory")
 
 # %% [markdown]

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +12,8 @@ from scipy import stats
 
 from lablog.intervals import (
     bootstrap_percentile,
-    geometric_over_seeds,
     hierarchical,
-    over_seeds,
+    t_interval,
     wilson,
 )
 
@@ -62,7 +62,7 @@ def test_wilson_refuses_impossible_counts(counts: tuple[int, int]):
 @given(st.sampled_from(sorted(T_975)), st.data())
 def test_t_interval_is_mean_plus_minus_t_standard_errors(count: int, data: st.DataObject):
     values = data.draw(st.lists(st.floats(-1e3, 1e3), min_size=count, max_size=count))
-    interval = over_seeds(values)
+    interval = t_interval(values)
     half = T_975[count] * statistics.stdev(values) / math.sqrt(count)
     assert interval.low == pytest.approx(statistics.fmean(values) - half, rel=1e-6, abs=1e-6)
     assert interval.high == pytest.approx(statistics.fmean(values) + half, rel=1e-6, abs=1e-6)
@@ -70,13 +70,13 @@ def test_t_interval_is_mean_plus_minus_t_standard_errors(count: int, data: st.Da
 
 
 def test_an_interval_of_a_share_stays_a_share():
-    free, cut = over_seeds([0.0, 0.1]), over_seeds([0.0, 0.1], within=(0.0, 1.0))
+    free, cut = t_interval([0.0, 0.1]), t_interval([0.0, 0.1], within=(0.0, 1.0))
     assert free.low < 0
     assert (cut.low, cut.high) == (0.0, free.high)
-    assert over_seeds([0.9, 1.0], within=(0.0, 1.0)).high == 1.0
+    assert t_interval([0.9, 1.0], within=(0.0, 1.0)).high == 1.0
 
 
-@pytest.mark.parametrize("function", [over_seeds, geometric_over_seeds])
+@pytest.mark.parametrize("function", [t_interval, partial(t_interval, log=True)])
 def test_one_seed_has_no_interval(function):
     for values in ([], [1.0]):
         with pytest.raises(ValueError, match="needs at least two seeds"):
@@ -85,17 +85,17 @@ def test_one_seed_has_no_interval(function):
 
 def test_geometric_interval_is_that_of_the_logarithms():
     values = [0.01, 0.02, 0.05, 0.3, 1.0]
-    logs, interval = [math.log(v) for v in values], geometric_over_seeds(values)
+    logs, interval = [math.log(v) for v in values], t_interval(values, log=True)
     middle = math.sqrt(interval.low * interval.high)
     assert middle == pytest.approx(statistics.geometric_mean(values))
     assert interval.high / interval.low == pytest.approx(
         math.exp(2 * T_975[5] * statistics.stdev(logs) / math.sqrt(5))
     )
-    scaled = geometric_over_seeds([10 * v for v in values])
+    scaled = t_interval([10 * v for v in values], log=True)
     assert (scaled.low, scaled.high) == pytest.approx((10 * interval.low, 10 * interval.high))
     for bad in (0.0, -1.0):
         with pytest.raises(ValueError, match=r"math domain|positive"):
-            geometric_over_seeds([*values, bad])
+            t_interval([*values, bad], log=True)
 
 
 def test_bootstrap_is_repeatable_and_refuses_one_value():
@@ -135,10 +135,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         return wilson(int(rng.binomial(60, 0.3)), 60)
 
     def gaussian(rng: np.random.Generator):
-        return over_seeds(rng.normal(2.0, 3.0, size=5))
+        return t_interval(rng.normal(2.0, 3.0, size=5))
 
     def lognormal(rng: np.random.Generator):
-        return geometric_over_seeds(rng.lognormal(1.0, 0.7, size=4))
+        return t_interval(rng.lognormal(1.0, 0.7, size=4), log=True)
 
     def median(rng: np.random.Generator):
         return bootstrap_percentile(rng.normal(size=80), 50, seed=int(rng.integers(1 << 30)),

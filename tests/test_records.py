@@ -131,6 +131,27 @@ def test_metrics_are_recorded_in_order_under_the_name_that_the_notebook_gives(tm
         run.metrics(found, under="Two words")
 
 
+def test_a_mean_over_seeds_has_an_interval_unless_the_seed_is_single():
+    plain = Metric.over_seeds("m", [1.0, 3.0], "", [7, 8])
+    assert (plain.value, plain.seeds, plain.n) == (2, (7, 8), 2)
+    assert plain.interval_method == "t over 2 seeds"
+    log = Metric.over_seeds("m", [1.0, 4.0], "", [7, 8], log=True)
+    assert log.value == pytest.approx(2)
+    assert log.interval_method == "log-t over 2 seeds"
+    assert Metric.over_seeds("m", [1.0], "", [7]).interval is None
+
+
+def test_a_table_shows_what_was_recorded(tmp_path: Path):
+    run = Run("01_alpha", "smoke", tmp_path, tmp_path, {})
+    run.metric("a.share", 0.5, "fraction", numerator=2, denominator=4)
+    run.metric("a.size", 3, "count")
+    run.metric("b.share", 0.25, "fraction")
+    shown = run.table(["b", "a"], ["size", "share"])
+    assert shown.index.tolist() == ["b", "a"]
+    assert shown.to_dict("list") == {"size": ["", "3"], "share": ["25.0%", "50.0% (2/4)"]}
+    assert run.table(["a"], ["share"], style="value").loc["a", "share"] == "50.0%"
+
+
 # --- writing and reading --------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 
@@ -30,27 +30,47 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
     return Interval(float(result.low), float(result.high), "Wilson score", level)
 
 
-def over_seeds(values: Sequence[float], level: float = 0.95,
-               within: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
-    """Student's t interval of the mean over independent seeds; needs at least two.
+def t_interval(values: Sequence[float], units: str = "seeds", level: float = 0.95,
+               within: tuple[float, float] = (-math.inf, math.inf), log: bool = False) -> Interval:
+    """Student's t interval of the mean over independent `units`; needs at least two.
 
     It is cut at the bounds `within` which the quantity lies by definition (0 and 1 for a share).
+    log: of the mean logarithm, for positive quantities on a log scale (λ, perplexity).
     """
     if len(values) < 2:
-        raise ValueError(f"{len(values)} value(s): an interval over seeds needs at least two seeds")
-    array = np.asarray(values, dtype=float)
+        raise ValueError(f"{len(values)} value(s): an interval over {units} needs at least two "
+                         f"{units}")
+    array = np.asarray([math.log(value) for value in values] if log else values, dtype=float)
     half = float(stats.t.ppf((1 + level) / 2, len(array) - 1) * stats.sem(array))
-    centre = float(array.mean())
-    low, high = max(centre - half, within[0]), min(centre + half, within[1])
-    return Interval(low, high, f"t over {len(array)} seeds", level)
+    centre, method = float(array.mean()), f"t over {len(array)} {units}"
+    low, high = centre - half, centre + half
+    if log:
+        low, high, method = math.exp(low), math.exp(high), f"log-{method}"
+    return Interval(max(low, within[0]), min(high, within[1]), method, level)
 
 
-def geometric_over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:
-    """t interval of the mean logarithm, for positive quantities on a log scale (λ, perplexity)."""
-    interval = over_seeds([math.log(value) for value in values], level)
-    return Interval(
-        math.exp(interval.low), math.exp(interval.high), f"log-{interval.method}", level
-    )
+def resamples(count: int, draws: int, seed: int | Sequence[int]) -> NDArray[np.int64]:
+    """Indices of `count` units, drawn with replacement in each of `draws` samples [draws, count].
+    """
+    return np.random.default_rng(seed).integers(0, count, size=(draws, count))
+
+
+def ratio_replicas(totals: ArrayLike, sizes: ArrayLike, draws: int = 2000,
+                   seed: int = 0) -> NDArray[np.float64]:
+    """sum(totals) / sum(sizes) of resampled units [draws]: of a quantity per byte, token, ...
+
+    totals and sizes: of each unit [units], which is drawn with both.
+    """
+    totals, sizes = np.asarray(totals), np.asarray(sizes)
+    picks = resamples(len(totals), draws, seed)
+    ratios: NDArray[np.float64] = totals[picks].sum(1) / sizes[picks].sum(1)
+    return ratios
+
+
+def percentiles(replicas: NDArray[np.float64], method: str) -> Interval:
+    """The 95 % interval between percentiles of a bootstrap's `replicas` [draws]."""
+    low, high = np.percentile(replicas, [2.5, 97.5])
+    return Interval(float(low), float(high), method)
 
 
 def bootstrap_percentile(
@@ -60,10 +80,8 @@ def bootstrap_percentile(
     array = np.asarray(values, dtype=float)
     if array.size < 2:
         raise ValueError(f"{array.size} value(s): a bootstrap needs at least two")
-    picks = np.random.default_rng(seed).integers(0, array.size, size=(draws, array.size))
-    replicas = np.percentile(array[picks], percentile, axis=1)
-    low, high = np.percentile(replicas, [2.5, 97.5])
-    return Interval(float(low), float(high), f"percentile bootstrap, {draws} draws")
+    replicas = np.percentile(array[resamples(array.size, draws, seed)], percentile, axis=1)
+    return percentiles(replicas, f"percentile bootstrap, {draws} draws")
 
 
 def hierarchical(values: ArrayLike, *, share: bool = False, draws: int = 10_000, seed: int = 0,
@@ -125,8 +143,7 @@ def _score(share: float, trials: int, level: float) -> Interval:
 @lru_cache(maxsize=8)
 def _item_counts(items: int, draws: int, seed: int) -> np.ndarray:
     """How often each item is drawn [draws, items]."""
-    picks = np.random.default_rng([seed, 0]).integers(0, items, size=(draws, items))
-    picks += items * np.arange(draws)[:, None]
+    picks = resamples(items, draws, [seed, 0]) + items * np.arange(draws)[:, None]
     counts = np.bincount(picks.ravel(), minlength=draws * items)
     return counts.reshape(draws, items).astype(float)
 

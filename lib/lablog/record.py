@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from lablog.files import atomic_write
-from lablog.intervals import Interval
+from lablog.intervals import Interval, t_interval
 from lablog.provenance import FileHash, Machine, Source, Strict
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -42,6 +44,15 @@ class Metric(Strict):
             details |= {"interval": (interval.low, interval.high), "interval_level": interval.level,
                         "interval_method": interval.method}
         return cls(name=name, value=value, unit=unit, **details)
+
+    @classmethod
+    def over_seeds(cls, name: str, values: Sequence[float], unit: str, seeds: Sequence[int],
+                   log: bool = False) -> Metric:
+        """The mean of a value for each seed (of logarithms if `log`) with its t interval, which a
+        single seed does not have."""
+        mean = math.exp(float(np.mean(np.log(values)))) if log else float(np.mean(values))
+        return cls.of(name, mean, unit, seeds=tuple(seeds), n=len(values),
+                      interval=t_interval(values, log=log) if len(values) > 1 else None)
 
     def under(self, prefix: str) -> Metric:
         """The same as ``<prefix>.<name>``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,6 +90,19 @@ class Run:
             [{"metric": m.name, "value": format_metric(m)} for m in shown],
             columns=["metric", "value"],
         ).set_index("metric")
+
+    def table(self, rows: Sequence[str], columns: Sequence[str],
+              style: str | None = None) -> pd.DataFrame:
+        """Metrics ``<row>.<column>`` as text, for display; empty where none has been recorded.
+
+        `style` as in a report: without it each has its counts and its interval.
+        """
+        import pandas as pd
+
+        found = {metric.name: metric for metric in self._metrics}
+        cells = [[format_metric(found[name], style) if (name := f"{row}.{column}") in found else ""
+                  for column in columns] for row in rows]
+        return pd.DataFrame(cells, index=list(rows), columns=list(columns))
 
     def say(self, text: str, **names: str) -> Markdown:
         """Prose in which ``{metric:style}`` stands for a number of the record so far.

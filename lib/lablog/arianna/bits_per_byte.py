@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from lablog.arianna.finetuning import training_log
-from lablog.intervals import Interval
+from lablog.intervals import Interval, percentiles, ratio_replicas
 from lablog.models.training import collate
+from lablog.record import Metric
 from lablog.text.datasets import Item
 from lablog.text.tokenizer import Tokenizer
 
@@ -110,24 +111,16 @@ class BitsPerByte:
     interval: Interval | None
     n: int
 
+    def metric(self, name: str) -> Metric:
+        """The same for the record."""
+        return Metric.of(name, self.value, "bits/byte", interval=self.interval, n=self.n)
+
     @property
     def row(self) -> dict[str, float]:
         """bits/byte, low and high, for a table; all the value where there is no interval."""
         low, high = ((self.interval.low, self.interval.high) if self.interval
                      else (self.value, self.value))
         return {"bits/byte": self.value, "low": low, "high": high}
-
-
-def _replicas(bits: Floats, sizes: Floats, seed: int, draws: int) -> Floats:
-    """sum(bits) / sum(sizes) of `draws` samples of the texts, with replacement."""
-    picks = np.random.default_rng(seed).integers(0, len(bits), (draws, len(bits)))
-    ratios: Floats = bits[picks].sum(1) / sizes[picks].sum(1)
-    return ratios
-
-
-def _percentiles(replicas: Floats, method: str) -> Interval:
-    low, high = np.percentile(replicas, [2.5, 97.5])
-    return Interval(float(low), float(high), method)
 
 
 def estimate(bits: Floats, sizes: Floats, draws: int = DRAWS) -> BitsPerByte:
@@ -142,12 +135,12 @@ def estimate(bits: Floats, sizes: Floats, draws: int = DRAWS) -> BitsPerByte:
     if count < 2:
         return BitsPerByte(value, None, count)
     method = f"bootstrap over {count} texts, {draws} draws"
-    return BitsPerByte(value, _percentiles(_replicas(bits, sizes, 0, draws), method), count)
+    return BitsPerByte(value, percentiles(ratio_replicas(bits, sizes, draws), method), count)
 
 
 def gap(one: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> BitsPerByte:
     """Difference of two bits per byte, each (bits, sizes), of texts that are not the same."""
     value = one[0].sum() / one[1].sum() - other[0].sum() / other[1].sum()
-    replicas = _replicas(*one, 0, DRAWS) - _replicas(*other, 1, DRAWS)
-    interval = _percentiles(replicas, "bootstrap over texts of both sides")
+    replicas = ratio_replicas(*one, DRAWS, seed=0) - ratio_replicas(*other, DRAWS, seed=1)
+    interval = percentiles(replicas, "bootstrap over texts of both sides")
     return BitsPerByte(float(value), interval, len(one[0]) + len(other[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from lablog.files import atomic_folder, repository
@@ -32,6 +33,13 @@ def export(folder: Path, artifacts: Path) -> dict[str, Path]:
     convert.quantize(paths["f32"], paths["f16"], "f16")
     convert.quantize(paths["f32"], paths["q8_0"], "q8_0")
     return paths
+
+
+def sizes(exported: Mapping[str, Path]) -> dict[str, int]:
+    """Bytes of each export; of the Hugging Face folder, of its weights."""
+    files = {kind: path if path.is_file() else path / "model.safetensors"
+             for kind, path in exported.items()}
+    return {kind: file.stat().st_size for kind, file in files.items()}
 
 
 def default_model() -> Path:

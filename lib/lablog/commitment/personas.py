@@ -30,7 +30,7 @@ from lablog.commitment.qlora import (
     training_key,
 )
 from lablog.files import repository
-from lablog.intervals import over_seeds
+from lablog.intervals import t_interval
 from lablog.keys import key
 from lablog.run import Run
 from lablog.text.datasets import Item
@@ -146,7 +146,7 @@ def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path,
         "kl": result.kl}
     for name in ("own", "shuffled", "without", "gap", "gap_shuffled", "kl"):
         if name in measures:
-            interval = replace(over_seeds(measures[name].tolist()), method="t over dialogues")
+            interval = replace(t_interval(measures[name].tolist()), method="t over dialogues")
             run.metric(f"personas.{name}", float(measures[name].mean()), "nat", interval=interval,
                        n=len(measures[name]))
         else:

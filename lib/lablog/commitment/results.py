@@ -18,7 +18,7 @@ from lablog.commitment.sweep import (
     interval_of,
 )
 from lablog.comparisons import holm, p_greater
-from lablog.intervals import geometric_over_seeds, wilson
+from lablog.intervals import t_interval, wilson
 from lablog.models import evaluation
 from lablog.run import Run
 from lablog.text.dialogues import load_settings
@@ -191,7 +191,7 @@ def record_budget(
             run.metric(f"{key}.{name}", None, "", seeds=tuple(seeds),
                        undefined=f"{len(reached)} of {len(table)} seeds reach the budget")
             continue
-        interval = geometric_over_seeds(reached[column].tolist())
+        interval = t_interval(reached[column].tolist(), log=True)
         mean = float(np.exp(np.log(reached[column]).mean()))
         run.metric(f"{key}.{name}", mean, "", interval=interval, seeds=tuple(reached["seed"]))
         means = {"mean": mean, "low": interval.low, "high": interval.high}

@@ -17,7 +17,7 @@ import pandas as pd
 
 from lablog.commitment import coherence, latent, probes
 from lablog.commitment.window import Injection, Speech
-from lablog.intervals import Interval, hierarchical, over_seeds
+from lablog.intervals import Interval, hierarchical, t_interval
 from lablog.keys import key
 from lablog.models.llama_cpp import Commitment, Context, Model
 from lablog.progress import progress
@@ -374,4 +374,4 @@ def interval_of(group: pd.DataFrame, name: str) -> Interval | None:
     values = group[name].to_numpy()
     if len(values) < 2 or np.isnan(values).any() or np.ptp(values) == 0:
         return None
-    return over_seeds(values.tolist(), within=(0.0, 1.0 if name in SHARES else math.inf))
+    return t_interval(values.tolist(), within=(0.0, 1.0 if name in SHARES else math.inf))

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lablog.cvfp.model import Context, CVFPBlock, Token
+from lablog.intervals import Interval, t_interval
 
 
 def lyapunov_exponent(
@@ -29,3 +30,13 @@ def lyapunov_exponent(
             norm = torch.linalg.vector_norm(tangent).clamp_min(1e-30)
             growth[i], tangent = norm.log(), tangent / norm
     return growth[warm_up:]
+
+
+def batch_means(values: Tensor, batches: int = 10) -> Interval | None:
+    """Interval of the mean of a correlated series [n] from the means of consecutive batches; None
+    for a series too short for it."""
+    size = len(values) // batches
+    if size < 2:
+        return None
+    means = values[: size * batches].view(batches, size).mean(1)
+    return t_interval(means.tolist(), "batch means")
