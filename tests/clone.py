@@ -279,14 +279,16 @@ class Clone:
         return self.root / "build" / profile
 
     def start_waiting(
-        self, profile: str, *options: str, mode: str = "wait"
+        self, profile: str, *options: str, mode: str = "wait", through: Sequence[str] = ()
     ) -> tuple[subprocess.Popen[str], int]:
-        """Start a run of alpha that waits in its cell; the process, and that of its kernel."""
+        """Start a run of alpha, by a command `through` which it is run, that waits in its cell; the
+        process, and that of its kernel."""
         folder = self.planned(profile, mode=mode)
         mark = folder / "artifacts" / "waiting"
         for left in (mark, folder / "artifacts" / "go"):
             left.unlink(missing_ok=True)
-        process = self.spawn(*self.runner_command("run", str(folder), "01_alpha", *options))
+        command = self.runner_command("run", str(folder), "01_alpha", *options)
+        process = self.spawn(*through, *command)
         until(lambda: mark.exists() or process.poll() is not None, "the start of the cell")
         assert process.poll() is None, process.communicate()
         return process, int(mark.read_text())

@@ -132,6 +132,17 @@ def test_an_interrupted_run_exits_with_130(clone: Clone, last: Path, number: sig
     until(lambda: not alive(kernel), "the end of the kernel")
 
 
+def test_a_run_that_ignores_ctrl_c_can_be_terminated(clone: Clone, last: Path):
+    """As one does that a script has started in the background."""
+    process, kernel = clone.start_waiting(
+        last.name, through=("sh", "-c", 'trap "" INT; exec "$@"', "sh"))
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 60).returncode == 130
+    assert read(last / "failed" / "01_alpha.json")["status"] == "interrupted"
+    until(lambda: not alive(kernel), "the end of the kernel")
+
+
 def test_a_killed_run_leaves_nothing_that_counts(clone: Clone):
     folder = clone.root / "build" / "killed"
     process, kernel = clone.start_waiting("killed")

@@ -17,12 +17,14 @@ from typing import Any
 
 import jupytext
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError, create_model
 
 from lablog.files import repository
 
 RESERVED = ("extends", "all")
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+"""What a parameters cell is as a model: no text for a number, no name but the declared ones."""
 
 
 class ProfileError(ValueError):
@@ -39,22 +41,42 @@ class Parameter:
 
     def check(self, value: Any, origin: str) -> Any:
         """Return `value` if it has the declared type (an int is a float), else ProfileError."""
-        try:
-            kind = eval(self.annotation, {"__builtins__": {}}, TYPES)
-        except (NameError, SyntaxError, TypeError, AttributeError):
-            raise ProfileError(f"{origin}: the type {self.annotation} of {self.name} is not made "
-                               f"of {', '.join(sorted(TYPES))}") from None
-        adapter: TypeAdapter[Any] = TypeAdapter(
-            kind, config=ConfigDict(strict=True, allow_inf_nan=False)
-        )
-        try:
-            return adapter.validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
+        return _validated({self.name: self}, {self.name: value}, origin)[self.name]
+
+
+def _validated(declared: Mapping[str, Parameter], values: Mapping[str, Any],
+               origin: str) -> dict[str, Any]:
+    """All parameters, with `values` in place of defaults; ProfileError names the first misfit."""
+    fields: dict[str, Any] = {
+        name: (_type(parameter, origin), parameter.default) for name, parameter in declared.items()}
+    model = create_model("Parameters", __config__=STRICT, **fields)
+    try:
+        return model.model_validate(values).model_dump()
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        name = error["loc"][0]
+        if error["type"] == "extra_forbidden":
             raise ProfileError(
-                f"{origin}: {self.name} = {value!r} does not fit {self.annotation} ({reason}); "
-                f"a valid value is for example {self.default!r}"
-            ) from None
+                f"unknown parameter {name!r} of {origin}{_nearest(name, declared)}") from None
+        parameter = declared[str(name)]
+        raise ProfileError(
+            f"{origin}: {name} = {values[str(name)]!r} does not fit {parameter.annotation} "
+            f"({error['msg']}); a valid value is for example {parameter.default!r}"
+        ) from None
+
+
+def _type(parameter: Parameter, origin: str) -> Any:
+    """The declared type: one of `TYPES`, or a list of one."""
+    def read(node: ast.expr) -> Any:
+        match node:
+            case ast.Name(id=name) if name in TYPES:
+                return TYPES[name]
+            case ast.Subscript(value=ast.Name(id="list"), slice=item):
+                return list[read(item)]  # type: ignore[misc]  # known when it runs
+        raise ProfileError(f"{origin}: the type {parameter.annotation} of {parameter.name} is not "
+                           f"made of {', '.join(sorted(TYPES))}")
+
+    return read(ast.parse(parameter.annotation, mode="eval").body)
 
 
 def notebooks() -> list[str]:
@@ -110,13 +132,7 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
 
 def check(notebook: str, values: Mapping[str, Any]) -> None:
     """Raise ProfileError for a value that the notebook does not declare, or of another type."""
-    declared = declared_parameters(notebook_path(notebook))
-    for name, value in values.items():
-        if name not in declared:
-            raise ProfileError(
-                f"unknown parameter {name!r} of {notebook}{_nearest(name, declared)}"
-            )
-        declared[name].check(value, f"parameters of {notebook}")
+    _validated(declared_parameters(notebook_path(notebook)), values, notebook)
 
 
 @dataclass(frozen=True)

@@ -343,7 +343,7 @@ def main(arguments: Sequence[str] | None = None, submit: Executor = here) -> int
     """Command line; returns the exit code (0 ok, 1 failed, 2 usage, 124 timeout, 130 Ctrl-C)."""
     options = _parser().parse_args(arguments)
     # A terminated run ends like an interrupted one: remains kept aside, record written.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         if options.command == "run":
             return _run(options, submit)
@@ -365,6 +365,11 @@ def main(arguments: Sequence[str] | None = None, submit: Executor = here) -> int
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _interrupt(*_: object) -> None:
+    """End as Ctrl-C does, also where that is ignored: in the background of a shell's script."""
+    raise KeyboardInterrupt
 
 
 def _run(options: argparse.Namespace, submit: Executor) -> int:
