@@ -46,7 +46,7 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 from lablog import figures
 from lablog.commitment import coherence, latent, plots, results, sweep
 from lablog.commitment.sweep import AT_LOG_DOSE, NAMED_ROWS
-from lablog.models import source
+from lablog.models import locate
 from lablog.run import begin
 
 figures.use_style()
@@ -64,7 +64,7 @@ run = begin("01_zero_shot_commitment", globals())
 
 # %%
 with run.stage("model"):
-    gguf = run.file(source.gguf_file(model, run.artifacts))
+    gguf = run.file(locate.gguf_file(model, run.artifacts))
 print(f"{gguf.name}: {gguf.stat().st_size / 2**20:.1f} MiB")
 
 # %% [markdown]
@@ -75,7 +75,7 @@ print(f"{gguf.name}: {gguf.stat().st_size / 2**20:.1f} MiB")
 
 # %%
 if model.startswith("offline:"):
-    folder = source.hugging_face_folder(model, run.artifacts)
+    folder = locate.hugging_face_folder(model, run.artifacts)
     with run.stage("check"):
         results.record_model_check(run, folder, items)
     shown = run.figure("training", *plots.training_curve(folder), "Training of the offline model.")

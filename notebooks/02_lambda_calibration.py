@@ -46,7 +46,7 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 from lablog import figures
 from lablog.commitment import calibration, coherence, plots, results, sweep
 from lablog.commitment.sweep import RANGES
-from lablog.models import source
+from lablog.models import locate
 from lablog.run import begin
 
 import pandas as pd
@@ -54,7 +54,7 @@ import pandas as pd
 figures.use_style()
 run = begin("02_lambda_calibration", globals())
 with run.stage("model"):
-    gguf = run.file(source.gguf_file(model, run.artifacts))
+    gguf = run.file(locate.gguf_file(model, run.artifacts))
 settings = sweep.Settings(
     k, items, texts, continuations, tokens, item_seed, sequences, window, chat
 )

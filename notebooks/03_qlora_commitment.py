@@ -86,7 +86,7 @@ from lablog.commitment.personas import record_personas
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.commitment.readable import check_readable
 from lablog.commitment.reader import Reader
-from lablog.models import source, training
+from lablog.models import locate, training
 from lablog.text.dialogues import load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
 from lablog.run import begin
@@ -112,7 +112,7 @@ processes = arms.Workers(workers)
 wanted = base_seeds if model.startswith("offline:") else base_seeds[:1]
 with run.stage("model"):
     bases = dict(zip(wanted, processes.together("bases", [
-        (source.hugging_face_folder, (model, run.artifacts, seed)) for seed in wanted
+        (locate.hugging_face_folder, (model, run.artifacts, seed)) for seed in wanted
     ]), strict=True))
 for folder in bases.values():
     for weights in sorted(folder.glob("*.safetensors")):

@@ -92,7 +92,8 @@ from lablog.arianna import chat, dialogues, exports, finetuning, plots
 from lablog.arianna.bits_per_byte import byte_sizes, estimate, evenly, gap, read_bits, text_items
 from lablog.files import repository
 from lablog.models import convert
-from lablog.models.training import ModelShape, TrainingSettings
+from lablog.models.shape import ModelShape
+from lablog.models.training import TrainingSettings
 from lablog.text.corpora import base_documents
 from lablog.text.packing import pack, refuse_overlap, split
 from lablog.run import begin

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lablog.models import hub, source
+from lablog.models import hub, locate
 from lablog.models.hub import HubError
 
 COMMIT = "c0ffee" * 6 + "0123"
@@ -208,8 +208,8 @@ def test_a_gguf_file_arrives_once_and_whole(served: Hub, cache: Path):
     path = hub.download("lab/gguf", "tiny.Q5_K_M.gguf")
     assert path.read_bytes() == GGUF
     assert cache in path.parents
-    assert source.gguf_file("hub:lab/gguf:tiny.Q5_K_M.gguf", cache / "unused") == path
-    assert source.gguf_file(f"hub:lab/gguf@{COMMIT}:tiny.Q5_K_M.gguf", cache / "unused") == path
+    assert locate.gguf_file("hub:lab/gguf:tiny.Q5_K_M.gguf", cache / "unused") == path
+    assert locate.gguf_file(f"hub:lab/gguf@{COMMIT}:tiny.Q5_K_M.gguf", cache / "unused") == path
     assert len([r for r in served.requests if r.startswith("GET /lab/")]) == 1
 
 
@@ -218,14 +218,14 @@ def test_a_sharded_model_arrives_and_computes_the_same(served: Hub, sharded: Pat
     unwanted = {"pytorch_model.bin": b"pickle", "evil.py": b"import os", "onnx/model.onnx": b"x",
                 "sub/model.safetensors": b"x", "model.gguf": b"x", "README.md": b"x"}
     served.repositories["lab/llama"] = Repository(files | unwanted)
-    folder = source.hugging_face_folder("hub:lab/llama", cache / "unused")
+    folder = locate.hugging_face_folder("hub:lab/llama", cache / "unused")
     assert {path.name for path in folder.iterdir()} == set(files)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         here, there = (LlamaForCausalLM.from_pretrained(p)(tokens).logits
                        for p in (folder, sharded))
     assert torch.equal(here, there)
-    assert source.hugging_face_folder(f"hub:lab/llama@{COMMIT}", cache / "unused") == folder
+    assert locate.hugging_face_folder(f"hub:lab/llama@{COMMIT}", cache / "unused") == folder
 
 
 def test_a_gated_model_arrives_with_a_token(
@@ -382,7 +382,7 @@ def test_a_full_disk_is_not_called_a_fault_of_the_network(
 ])
 def test_a_malformed_hub_name_is_refused(model: str, served: Hub, cache: Path):
     with pytest.raises((ValueError, HubError)) as caught:
-        source.gguf_file(model, cache / "artifacts")
+        locate.gguf_file(model, cache / "artifacts")
     assert model in str(caught.value) or "hub:OWNER/NAME" in str(caught.value)
     assert not [r for r in served.requests if "/lab/" in r]
 
@@ -400,22 +400,22 @@ def test_other_names_that_lead_nowhere_are_refused(
     model: str, error: type[Exception], expected: str, tmp_path: Path
 ):
     with pytest.raises(error, match=expected):
-        source.gguf_file(model, tmp_path / "artifacts")
+        locate.gguf_file(model, tmp_path / "artifacts")
 
 
 def test_a_gguf_name_has_no_hugging_face_folder(served: Hub, tmp_path: Path):
     for model in ("hub:lab/gguf:tiny.Q5_K_M.gguf", str(tmp_path / "model.gguf")):
         with pytest.raises(ValueError, match=r"GGUF|hub:OWNER"):
-            source.hugging_face_folder(model, tmp_path)
+            locate.hugging_face_folder(model, tmp_path)
 
 
 def test_a_local_gguf_file_is_taken_as_it_is(tmp_path: Path):
     path = tmp_path / "own.gguf"
     path.write_bytes(GGUF)
-    assert source.gguf_file(str(path), tmp_path / "artifacts") == path
+    assert locate.gguf_file(str(path), tmp_path / "artifacts") == path
 
 
 def test_a_local_folder_is_taken_as_it_is(sharded: Path, tmp_path: Path):
     folder = tmp_path / "own"
     shutil.copytree(sharded, folder)
-    assert source.hugging_face_folder(str(folder), tmp_path / "artifacts") == folder
+    assert locate.hugging_face_folder(str(folder), tmp_path / "artifacts") == folder

@@ -25,8 +25,8 @@ from lablog.commitment.qlora import train_commitment
 from lablog.files import repository
 from lablog.keys import key
 from lablog.models import convert
+from lablog.models.locate import gguf_file
 from lablog.models.offline import offline_model
-from lablog.models.source import gguf_file
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lablog.models import llama2c, source
-from lablog.models.llama_cpp import Context, Model, generate
+from lablog.models import llama2c, locate
+from lablog.models.llama_cpp import Context, Model, generate_tokens
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K.bin"
 TOKENS = 160  # at least 128 are compared
@@ -197,28 +197,28 @@ def compare_hugging_face(model: Path, folder: Path, tokens: list[int]) -> None:
 def compare_greedy(model: Path, gguf: Path, prompt: list[int]) -> list[int]:
     expected = Reference.read(model).greedy(prompt, TOKENS)
     with Model(gguf) as engine, Context(engine, window=256, cache_type="f32") as context:
-        written = generate(context, context.decode({0: prompt}), TOKENS)[0]
+        written = generate_tokens(context, context.decode({0: prompt}), TOKENS)[0]
     assert written == expected
     return written
 
 
 def test_hugging_face_logits_are_those_of_the_format(random_model: Path, artifacts: Path):
     tokens = np.random.default_rng(0).integers(0, 300, size=100).tolist()
-    folder = source.hugging_face_folder(str(random_model), artifacts)
+    folder = locate.hugging_face_folder(str(random_model), artifacts)
     compare_hugging_face(random_model, folder, tokens)
-    assert source.hugging_face_folder(str(random_model), artifacts) == folder  # converted once
+    assert locate.hugging_face_folder(str(random_model), artifacts) == folder  # converted once
 
 
 def test_greedy_tokens_in_llama_cpp_are_those_of_the_format(random_model: Path, artifacts: Path):
-    written = compare_greedy(random_model, source.gguf_file(str(random_model), artifacts), [1, 270])
+    written = compare_greedy(random_model, locate.gguf_file(str(random_model), artifacts), [1, 270])
     assert len(set(written)) > 10  # a loop of few tokens would prove little
 
 
 def test_stories_compute_the_same_in_hugging_face_and_llama_cpp(stories: Path, artifacts: Path):
     pieces = read_pieces(stories.with_name("tok512.bin"))
-    gguf = source.gguf_file(str(stories), artifacts)
+    gguf = locate.gguf_file(str(stories), artifacts)
     prompt = [1, *encode(pieces, "Once upon a time, Lily")]
-    compare_hugging_face(stories, source.hugging_face_folder(str(stories), artifacts), prompt)
+    compare_hugging_face(stories, locate.hugging_face_folder(str(stories), artifacts), prompt)
     written = compare_greedy(stories, gguf, prompt)
     text = b"".join(
         bytes([token - 3]) if 3 <= token < 259 else pieces[token][0] for token in written
@@ -233,7 +233,7 @@ def test_stories_compute_the_same_in_hugging_face_and_llama_cpp(stories: Path, a
 
 def test_tokens_of_a_random_tokenizer_are_those_of_run_c(random_model: Path, artifacts: Path):
     pieces = read_pieces(random_model.with_name("tokenizer.bin"))
-    with Model(source.gguf_file(str(random_model), artifacts)) as engine:
+    with Model(locate.gguf_file(str(random_model), artifacts)) as engine:
         assert engine.vocabulary == 300
         for sample in ("then in the other ring", "theé ∑ THE", "aaa  the\n", "anthe ertheon"):
             assert engine.tokenize(sample) == encode(pieces, sample), sample
@@ -251,7 +251,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def refused(path: Path, error: type[Exception] = ValueError) -> str:
     with pytest.raises(error) as caught:
-        source.gguf_file(str(path), path.parent / "artifacts")
+        locate.gguf_file(str(path), path.parent / "artifacts")
     left = list((path.parent / "artifacts").glob("[!.]*"))
     assert not left
     return str(caught.value)
@@ -316,8 +316,8 @@ def test_the_tokenizer_of_that_size_is_preferred(tiny: Path):
 
 def test_another_tokenizer_gives_another_folder(tiny: Path, tmp_path: Path):
     artifacts = tmp_path / "artifacts"
-    first = source.hugging_face_folder(str(tiny), artifacts)
+    first = locate.hugging_face_folder(str(tiny), artifacts)
     pieces = read_pieces(tiny.with_name("tokenizer.bin"))
     pieces[-1] = (b"q!", pieces[-1][1])
     write_pieces(tiny.with_name("tokenizer.bin"), pieces)
-    assert source.hugging_face_folder(str(tiny), artifacts) != first
+    assert locate.hugging_face_folder(str(tiny), artifacts) != first

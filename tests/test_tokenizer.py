@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lablog.files import repository
 from lablog.models.convert import to_gguf
-from lablog.models.training import ModelShape
+from lablog.models.shape import ModelShape
 from lablog.text.dialogues import generate, load_settings, render
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 

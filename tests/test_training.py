@@ -14,10 +14,13 @@ from launched import in_two_processes
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from lablog import layout
 from lablog.models import convert
 from lablog.models.evaluation import answers, comparison_accuracy, perplexity, recall_accuracy
 from lablog.models.offline import Recipe, offline_model, recipe
-from lablog.models.training import ModelShape, TrainingSettings, collate, train_causal_lm
+from lablog.models.shape import ModelShape
+from lablog.models.trainer import pad_items
+from lablog.models.training import TrainingSettings, train_causal_lm
 from lablog.text.datasets import FEW, DialogueDataset, Item
 from lablog.text.dialogues import generate, load_settings, prompt, render
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
@@ -115,6 +118,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
     assert "step/s" in printed
     logs = [json.loads((path / "training.json").read_text()) for path in (output, trained)]
     assert [log["processes"] for log in logs] == [2, 1]
+    assert logs[0]["tokens"] == logs[1]["tokens"], "those that both processes have read"
     assert {path.name for path in output.parent.iterdir()} == {"model", ".model.lock"}
     found, expected = (load_file(path / "model.safetensors") for path in (output, trained))
     for name, weight in expected.items():
@@ -268,7 +272,7 @@ def test_batches_hold_whole_dialogues_with_the_weights_of_their_speakers(tokeniz
     assert sorted(map(len, (i.ids for i in items))) == sorted(
         len(data.item(i).ids) for i in range(len(data))
     )
-    batches = [collate(items[i : i + 4]) for i in range(0, len(items), 4)]
+    batches = [pad_items(items[i : i + 4]) for i in range(0, len(items), 4)]
     padded = sum(b["input_ids"].numel() for b in batches) / sum(len(i.ids) for i in items)
     assert padded < 1.15
     assert all((b["weights"][b["input_ids"] == 0] == 0).all() for b in batches)
@@ -297,9 +301,9 @@ def test_mimetic_heads_look_for_equal_tokens():
 
 def test_recipes_are_checked(tmp_path: Path):
     assert {"smoke", "laptop"} <= SETTINGS.recipes.keys()
-    assert isinstance(recipe("laptop"), Recipe)
+    assert isinstance(recipe("laptop", SETTINGS), Recipe)
     with pytest.raises(ValueError, match=r"no recipe 'labtop': expected one of \[.*'laptop'"):
-        recipe("labtop")
+        recipe("labtop", SETTINGS)
     wrong = {**SETTINGS.recipes["smoke"], "vocabulary": "many", "vocabluary": 3}
     changed = SETTINGS.model_copy(update={"recipes": {"smoke": wrong}})
     with pytest.raises(ValueError, match=r"recipes\.smoke: vocabulary = 'many'") as error:
@@ -311,7 +315,7 @@ def test_conversion_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
         convert.to_gguf(tmp_path, tmp_path / "model.gguf")
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(convert, "repository", lambda: tmp_path)
+    monkeypatch.setattr(layout, "repository", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match="run `make setup`"):
         convert.to_gguf(tmp_path, tmp_path / "model.gguf")
     tree = tmp_path / "build" / "native" / "llama.cpp"

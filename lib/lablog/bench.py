@@ -24,7 +24,7 @@ from lablog.cvfp import bench as cvfp
 from lablog.files import repository
 from lablog.intervals import bootstrap_percentile
 from lablog.keys import key
-from lablog.models import convert, source
+from lablog.models import convert, locate
 from lablog.models.llama_cpp import bindings, native_folder
 from lablog.progress import progress
 from lablog.report import format_metric
@@ -134,7 +134,7 @@ def random_llama(artifacts: Path) -> Path:
     folder = artifacts / f"random-51m-{key(random_llama)}"
     gguf = folder.with_suffix(".gguf")
     if not gguf.is_file():
-        tokenizer = source.hugging_face_folder("offline:smoke", artifacts) / "tokenizer.model"
+        tokenizer = locate.hugging_face_folder("offline:smoke", artifacts) / "tokenizer.model"
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=1000, hidden_size=512, intermediate_size=1376, num_hidden_layers=16,
@@ -155,7 +155,7 @@ def native_decode(run: Run) -> None:
     put a context moves that by several per cent. So contexts are made anew for every round, in
     alternating order, and the interval is over rounds.
     """
-    offline = source.gguf_file("offline:laptop", repository() / "build/laptop/artifacts")
+    offline = locate.gguf_file("offline:laptop", repository() / "build/laptop/artifacts")
     wide = random_llama(run.artifacts)
     for suffix, gguf, sequences, tokens, pairs, rounds in (
         ("offline", offline, 1, 200, 10, 40),
@@ -219,7 +219,7 @@ def arianna_speed(run: Run) -> None:
 def qlora_speed(run: Run) -> None:
     """A training step with the commitment over LoRA alone on the same tokens, 4 bits over f32, and
     forked choices a second; with one thread, as chapter 3 trains several such models at a time."""
-    base = source.hugging_face_folder("offline:laptop", repository() / "build/laptop/artifacts")
+    base = locate.hugging_face_folder("offline:laptop", repository() / "build/laptop/artifacts")
     plain, committed = qlora.step(base, 0, "nf4"), qlora.step(base, 12, "nf4")
     whole, threads = qlora.step(base, 12, "none"), torch.get_num_threads()
     for name, reference, candidate, used in (

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock
 
-from lablog import speed
+from lablog import layout, speed
 from lablog.files import atomic_write, repository, sha256_of
 from lablog.record import Record
 from lablog.report import IN_PROSE, reject_judgements
@@ -73,7 +73,7 @@ def _inputs(folder: Path) -> str:
     results = [path for kind in ("records", "notebooks", "figures")
                for path in (folder / kind).rglob("*") if path.is_file()]
     own = [root / "pyproject.toml", Path(__file__), Path(speed.__file__)]
-    bench = [path for path in [root / "build/bench.json"] if path.is_file()]
+    bench = [path for path in [layout.benchmark()] if path.is_file()]
     ours = sha256_of([*pages, *own, *bench], root)
     return f"{ours} {sha256_of(results, folder)}\n"
 

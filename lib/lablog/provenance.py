@@ -14,19 +14,12 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from lablog.files import repository, sha256, sha256_of
+from lablog.strict import Strict
 
 PACKAGES = ("accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "llama-cpp-python",
             "matplotlib", "numpy", "pandas", "papermill", "peft", "safetensors", "scipy",
             "sentencepiece", "torch", "transformers")
-
-
-class Strict(BaseModel):
-    """Base of every model in a record: unknown fields are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class FileHash(Strict):

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from lablog.files import atomic_write
 from lablog.intervals import Interval, t_interval
-from lablog.provenance import FileHash, Machine, Source, Strict
+from lablog.provenance import FileHash, Machine, Source
+from lablog.strict import Strict
 
 SCHEMA_VERSION: Literal[1] = 1
 

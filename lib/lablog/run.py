@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lablog.files import repository
+from lablog import layout
 from lablog.intervals import Interval
 from lablog.profiles import declared_parameters, notebook_path
 from lablog.provenance import FileHash, machine, peak_memory_bytes, source_state
@@ -160,8 +160,9 @@ def begin(notebook: str, namespace: Mapping[str, Any]) -> Run:
     if context:
         settings = json.loads(Path(context).read_text())
     else:
-        folder = str(repository() / "build" / "interactive")
-        settings = {"profile": "interactive", "folder": folder, "artifacts": f"{folder}/artifacts"}
+        folder = layout.interactive()
+        settings = {"profile": "interactive", "folder": str(folder),
+                    "artifacts": str(layout.artifacts(folder))}
     return Run(
         notebook, settings["profile"], Path(settings["folder"]), Path(settings["artifacts"]),
         {name: namespace[name] for name in declared},

@@ -33,15 +33,13 @@ from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from lablog import book, profiles
+from lablog import book, layout, profiles
 from lablog.files import repository, write_if_changed
 from lablog.provenance import machine, source_dependencies, source_state
 from lablog.record import Failure, Record
 from lablog.run import RUN_VARIABLE
 
 EXIT_CODES = {"ok": 0, "failed": 1, "timeout": 124, "interrupted": 130}
-NATIVE_STAMP = "build/native/.built"
-"""What the Makefile touches after the native library was built; results depend on it."""
 PINS = "packages.txt"
 """The pinned packages as they were planned with, apart from the rest of pyproject.toml."""
 
@@ -149,7 +147,7 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
     context = scratch / "context.json"
     context.write_text(json.dumps({
         "profile": spec.profile, "folder": str(scratch),
-        "artifacts": str(spec.folder / "artifacts"),
+        "artifacts": str(layout.artifacts(spec.folder)),
     }))
     os.environ[RUN_VARIABLE] = str(context)
     print(f"[{spec.notebook}] running, profile {spec.profile}", flush=True)
@@ -201,12 +199,8 @@ def dependencies(notebook: str, folder: Path, parameters: Mapping[str, Any]) -> 
                 files += sorted(path.parent.glob("tok*.bin"))
     files += sorted((root / "notebooks" / "reports").glob(f"{notebook}.*.j2"))
     if root / "lib/lablog/models/llama_cpp.py" in files:
-        files.append(root / NATIVE_STAMP)
+        files.append(layout.native_stamp())
     return [*files, folder / "parameters" / f"{notebook}.json", folder / "parameters" / PINS]
-
-
-def _folder(profile: profiles.Profile) -> Path:
-    return repository() / "build" / profile.name
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
@@ -219,7 +213,7 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 def plan(profile: profiles.Profile, names: Sequence[str]) -> str:
     """Write parameter files and return the rules that Make includes (paths from the root)."""
-    root, folder = repository(), _folder(profile)
+    root, folder = repository(), layout.results(profile.name)
     lines = []
     pins = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     write_if_changed(folder / "parameters" / PINS, "\n".join(pins) + "\n")
@@ -241,8 +235,8 @@ def why(profile: profiles.Profile, names: Sequence[str]) -> str:
     """For each notebook, whether Make would run it and because of which files."""
     lines = []
     for notebook in _chosen(names):
-        record = _result_paths(_folder(profile), notebook)["record"]
-        inputs = dependencies(notebook, _folder(profile), profile.parameters[notebook])
+        record = _result_paths(layout.results(profile.name), notebook)["record"]
+        inputs = dependencies(notebook, layout.results(profile.name), profile.parameters[notebook])
         if not record.is_file():
             reason = "runs: it has no result yet"
         else:
@@ -282,7 +276,7 @@ def figure_differences(one: Path, two: Path) -> list[str]:
 def verify(profile: profiles.Profile, names: Sequence[str]) -> int:
     """Run every notebook twice from nothing and compare records and figure data; 0 if equal."""
     wrong = 0
-    folders = [repository() / "build" / "verify" / f"{profile.name}-{run}" for run in "ab"]
+    folders = [layout.verified(profile.name, run) for run in "ab"]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     for notebook in _chosen(names):
@@ -306,7 +300,7 @@ def summary(profile: profiles.Profile, names: Sequence[str]) -> str:
     """One screen: each notebook's English report, duration and memory."""
     blocks = []
     for notebook in _chosen(names):
-        path = _result_paths(_folder(profile), notebook)["record"]
+        path = _result_paths(layout.results(profile.name), notebook)["record"]
         if not path.is_file():
             blocks.append(f"== {notebook}: no result; see `make why`")
             continue
@@ -314,7 +308,7 @@ def summary(profile: profiles.Profile, names: Sequence[str]) -> str:
         memory = (record.peak_memory_bytes or 0) / 2**20
         blocks.append(f"== {notebook} ({record.seconds:.0f} s, {memory:.0f} MiB)\n"
                       f"{record.report.en if record.report else 'no report'}")
-    shown = os.path.relpath(_folder(profile))
+    shown = os.path.relpath(layout.results(profile.name))
     return "\n\n".join([*blocks, f"records, figures, notebooks: {shown}/"])
 
 
@@ -354,8 +348,8 @@ def main(arguments: Sequence[str] | None = None, submit: Executor = here) -> int
             case "name":
                 print(profile.name)
             case "book":
-                target = repository() / "build" / "book" / "html"
-                print(f"book: {book.build(_folder(profile), target)}/index.html")
+                made = book.build(layout.results(profile.name), layout.book())
+                print(f"book: {made}/index.html")
             case command:
                 tell = {"plan": plan, "why": why, "summary": summary}[command]
                 print(tell(profile, options.notebooks))

@@ -11,7 +11,7 @@ from arianna_exchanges import EXCHANGES
 
 from lablog.arianna.exports import export
 from lablog.files import data_file
-from lablog.models.training import ModelShape
+from lablog.models.shape import ModelShape
 from lablog.text.tokenizer import train_tokenizer
 
 SHAPE = ModelShape(layers=6, width=288, heads=6, kv_heads=6, feed_forward=768, context=256,

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from lablog.arianna import bench
-from lablog.models.training import ModelShape
+from lablog.models.shape import ModelShape
 
 SMALL = ModelShape(width=32, layers=2, heads=2, kv_heads=2, feed_forward=64, context=64,
                    tied_embeddings=True, initializer_range=0.02)

@@ -260,7 +260,7 @@ def test_a_file_that_was_cut_short_is_refused(run, exports, tmp_path: Path):
 
 
 def test_without_a_model_the_command_that_makes_it_is_named(run, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("lablog.arianna.exports.repository", lambda: tmp_path)
+    monkeypatch.setattr("lablog.layout.repository", lambda: tmp_path)
     code, _, err = run("chat")
     assert code == 2
     assert err.startswith(f"error: {tmp_path}/build/laptop/artifacts/arianna/arianna-f32.gguf is ")

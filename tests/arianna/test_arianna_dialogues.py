@@ -20,7 +20,7 @@ from lablog.arianna.dialogues import (
     sides,
 )
 from lablog.files import data_file
-from lablog.models.training import ModelShape
+from lablog.models.shape import ModelShape
 from lablog.text.datasets import Item
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 

@@ -19,7 +19,8 @@ from lablog.arianna.finetuning import (
     tune,
 )
 from lablog.files import data_file
-from lablog.models.training import ModelShape, TrainingSettings
+from lablog.models.shape import ModelShape
+from lablog.models.training import TrainingSettings
 from lablog.text.packing import pack
 from lablog.text.tokenizer import Tokenizer
 

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablog.arianna.exports import FILES, default_model
 from lablog.models import llama2c as formats
-from lablog.models import source
-from lablog.models.llama_cpp import Context, Model, generate
+from lablog.models import locate
+from lablog.models.llama_cpp import Context, Model, generate_tokens
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -37,7 +37,7 @@ def with_torch(folder: Path, prompt: list[int]) -> list[int]:
 
 def with_llama_cpp(gguf: Path, prompt: list[int]) -> tuple[list[int], str]:
     with Model(gguf) as model, Context(model, window=256) as context:
-        written = generate(context, context.decode({0: prompt}), TOKENS)[0]
+        written = generate_tokens(context, context.decode({0: prompt}), TOKENS)[0]
         text = b"".join(map(model.piece, written)).decode(errors="replace")
     return written, text
 
@@ -80,8 +80,8 @@ def test_stories_say_the_same_in_pytorch_llama_cpp_and_c(llama2c, tmp_path: Path
     if not STORIES.is_file():
         pytest.skip("shared/data/stories260K.bin is not beside this clone")
     tokenizer = STORIES.with_name("tok512.bin")
-    folder = source.hugging_face_folder(str(STORIES), tmp_path)
-    said = same_words(llama2c, folder, source.gguf_file(str(folder), tmp_path), STORIES, tokenizer,
+    folder = locate.hugging_face_folder(str(STORIES), tmp_path)
+    said = same_words(llama2c, folder, locate.gguf_file(str(folder), tmp_path), STORIES, tokenizer,
                       "Zoo was")
     assert "Lily" in said
     # The export is the file that llama2.c's own programs wrote.
@@ -312,5 +312,5 @@ def test_an_export_that_was_cut_short_is_refused(exports, kind: str, tmp_path: P
     cut = tmp_path / FILES[kind]
     cut.write_bytes(cut.read_bytes()[:-1])
     with pytest.raises(ValueError, match="truncated") as caught:
-        source.gguf_file(str(tmp_path / FILES["llama2c"]), tmp_path / "cache")
+        locate.gguf_file(str(tmp_path / FILES["llama2c"]), tmp_path / "cache")
     assert str(cut) in str(caught.value)

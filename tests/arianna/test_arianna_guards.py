@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from lablog.arianna import guards
-from lablog.models.training import ModelShape, TrainingSettings, check_schedule, train_causal_lm
+from lablog.models.shape import ModelShape
+from lablog.models.training import TrainingSettings, check_schedule, train_causal_lm
 from lablog.text.packing import Windows, pack, refuse_overlap
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from lablog import layout
 from lablog.arianna.chat import Chat, prompt, write
 from lablog.arianna.exports import default_model
-from lablog.files import repository
-from lablog.models import source
+from lablog.models import locate
 from lablog.models.llama_cpp import Context, Model, Sampling
 
 WIDEST = 4096  # tokens; larger windows would cost gigabytes of cache
@@ -83,7 +83,7 @@ def _context(options: argparse.Namespace) -> Iterator[Context]:
     else:  # paths are told from here, or from the root of the clone as in profiles
         here = Path(options.model).expanduser()
         name = str(here.resolve()) if here.exists() else options.model
-        path = source.gguf_file(name, repository() / "build" / "cache")
+        path = locate.gguf_file(name, layout.cache())
     with Model(path) as model, Context(
         model, window=min(model.window, WIDEST), threads=options.threads
     ) as context:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from lablog.arianna.finetuning import base_tokenizer
 from lablog.models import convert
 from lablog.models.llama_cpp import Context, Model, Sampling, stream
-from lablog.models.training import ModelShape
+from lablog.models.shape import ModelShape
 from lablog.text import packing
 from lablog.text.corpora import base_documents
 from lablog.text.tokenizer import Tokenizer

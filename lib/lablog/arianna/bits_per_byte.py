@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from lablog.arianna.finetuning import training_log
 from lablog.intervals import Interval, percentiles, ratio_replicas
-from lablog.models.training import collate
+from lablog.models.trainer import pad_items
 from lablog.record import Metric
 from lablog.text.datasets import Item
 from lablog.text.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def bits(model: LlamaForCausalLM, items: Sequence[Item]) -> Floats:
     total = np.zeros(len(items))
     for first in range(0, len(rows), 16):
         chunk = rows[first : first + 16]
-        batch = collate([part for _, part in chunk])
+        batch = pad_items([part for _, part in chunk])
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
         weights, targets = batch["weights"][:, 1:], batch["input_ids"][:, 1:]
         nll, weighed = torch.zeros_like(weights), weights > 0

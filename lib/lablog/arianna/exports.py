@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from lablog.files import atomic_folder, repository
+from lablog import layout
+from lablog.files import atomic_folder
 from lablog.models import convert, llama2c
 
 FILES = {
@@ -44,7 +45,7 @@ def sizes(exported: Mapping[str, Path]) -> dict[str, int]:
 
 def default_model() -> Path:
     """The GGUF file of the laptop profile; FileNotFoundError says which command makes it."""
-    path = repository() / "build" / "laptop" / "artifacts" / "arianna" / FILES["f32"]
+    path = layout.artifacts(layout.results("laptop")) / "arianna" / FILES["f32"]
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there yet: `make reproduce NOTEBOOKS=06` trains and exports it, "

@@ -11,7 +11,8 @@ from typing import Any
 
 from lablog.arianna import guards
 from lablog.keys import key
-from lablog.models.training import ModelShape, TrainingSettings, train_causal_lm
+from lablog.models.shape import ModelShape
+from lablog.models.training import TrainingSettings, train_causal_lm
 from lablog.text.packing import Stream, Windows, pack, refuse_overlap
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 

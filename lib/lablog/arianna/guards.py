@@ -1,7 +1,7 @@
 """What must not go wrong silently between base run and fine-tuning (lab log C3).
 
 Warm-up, fresh counters, changed weights and a finite loss are guarded in the training loop itself
-(`lablog.models.training`: check_schedule, Fresh, relative_update, WeightedTrainer), overlap of
+(`lablog.models.training`: check_schedule, relative_update; `lablog.models.trainer`), overlap of
 training and held-out text by `lablog.text.packing.refuse_overlap`, prompts without the form by
 `lablog.arianna.chat.warn_of_form`.
 """

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from lablog.arianna.finetuning import training_log
-from lablog.figures import COLOURS, GREY, MARKERS
-
-Drawn = tuple[Figure, pd.DataFrame]
+from lablog.figures import COLOURS, GREY, MARKERS, Drawn
 
 
 def loss_curves(folders: Mapping[str, Path]) -> Drawn:

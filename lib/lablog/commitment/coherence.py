@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lablog.commitment.window import Injection, Speech
-from lablog.models.llama_cpp import Context, generate
+from lablog.models.llama_cpp import Context, generate_tokens
 from lablog.text.dialogues import DialogueSettings, Turn
 from lablog.text.dialogues import generate as generate_dialogue
 
@@ -164,7 +164,7 @@ def continuations(speech: Speech, material: Material,
         context.prefill(group)
         injection.turn(context, 1)
         uniforms = {s: material.uniforms[begin + s] for s in group}
-        written = generate(context, context.prefill(group), count, frozenset(), uniforms)
+        written = generate_tokens(context, context.prefill(group), count, frozenset(), uniforms)
         texts += [written[s] for s in group]
         mine, base = under(injection, written), under(Injection(), written)
         divergence += [_divergence(mine[s], base[s]) for s in group]

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from lablog.commitment.window import Injection, Speech
-from lablog.models.llama_cpp import generate
+from lablog.models.llama_cpp import generate_tokens
 from lablog.text.dialogues import DialogueSettings, Draw, Turn, named_value
 
 ANSWER_TOKENS = 16
@@ -190,7 +190,7 @@ def run_recall(speech: Speech, items: Sequence[RecallItem], injection: Injection
         injection.turn(context, 0)
         logits = context.prefill({i: speech.prompt([item.question]) for i, item in group})
         uniforms = {i: item.uniforms for i, item in group}
-        written = generate(context, logits, ANSWER_TOKENS, model.stops(), uniforms)
+        written = generate_tokens(context, logits, ANSWER_TOKENS, model.stops(), uniforms)
         first = {i: model.detokenize(tokens).strip() for i, tokens in written.items()}
         firsts += first.values()
         histories = {
@@ -227,7 +227,7 @@ def _ask(speech: Speech, histories: dict[int, list[Turn]], questions: dict[int, 
     logits = context.prefill(
         {i: speech.prompt([*history, questions[i]]) for i, history in histories.items()}
     )
-    written = generate(context, logits, ANSWER_TOKENS, speech.model.stops())
+    written = generate_tokens(context, logits, ANSWER_TOKENS, speech.model.stops())
     return [speech.model.detokenize(written[i]) for i in histories]
 
 

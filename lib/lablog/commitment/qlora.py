@@ -46,12 +46,9 @@ from lablog.commitment.variational import (
 )
 from lablog.files import sha256_of
 from lablog.keys import key
-from lablog.models.training import (
-    GuardedTrainer,
-    Strict,
-    TrainingSettings,
-    train_to_folder,
-)
+from lablog.models.trainer import GuardedTrainer
+from lablog.models.training import TrainingSettings, train_to_folder
+from lablog.strict import Strict
 
 Quantisation = Literal["nf4", "none"]
 ACTIVE = 0.01  # variance of a unit's posterior mean from which it counts as active (Burda et al.)

@@ -235,7 +235,7 @@ class Reader:
         """Continuation of each prompt up to a token that ends an answer, or `tokens` tokens.
 
         Greedy, or at temperature 1 from `uniforms` [prompts, tokens] by inverting the cumulative
-        distribution, as ``llama_cpp.generate`` does.
+        distribution, as ``llama_cpp.generate_tokens`` does.
         """
         texts, stops = [""] * len(prompts), sorted(self.rendering.stops)
         for batch in self._batches(prompts):

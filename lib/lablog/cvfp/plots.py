@@ -17,9 +17,7 @@ from lablog.cvfp.passes import Passes
 from lablog.cvfp.phase2 import Phase2Result, Predictions
 from lablog.cvfp.results import bootstrap_perplexity
 from lablog.cvfp.rollout import TOLERANCE, Rollout
-from lablog.figures import GREY, MARKERS
-
-Plot = tuple[Figure, pd.DataFrame]
+from lablog.figures import GREY, MARKERS, Drawn
 
 
 def _axes(columns: int, height: float = 3.0) -> tuple[Figure, list[plt.Axes]]:
@@ -33,7 +31,7 @@ def _legend_below(figure: Figure, axis: plt.Axes) -> None:
                   fontsize=8)
 
 
-def convergence(histories: Sequence[pd.DataFrame], frozen: Mapping[str, Passes]) -> Plot:
+def convergence(histories: Sequence[pd.DataFrame], frozen: Mapping[str, Passes]) -> Drawn:
     """Share of converged tokens and MSE against iteration of training, and against frozen pass.
 
     `histories`: rows of iterations (network, iteration, share, cvfp_loss), a line each.
@@ -57,7 +55,7 @@ def convergence(histories: Sequence[pd.DataFrame], frozen: Mapping[str, Passes])
     return figure, frame
 
 
-def spectra(matrices: Mapping[str, Tensor]) -> Plot:
+def spectra(matrices: Mapping[str, Tensor]) -> Drawn:
     """Singular values relative to the largest, with the effective rank of each matrix.
 
     The axis ends below the last two per cent, which LayerNorm takes away (the mean).
@@ -78,7 +76,7 @@ def spectra(matrices: Mapping[str, Tensor]) -> Plot:
     return figure, pd.concat(frames)
 
 
-def rank_growth(matrices: Mapping[str, Tensor], weights: pd.DataFrame) -> Plot:
+def rank_growth(matrices: Mapping[str, Tensor], weights: pd.DataFrame) -> Drawn:
     """Effective rank against the number of tokens (64, 128, ..., all), and against the weight w.
 
     `weights`: rows of networks (network, split, share, w).
@@ -103,7 +101,7 @@ def rank_growth(matrices: Mapping[str, Tensor], weights: pd.DataFrame) -> Plot:
     return figure, pd.concat([frame, weights.rename(columns={"network": "matrix"})])
 
 
-def change_map(passes: Mapping[str, Passes], tokens: int) -> Plot:
+def change_map(passes: Mapping[str, Passes], tokens: int) -> Drawn:
     """log10 of the context's mean squared change over the first `tokens` tokens and all passes."""
     figure, axes = _axes(len(passes), 2.6)
     frames = []
@@ -120,7 +118,7 @@ def change_map(passes: Mapping[str, Passes], tokens: int) -> Plot:
     return figure, pd.concat(frames)
 
 
-def residuals(rollouts: Mapping[str, Rollout]) -> Plot:
+def residuals(rollouts: Mapping[str, Rollout]) -> Drawn:
     """Residuals of the last window that each rollout tried, and the time for the whole text."""
     frames = []
     for label, found in rollouts.items():
@@ -143,7 +141,7 @@ def residuals(rollouts: Mapping[str, Rollout]) -> Plot:
     return figure, frame
 
 
-def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Plot:
+def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Drawn:
     """Share of tokens that are exact after each pass; dotted: one token a pass."""
     figure, (axis,) = _axes(1)
     frame = pd.DataFrame(dict(shares))
@@ -156,7 +154,7 @@ def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Plot:
     return figure, frame
 
 
-def memory(curves: Mapping[str, Tensor]) -> Plot:
+def memory(curves: Mapping[str, Tensor]) -> Drawn:
     """Median relative difference that a changed token leaves after so many tokens."""
     figure, (axis,) = _axes(1)
     frames = []
@@ -172,7 +170,7 @@ def memory(curves: Mapping[str, Tensor]) -> Plot:
     return figure, pd.concat(frames)
 
 
-def perplexity(trainings: Mapping[str, Phase2Result], levels: Mapping[str, float]) -> Plot:
+def perplexity(trainings: Mapping[str, Phase2Result], levels: Mapping[str, float]) -> Drawn:
     """Training and validation perplexity per epoch for each arm; n-grams as dotted lines."""
     curves = pd.DataFrame([
         {"arm": name, "epoch": e.epoch, "training": e.train_perplexity,
@@ -192,7 +190,7 @@ def perplexity(trainings: Mapping[str, Phase2Result], levels: Mapping[str, float
     return figure, curves
 
 
-def intervals(predictions: Mapping[str, Predictions], block: int) -> Plot:
+def intervals(predictions: Mapping[str, Predictions], block: int) -> Drawn:
     """Test perplexity of each arm with its bootstrap interval over dialogues of `block` tokens."""
     spreads = {name: bootstrap_perplexity(found, block) for name, found in predictions.items()}
     table = pd.DataFrame([

@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from lablog.files import repository
+from lablog import layout
 from lablog.models.llama_cpp import EngineError, bindings, check_gguf
 
 
 def native_tree() -> Path:
     """The unpacked and patched llama.cpp tree; FileNotFoundError names the remedy."""
-    tree = repository() / "build" / "native" / "llama.cpp"
+    tree = layout.native() / "llama.cpp"
     if not (tree / "convert_hf_to_gguf.py").is_file():
         raise FileNotFoundError(f"{tree} holds no llama.cpp: run `make setup`")
     return tree

@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lablog.files import repository
+from lablog import layout
 
-NATIVE = "build/native"
 Tokens = Sequence[int]
 
 
@@ -31,7 +30,7 @@ class EngineError(RuntimeError):
 
 def native_folder() -> Path:
     """Folder of the patched build; EngineError with the remedy when it is not there."""
-    folder = repository() / NATIVE
+    folder = layout.native()
     if not any((folder / "lib").glob("libllama.*")):
         raise EngineError(f"the patched llama.cpp is not built ({folder}/lib): run `make setup`")
     return folder
@@ -466,7 +465,7 @@ class Context:
         return np.array([total / seen for _, (total, seen) in sorted(self._watched.items())])
 
 
-def generate(context: Context, logits: Mapping[int, np.ndarray], count: int,
+def generate_tokens(context: Context, logits: Mapping[int, np.ndarray], count: int,
              stops: frozenset[int] = frozenset(),
              uniforms: Mapping[int, np.ndarray] | None = None) -> dict[int, list[int]]:
     """Continue all sequences together by up to `count` tokens each, without the stop token.

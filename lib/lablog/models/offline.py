@@ -9,7 +9,9 @@ from tempfile import TemporaryDirectory
 from pydantic import Field
 
 from lablog.keys import key
-from lablog.models.training import ModelShape, Strict, TrainingSettings, train_causal_lm
+from lablog.models.shape import ModelShape
+from lablog.models.training import TrainingSettings, train_causal_lm
+from lablog.strict import Strict, validated
 from lablog.text import dialogues
 from lablog.text.datasets import DialogueDataset
 from lablog.text.tokenizer import train_tokenizer
@@ -26,12 +28,11 @@ class Recipe(Strict):
     training: TrainingSettings
 
 
-def recipe(name: str, settings: dialogues.DialogueSettings | None = None) -> Recipe:
+def recipe(name: str, settings: dialogues.DialogueSettings) -> Recipe:
     """The recipe `name`; ValueError names the ones that exist, or the wrong key and value."""
-    settings = settings or dialogues.load_settings()
     if name not in settings.recipes:
         raise ValueError(f"no recipe {name!r}: expected one of {sorted(settings.recipes)}")
-    return dialogues.validated(
+    return validated(
         Recipe, settings.recipes[name], f"data/dialogues.yaml: recipes.{name}"
     )
 

@@ -28,9 +28,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 import yaml
 from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from lablog.files import data_file
+from lablog.strict import Strict, validated
 
 Speaker = Literal["U", "A"]
 Kind = Literal["favourite", "unstated", "hidden", "compare"]
@@ -41,7 +42,6 @@ Word = Annotated[str, Field(pattern=r"^[a-z]+$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Span = Annotated[tuple[int, int], Field(description="least and most, inclusive")]
 Four = Annotated[list[str], Len(4)]
-M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
 ASKED = ("question", "requestion", "opening", "private", "is_it", "what_is_it")
@@ -68,21 +68,17 @@ PHRASES = {  # every list of phrasings and the slots that each of its entries mu
 }
 
 
-class HeldOut(BaseModel):
+class HeldOut(Strict):
     """What the training of a commitment never meets: the last `phrasings` of every list in
     `ASKED`, the last values of some topics (their number, by topic), and whole topics."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     phrasings: Annotated[int, Field(ge=1)]
     values: dict[Word, Annotated[int, Field(ge=1)]]
     topics: Annotated[list[Word], Len(1)]
 
 
-class DialogueSettings(BaseModel):
+class DialogueSettings(Strict):
     """Contents of ``data/dialogues.yaml``; each field is explained there."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     topics: Annotated[dict[Word, Annotated[list[Word], Len(12)]], Len(8)]
     question: Four
@@ -188,20 +184,6 @@ def things(settings: DialogueSettings, number: int) -> DialogueSettings:
 
 def _slots(phrase: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(phrase) if name is not None}
-
-
-def validated(model: type[M], data: object, where: str) -> M:
-    """`data` as a `model`; ValueError names `where`, the key, the value and what is wrong."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = [
-            f"{where}: {'.'.join(map(str, e['loc'])) or 'file'} = {e['input']!r:.120}: {e['msg']}"
-            if e["loc"]
-            else f"{where}: {e['msg']}"
-            for e in error.errors()
-        ]
-        raise ValueError("\n".join(problems)) from error
 
 
 def load_settings(path: Path | None = None) -> DialogueSettings:

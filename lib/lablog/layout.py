@@ -1,0 +1,57 @@
+"""Where generated things lie: everything below ``build/``, of which nothing is committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lablog.files import repository
+
+
+def built(*names: str) -> Path:
+    """A path below ``build/``."""
+    return repository().joinpath("build", *names)
+
+
+def results(profile: str) -> Path:
+    """The folder of a profile's results, with ``notebooks``, ``records``, ``figures`` in it."""
+    return built(profile)
+
+
+def artifacts(results_folder: Path) -> Path:
+    """Trained models and other stored things, beside the results that were made with them."""
+    return results_folder / "artifacts"
+
+
+def interactive() -> Path:
+    """Where results go of a notebook that is run by hand."""
+    return built("interactive")
+
+
+def verified(profile: str, run: str) -> Path:
+    """Results of one of the two runs that `make verify` compares."""
+    return built("verify", f"{profile}-{run}")
+
+
+def book() -> Path:
+    """The built book."""
+    return built("book", "html")
+
+
+def benchmark() -> Path:
+    """What `make bench` has measured on this machine."""
+    return built("bench.json")
+
+
+def cache() -> Path:
+    """Models that the commands have converted for themselves."""
+    return built("cache")
+
+
+def native() -> Path:
+    """The patched llama.cpp: its tree in ``llama.cpp``, its libraries in ``lib``."""
+    return built("native")
+
+
+def native_stamp() -> Path:
+    """What the Makefile touches after the native library was built; results depend on it."""
+    return native() / ".built"
