@@ -27,7 +27,7 @@ BINDING      := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)".*/\1/p' pypro
 SDIST        := build/source/$(subst -,_,$(firstword $(subst ==, ,$(BINDING))))-$(lastword $(subst ==, ,$(BINDING))).tar.gz
 RUN          := $(PY) -m lablog.runner run
 ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
-EXCLUSIVE    := python3 lib/lablog/exclusive.py
+EXCLUSIVE    := python3 lib/tools/exclusive.py
 PIP          := $(PY) -m pip --disable-pip-version-check --quiet
 
 .PHONY: help setup lab reproduce test book bench verify why publish clean distclean \
@@ -139,7 +139,7 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 	@ctest --test-dir build/native-sanitize --output-on-failure
 
 bench: test-native ## speed, as ratios within one process: build/bench.json
-	@$(PY) -m lablog.bench
+	@PYTHONPATH=lib $(PY) -m tools.bench
 
 SHOWN := 02_lambda_calibration/heat.svg \
          $(addprefix 03_qlora_commitment/,arms.svg kinds.svg persistence.svg ablations.svg capacity.svg)

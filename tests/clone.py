@@ -165,8 +165,8 @@ class Clone:
         self.root = root
         self.started: list[subprocess.Popen[str]] = []
         self.python = str(root / "build/venv/bin/python")
-        shutil.copytree(REPOSITORY / "lib" / "lablog", root / "lib" / "lablog",
-                        ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / "lib", root / "lib",
+                        ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         for name in ("Makefile", "pyproject.toml", "environment.yml", "jupytext.toml"):
             shutil.copyfile(REPOSITORY / name, root / name)
         files = {
