@@ -167,7 +167,8 @@ class Clone:
         self.python = str(root / "build/venv/bin/python")
         shutil.copytree(REPOSITORY / "lib", root / "lib",
                         ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        for name in ("Makefile", "pyproject.toml", "environment.yml", "jupytext.toml"):
+        for name in ("Makefile", "pyproject.toml", "requirements.lock", "environment.yml",
+                     "jupytext.toml"):
             shutil.copyfile(REPOSITORY / name, root / name)
         files = {
             "notebooks/01_alpha.py": ALPHA, "notebooks/02_beta.py": BETA,
