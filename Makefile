@@ -34,7 +34,7 @@ ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 TOOL         := python3 lib/tools
 NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 
-.PHONY: help setup lock lab reproduce test book bench verify why publish clean distclean \
+.PHONY: help setup lock lab reproduce test book bench verify why compare publish clean distclean \
         test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -92,6 +92,9 @@ _results: $(RECORDS)
 
 why: ## say for each notebook whether it would run, and because of what
 	@$(PY) -m lablog.runner why $(ARGUMENTS)
+
+compare: ## say what changed between two runs, each a profile, a folder or a record: A=... B=...
+	@PYTHONPATH=lib $(PY) -m tools.compare '$(A)' '$(B)'
 
 verify: setup ## run the notebooks twice and compare the records
 	@$(PY) -m lablog.runner verify $(ARGUMENTS)

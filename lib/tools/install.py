@@ -8,6 +8,7 @@ lock.py), with the libraries that a build for CUDA asks for in exact versions.
 Needs Python's standard library only.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-WITHOUT_LLAMA = "cmake.args=-DLLAMA_BUILD=OFF;-DLLAVA_BUILD=OFF"
+WITHOUT_LLAMA = "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"
+"""In the environment, since pip's option --config-settings means other things in other versions."""
 LOCKED = ("--require-hashes", "--no-deps")
 
 
@@ -23,7 +25,8 @@ def pip(command: str, *arguments: str | Path) -> None:
     """Run pip in this environment; exits with its code when it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", command,
-         *map(str, arguments)], cwd=ROOT, check=False,
+         *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, "CMAKE_ARGS": WITHOUT_LLAMA}, check=False,
     )
     if done.returncode:
         sys.exit(done.returncode)
@@ -53,8 +56,7 @@ def main() -> None:
                 "--dest", sdist.parent, "--requirement", source)
         hashes = " ".join(re.findall(r"--hash=\S+", bindings))
         built.write_text(f"{sdist.resolve()} {hashes}\n")
-        pip("install", *LOCKED, "--no-build-isolation", "--config-settings", WITHOUT_LLAMA,
-            "--requirement", built)
+        pip("install", *LOCKED, "--no-build-isolation", "--requirement", built)
     pip("install", "--no-build-isolation", "--editable", ".[test]")
 
 
