@@ -1,9 +1,12 @@
 # `make help` lists what can be made; `make reproduce` and `make test` need nothing before them.
 
+## PROFILE=smoke|laptop|study|full   which settings (default laptop); or path/to/own.yaml
 PROFILE   ?= laptop
+## SET="model=my.gguf"   override single values; results get a folder of their own
 SET       ?=
+## NOTEBOOKS="01 02"   only these
 NOTEBOOKS ?=
-PYTHON    ?= $(firstword $(shell command -v python3.11) python3)
+PYTHON    ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(minor))) python3)
 CMAKE     ?= cmake
 # CMake finds the compiler by itself; make's own default for CXX is not a wish.
 COMPILER  := $(if $(filter default,$(origin CXX)),c++,$(CXX))
@@ -27,74 +30,56 @@ BINDING      := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)".*/\1/p' pypro
 SDIST        := build/source/$(subst -,_,$(firstword $(subst ==, ,$(BINDING))))-$(lastword $(subst ==, ,$(BINDING))).tar.gz
 RUN          := $(PY) -m lablog.runner run
 ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
-EXCLUSIVE    := python3 lib/lablog/exclusive.py
-PIP          := $(PY) -m pip --disable-pip-version-check --quiet
+# What helps Make is written in Python as well, and where there is no environment yet, for any.
+TOOL         := python3 lib/tools
+NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 
-.PHONY: help setup lab reproduce test book bench verify why publish clean distclean \
+.PHONY: help setup lock lab reproduce test book bench verify why compare publish clean distclean \
         test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-21s %s\n", $$1, $$2}' Makefile
-	@echo; printf '  %-33s %s\n' \
-	  'PROFILE=smoke|laptop|study|full' 'which settings (default laptop); or path/to/own.yaml' \
-	  'SET="model=my.gguf"' 'override single values; results get a folder of their own' \
-	  'NOTEBOOKS="01 02"' 'only these'
+	@$(TOOL)/help.py Makefile
 
 # --- Setting up -------------------------------------------------------------------------------
 
 setup: ## environment and native library; the other targets do it when needed
-	@$(EXCLUSIVE) --wait build/.setup.lock $(MAKE) --no-print-directory _setup
+	@$(TOOL)/exclusive.py --wait build/.setup.lock $(MAKE) --no-print-directory _setup
 
 _setup: $(ENV_STAMP) $(NATIVE_STAMP)
 	@:
 
-# The sdist carries both the bindings and the llama.cpp tree that native/ patches, so that they
-# are one version by construction. CMake checks its hash.
-$(SDIST): | $(PY)
-	@echo "fetching $(BINDING)"
-	@$(PIP) download --no-deps --no-binary :all: --dest $(@D) $(BINDING)
-	@touch $@
-
 $(PY):
-	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 11))' || { echo \
-	  'error: $(PYTHON) is not Python 3.11 with venv: install it (Debian: apt-get install' \
-	  'python3.11-venv) or say PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(TOOL)/check.py python $(PYTHON) --venv
 	$(PYTHON) -m venv $(ENV)
 
-$(ENV_STAMP): pyproject.toml $(SDIST)
-	@$(PY) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo \
-	  'error: $(PY) is not Python 3.11: activate an environment made from environment.yml,' \
-	  'or deactivate conda' >&2; exit 1; }
-	@echo "installing the pinned packages into $(ENV) (a few minutes the first time)"
-	@$(PIP) install --config-settings 'cmake.args=-DLLAMA_BUILD=OFF;-DLLAVA_BUILD=OFF' $(SDIST)
-	@$(PIP) install --editable '.[test]'
+$(ENV_STAMP): requirements.lock pyproject.toml | $(PY)
+	@$(TOOL)/check.py python $(PY)
+	@$(TOOL)/check.py programs '$(CMAKE)' '$(COMPILER)'
+	@echo "installing the locked packages into $(ENV) (a few minutes the first time)"
+	@mkdir -p build/source
+	@$(PY) lib/tools/install.py $(SDIST)
 	@touch $@
 
+# The sdist carries both the bindings and the llama.cpp tree that native/ patches, so that they
+# are one version by construction. It came with the environment.
+$(SDIST): | $(ENV_STAMP)
+	@test -e $@ || $(PY) lib/tools/install.py $@
+
 $(NATIVE_STAMP): native/CMakeLists.txt $(wildcard native/cmake/* native/patches/* native/src/*) $(SDIST)
-	@for tool in '$(CMAKE)' '$(COMPILER)'; do command -v $$tool >/dev/null || { echo \
-	  "error: $$tool is not installed; the native library needs CMake and a C++17 compiler" \
-	  "(Debian: apt-get install cmake g++; macOS: xcode-select --install and cmake;" \
-	  "conda: environment.yml brings both)" >&2; exit 1; }; done
+	@$(TOOL)/check.py programs '$(CMAKE)' '$(COMPILER)'
 	@echo "building the patched llama.cpp (about two minutes)"
-	@mkdir -p $(@D); test -e $(@D)/CMakeCache.txt || date +%s > $(@D)/.started
-	@$(CMAKE) -S native -B $(@D) -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DCMAKE_BUILD_TYPE=Release \
-	  $(CMAKE_ARGS) > $(@D)/configure.log 2>&1 \
-	  || { cat $(@D)/configure.log >&2; exit 1; }
-	@$(CMAKE) --build $(@D) -j $(JOBS) > $(@D)/build.log 2>&1 || { tail -40 $(@D)/build.log >&2; exit 1; }
-	@test ! -e $(@D)/.started || { echo $$(( $$(date +%s) - $$(cat $(@D)/.started) )) \
-	  > $(@D)/build_seconds && rm $(@D)/.started; }
+	@$(NATIVE) build.log -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS)
 	@touch $@
+
+lock: | $(PY) ## lock what pyproject.toml pins, with hashes (LOCK=--upgrade: and renew the rest)
+	@$(PY) lib/tools/lock.py $(LOCK)
 
 # --- Results ----------------------------------------------------------------------------------
 
 reproduce: setup ## run every stale notebook, then the book and a summary (make -n shows what)
-	+@test -x $(PY) || { echo "# then every notebook of profile $(PROFILE): none has run yet"; exit 0; }; \
-	  $(PY) -m lablog.runner plan $(ARGUMENTS) > build/.plan.$$PPID.mk && \
-	  $(EXCLUSIVE) build/$$($(PY) -m lablog.runner name $(ARGUMENTS))/.lock \
-	  $(MAKE) --no-print-directory PLAN=build/.plan.$$PPID.mk _results; \
-	  status=$$?; rm -f build/.plan.$$PPID.mk; exit $$status
+	+@$(TOOL)/reproduce.py $(PY) '$(MAKE)' $(ARGUMENTS)
 
 # The plan holds one rule for each notebook: its record depends on its source, its parameters,
 # the modules that it imports, their data files and the native library.
@@ -107,6 +92,9 @@ _results: $(RECORDS)
 
 why: ## say for each notebook whether it would run, and because of what
 	@$(PY) -m lablog.runner why $(ARGUMENTS)
+
+compare: ## say what changed between two runs, each a profile, a folder or a record: A=... B=...
+	@PYTHONPATH=lib $(PY) -m tools.compare '$(A)' '$(B)'
 
 verify: setup ## run the notebooks twice and compare the records
 	@$(PY) -m lablog.runner verify $(ARGUMENTS)
@@ -126,10 +114,7 @@ test: setup test-native ## everything that can be checked: style, types, native,
 	@$(PY) -m pytest
 
 test-native: setup ## the C++ tests against the unpatched library
-	@$(CMAKE) -S native -B build/native -DLABLOG_TESTS=ON > build/native/configure.log 2>&1 \
-	  || { cat build/native/configure.log >&2; exit 1; }
-	@$(CMAKE) --build build/native -j $(JOBS) > build/native/build-tests.log 2>&1 \
-	  || { tail -40 build/native/build-tests.log >&2; exit 1; }
+	@$(NATIVE) build-tests.log -DLABLOG_TESTS=ON
 	@ctest --test-dir build/native --output-on-failure
 
 test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-behaviour sanitizers
@@ -139,16 +124,10 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 	@ctest --test-dir build/native-sanitize --output-on-failure
 
 bench: test-native ## speed, as ratios within one process: build/bench.json
-	@$(PY) -m lablog.bench
+	@PYTHONPATH=lib $(PY) -m tools.bench
 
-SHOWN := 02_lambda_calibration/heat.svg \
-         $(addprefix 03_qlora_commitment/,arms.svg kinds.svg persistence.svg ablations.svg capacity.svg)
 publish: ## copy this profile's records and the README's figures into book/records/
-	@mkdir -p book/records/$(PROFILE)
-	@cp build/$(PROFILE)/records/*.json book/records/$(PROFILE)/
-	@for figure in $(SHOWN); do test ! -e build/$(PROFILE)/figures/$$figure \
-	  || cp build/$(PROFILE)/figures/$$figure book/records/$(PROFILE)/; done
-	@test ! -e build/bench.json || cp build/bench.json book/records/
+	@$(TOOL)/publish.py $(PROFILE)
 
 clean: ## remove results and book, keep environment and native library
 	rm -rf $(filter-out build/venv build/native build/native-sanitize build/source,$(wildcard build/*))

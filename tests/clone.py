@@ -166,9 +166,10 @@ class Clone:
         self.root = root
         self.started: list[subprocess.Popen[str]] = []
         self.python = str(root / "build/venv/bin/python")
-        shutil.copytree(REPOSITORY / "lib" / "lablog", root / "lib" / "lablog",
-                        ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("Makefile", "pyproject.toml", "environment.yml", "jupytext.toml"):
+        shutil.copytree(REPOSITORY / "lib", root / "lib",
+                        ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        for name in ("Makefile", "pyproject.toml", "requirements.lock", "environment.yml",
+                     "jupytext.toml"):
             shutil.copyfile(REPOSITORY / name, root / name)
         files = {
             "notebooks/01_alpha.py": ALPHA, "notebooks/02_beta.py": BETA,

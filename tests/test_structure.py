@@ -19,6 +19,7 @@ from lablog.profiles import declared_parameters, notebooks
 
 ROOT = repository()
 LIBRARY = sorted((ROOT / "lib" / "lablog").rglob("*.py"))
+TOOLS = sorted((ROOT / "lib" / "tools").rglob("*.py"))
 ROOMS = ("commitment", "cvfp", "arianna")
 SHARED = ("text", "models")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -32,7 +33,9 @@ VARIABLES = {
 
 
 def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT / "lib" / "lablog"))
+    lib = ROOT / "lib"
+    library = path.is_relative_to(lib / "lablog")
+    return str(path.relative_to(lib / "lablog" if library else lib))
 
 
 def imported(path: Path) -> set[str]:
@@ -70,7 +73,7 @@ def test_no_module_imports_one_that_imports_it():
 
 def test_no_import_runs_upward():
     """A room imports no other, what rooms share imports no room, and the modules beside the rooms
-    import none of what is inside a folder; `make bench` stands above all rooms."""
+    import none of what is inside a folder; the tools stand above all rooms."""
     below = {room: {room, *SHARED, ""} for room in ROOMS} | {
         shared: {*SHARED, ""} for shared in SHARED} | {"": {""}}
 
@@ -78,13 +81,17 @@ def test_no_import_runs_upward():
         return module.split(".")[1] if module.count(".") > 1 else ""
 
     for module, found in modules_imported().items():
-        if module == "lablog.bench":
-            continue
         upward = {name for name in found if folder(name) not in below[folder(module)]}
         assert not upward, f"{module} imports {upward}"
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_the_library_imports_no_tool():
+    for path in LIBRARY:
+        found = [name for name in imported(path) if name.split(".")[0] == "tools"]
+        assert not found, f"{relative(path)} imports {found}"
+
+
+@pytest.mark.parametrize("path", LIBRARY + TOOLS, ids=relative)
 def test_no_import_is_relative(path: Path):
     """Staleness is read from absolute imports."""
     for node in ast.walk(ast.parse(path.read_text())):

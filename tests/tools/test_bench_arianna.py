@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from lablog.arianna import bench
 from lablog.models.shape import ModelShape
+from tools import bench_arianna as bench
 
 SMALL = ModelShape(width=32, layers=2, heads=2, kv_heads=2, feed_forward=64, context=64,
                    tied_embeddings=True, initializer_range=0.02)
@@ -33,7 +33,7 @@ def test_operations_are_those_of_every_product():
 def test_every_number_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     modes = {name: mode for name, mode in bench.MODES.items() if not mode[1]}  # compiling is slow
     monkeypatch.setattr(bench, "MODES", modes)
-    rows = bench.run(bench.Size(SMALL, 600, 2, 2, 20, ("filelock",)))
+    rows = bench.measured(bench.Size(SMALL, 600, 2, 2, 20, ("filelock",)))
     values = {name: value for name, value, _ in rows}
     assert values.keys() == {
         *(f"train.{mode}.{what}" for mode in ("f32", "bf16") for what in ("tokens_per_s", "mfu")),

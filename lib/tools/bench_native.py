@@ -1,56 +1,24 @@
-"""Speed, as ratios within one process: ``make bench`` writes build/bench.json.
-
-The file is a record like those of the notebooks. Ratios are medians over pairs of rounds that
-follow each other (A B A B), with the bootstrap interval of the median.
-"""
+"""Decoding with the patched llama.cpp over decoding with the unpatched one."""
 
 from __future__ import annotations
 
 import ctypes
-import sys
-import time
-from collections.abc import Callable
+import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lablog.arianna import bench as arianna
-from lablog.commitment import bench as qlora
 from lablog.commitment import latent
-from lablog.cvfp import bench as cvfp
 from lablog.files import repository
 from lablog.intervals import bootstrap_percentile
 from lablog.keys import key
 from lablog.models import convert, locate
 from lablog.models.llama_cpp import bindings, native_folder
 from lablog.progress import progress
-from lablog.report import format_metric
 from lablog.run import Run
-
-
-def _seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def paired(reference: Callable[[], None], candidate: Callable[[], None], pairs: int) -> float:
-    """Median of reference time over candidate time (speed of candidate over reference).
-
-    Each pair runs both, in alternating order; one unrecorded pair warms up.
-    """
-    ratios = []
-    for number in range(-1, pairs):
-        if number % 2:
-            first, second = _seconds(reference), _seconds(candidate)
-        else:
-            second, first = _seconds(candidate), _seconds(reference)
-        if number >= 0:
-            ratios.append(first / second)
-    return float(np.median(ratios))
+from tools.timing import paired, seconds
 
 
 class Decoder:
@@ -128,9 +96,6 @@ class Decoder:
 
 def random_llama(artifacts: Path) -> Path:
     """GGUF of a Llama with 51 M random parameters (16 layers of width 512), f32."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = artifacts / f"random-51m-{key(random_llama)}"
     gguf = folder.with_suffix(".gguf")
     if not gguf.is_file():
@@ -147,7 +112,7 @@ def random_llama(artifacts: Path) -> Path:
     return gguf
 
 
-def native_decode(run: Run) -> None:
+def decode(run: Run) -> None:
     """Decoding with a commitment in all layers over decoding with the unpatched library: of one
     sequence with the context's, and of eight sequences together, each with its own.
 
@@ -180,18 +145,18 @@ def decode_ratio(run: Run, suffix: str, gguf: Path, sequences: int, tokens: int,
         stock, patched = (decoders[library] for library in libraries)
         patched.commit(0.01)
         medians.append(paired(partial(stock.run, tokens), partial(patched.run, tokens), pairs))
-        rates.append(sequences * tokens / _seconds(partial(patched.run, tokens)))
+        rates.append(sequences * tokens / seconds(partial(patched.run, tokens)))
         stock.close()
         patched.close()
         bar.update()
     bar.close()
-    run.metric(f"native.decode.committed_over_stock.{suffix}", float(np.median(medians)), "ratio",
+    run.metric(f"native.decode.committed_over_stock.{suffix}", statistics.median(medians), "ratio",
                interval=bootstrap_percentile(medians, 50), n=rounds)
-    run.metric(f"native.decode.tokens_per_s.{suffix}", float(np.median(rates)), "tokens/s",
+    run.metric(f"native.decode.tokens_per_s.{suffix}", statistics.median(rates), "tokens/s",
                n=rounds)
 
 
-def native_build(run: Run) -> None:
+def build(run: Run) -> None:
     """How long this clone's first native build took."""
     path = native_folder() / "build_seconds"
     if path.is_file():
@@ -199,58 +164,3 @@ def native_build(run: Run) -> None:
     else:
         run.metric("native.build_seconds", None, "s",
                    undefined="this clone's build was not made in one go; see `make distclean`")
-
-
-def cvfp_speed(run: Run) -> None:
-    """CVFP's ratios against the matrix product, the memory bound and its sequential variants."""
-    for name, value, unit, details in cvfp.run():
-        run.metric(name, value, unit)
-        for detail in ("sequential_fraction_of_memory_bound", "relative_deviation"):
-            if detail in details:
-                run.metric(f"{name}.{detail}", details[detail], "ratio")
-
-
-def arianna_speed(run: Run) -> None:
-    """Arianna's training in four modes, generation, tokenisation with packing."""
-    for name, value, unit in arianna.run():
-        run.metric(f"arianna.{name}", value, unit)
-
-
-def qlora_speed(run: Run) -> None:
-    """A training step with the commitment over LoRA alone on the same tokens, 4 bits over f32, and
-    forked choices a second; with one thread, as chapter 3 trains several such models at a time."""
-    base = locate.hugging_face_folder("offline:laptop", repository() / "build/laptop/artifacts")
-    plain, committed = qlora.step(base, 0, "nf4"), qlora.step(base, 12, "nf4")
-    whole, threads = qlora.step(base, 12, "none"), torch.get_num_threads()
-    for name, reference, candidate, used in (
-        ("step.commitment_over_lora.all_threads", plain, committed, threads),
-        ("step.commitment_over_lora", plain, committed, 1),
-        ("step.nf4_over_f32", whole, committed, 1),
-    ):
-        torch.set_num_threads(used)
-        ratios = [1 / paired(reference, candidate, 1) for _ in range(20)]
-        run.metric(f"qlora.{name}", float(np.median(ratios)), "ratio", n=len(ratios),
-                   interval=bootstrap_percentile(ratios, 50))
-    run.metric("qlora.memory.nf4_over_f32",
-               qlora.memory(base, "nf4") / qlora.memory(base, "none"), "ratio")
-    run.metric("qlora.forks_per_s", qlora.ITEMS / _seconds(qlora.forks(base)), "items/s")
-    torch.set_num_threads(threads)
-
-
-def main() -> int:
-    """Measure everything, write the record and print it."""
-    folder = repository() / "build"
-    parameters: dict[str, Any] = {}
-    run = Run("bench", "bench", folder, folder / "bench", parameters)
-    for stage in (native_build, native_decode, qlora_speed, cvfp_speed, arianna_speed):
-        with run.stage(stage.__name__):
-            stage(run)
-    record = run.record()
-    record.write(folder / "bench.json")
-    for metric in record.metrics:
-        print(f"{metric.name}: {format_metric(metric)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +19,11 @@ from lablog.arianna.finetuning import base_tokenizer
 from lablog.models import convert
 from lablog.models.llama_cpp import Context, Model, Sampling, stream
 from lablog.models.shape import ModelShape
+from lablog.run import Run
 from lablog.text import packing
 from lablog.text.corpora import base_documents
 from lablog.text.tokenizer import Tokenizer
+from tools.timing import seconds, timed
 
 Row = tuple[str, float, str]
 ARIANNA = ModelShape(width=288, layers=6, heads=6, kv_heads=6, feed_forward=768, context=256,
@@ -53,12 +54,6 @@ def training_flops(shape: ModelShape, vocabulary: int) -> int:
     return 6 * weights + 12 * shape.layers * shape.width * shape.context
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 class _Step:
     """Forward, backward and optimiser step of one batch of random tokens."""
 
@@ -86,7 +81,7 @@ def _product_rate(size: Size, dtype: torch.dtype) -> float:
     for columns in (width, size.shape.feed_forward, size.vocabulary):
         a, b = torch.randn(rows, width).to(dtype), torch.randn(width, columns).to(dtype)
         out = torch.empty(rows, columns, dtype=dtype)
-        best = min(_seconds(partial(torch.mm, a, b, out=out)) for _ in range(5))
+        best = min(seconds(partial(torch.mm, a, b, out=out)) for _ in range(5))
         rates.append(2 * rows * width * columns / best)
     return max(rates)
 
@@ -102,9 +97,9 @@ def training(size: Size) -> Iterator[Row]:
         step = _Step(size, mode)
         for _number in range(2):  # the first compiles
             step()
-        pairs = [(_product_rate(size, dtype), _seconds(step)) for _ in range(size.repeats)]
-        seconds = statistics.median(time for _, time in pairs)
-        yield f"train.{mode}.tokens_per_s", tokens / seconds, "tokens/s"
+        pairs = [(_product_rate(size, dtype), seconds(step)) for _ in range(size.repeats)]
+        median = statistics.median(time for _, time in pairs)
+        yield f"train.{mode}.tokens_per_s", tokens / median, "tokens/s"
         share = statistics.median(flops * tokens / time / rate for rate, time in pairs)
         yield f"train.{mode}.mfu", share, "ratio"
 
@@ -116,7 +111,7 @@ def generation(size: Size, tokenizer: Tokenizer, folder: Path) -> Iterator[Row]:
     model.generation_config.eos_token_id = None
     start = torch.tensor([[tokenizer.bos]])
     times = [
-        _seconds(lambda: model.generate(
+        seconds(lambda: model.generate(
             start, max_new_tokens=size.tokens, do_sample=False, use_cache=True))
         for _ in range(3)
     ]
@@ -130,14 +125,17 @@ def generation(size: Size, tokenizer: Tokenizer, folder: Path) -> Iterator[Row]:
             for _ in range(5):
                 context.clear()
                 context.prefill({0: [tokenizer.bos]})
-                begin = time.perf_counter()
-                written = sum(1 for _ in islice(stream(context, size.tokens, Sampling(0.0)),
-                                                size.tokens))
-                times.append(time.perf_counter() - begin)
+                answer = islice(stream(context, size.tokens, Sampling(0.0)), size.tokens)
+                once, written = timed(partial(_count, answer))
+                times.append(once)
         yield f"generate.llama_cpp_{kind}.tokens_per_s", written / min(times), "tokens/s"
 
 
-def run(size: Size | None = None) -> list[Row]:
+def _count(tokens: Iterable[object]) -> int:
+    return sum(1 for _ in tokens)
+
+
+def measured(size: Size | None = None) -> list[Row]:
     """All measurements as (name, value, unit), names without the room's."""
     size = size or Size()
     documents = base_documents("docstrings", size.packages)
@@ -147,7 +145,13 @@ def run(size: Size | None = None) -> list[Row]:
         folder = Path(name)
         path = folder / "tokenizer.model"
         tokenizer = base_tokenizer(documents[::8], size.vocabulary, path)
-        seconds = _seconds(lambda: packing.pack(documents, tokenizer, folder / "corpus"))
-        rows.append(("packing.mb_per_s", megabytes / seconds, "MB/s"))
+        once = seconds(lambda: packing.pack(documents, tokenizer, folder / "corpus"))
+        rows.append(("packing.mb_per_s", megabytes / once, "MB/s"))
         rows += list(generation(size, tokenizer, folder))
     return [*training(size), *rows]
+
+
+def record(run: Run) -> None:
+    """Record training in four modes, generation, and tokenisation with packing."""
+    for name, value, unit in measured():
+        run.metric(f"arianna.{name}", value, unit)

@@ -1,0 +1,4 @@
+"""What serves the project but measures nothing in a chapter: benchmarks and helpers of Make.
+
+The tools may import the library; the library never imports them.
+"""

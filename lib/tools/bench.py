@@ -1,0 +1,46 @@
+"""Speed, as ratios within one process: ``make bench`` writes build/bench.json.
+
+The file is a record like those of the notebooks. Ratios are medians over pairs of rounds that
+follow each other (A B A B), with the bootstrap interval of the median. The targets stand in
+``lablog.speed``, which draws the book's page from the record.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lablog.files import repository
+from lablog.record import Metric, Run
+from lablog.report import format_metric
+from lablog.speed import TARGETS
+from tools import bench_arianna, bench_cvfp, bench_native, bench_qlora
+
+STAGES = {
+    "native_build": bench_native.build, "native_decode": bench_native.decode,
+    "qlora_speed": bench_qlora.record, "cvfp_speed": bench_cvfp.record,
+    "arianna_speed": bench_arianna.record,
+}
+
+
+def told(metric: Metric) -> str:
+    """One line: the measure, its value with interval and, where there is one, its target."""
+    target = TARGETS.get(metric.name)
+    return f"{metric.name}: {format_metric(metric)}" + (f" (target: {target})" if target else "")
+
+
+def main() -> int:
+    """Measure everything, write the record and print it."""
+    folder = repository() / "build"
+    run = Run("bench", "bench", folder, folder / "bench", {})
+    for name, measure in STAGES.items():
+        with run.stage(name):
+            measure(run)
+    record = run.record()
+    record.write(folder / "bench.json")
+    for metric in record.metrics:
+        print(told(metric))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

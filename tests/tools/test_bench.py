@@ -1,0 +1,47 @@
+"""`make bench`: what it times, what it prints, and targets that stand once."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lablog.profiles import load
+from lablog.record import Metric
+from lablog.speed import TARGETS
+from tools import bench, bench_cvfp, bench_qlora
+
+
+def test_a_line_shows_value_and_target():
+    metric = Metric(name="arianna.packing.mb_per_s", value=7.5, unit="MB/s")
+    assert bench.told(metric) == "arianna.packing.mb_per_s: 7.5 MB/s (target: at least 5)"
+    other = Metric(name="arianna.train.f32.tokens_per_s", value=7.5, unit="tokens/s")
+    assert bench.told(other) == "arianna.train.f32.tokens_per_s: 7.5 tokens/s"
+
+
+def test_targets_stand_in_one_file():
+    numbers = {re.search(r"[\d.]+$", target)[0] for target in TARGETS.values()}
+    for path in sorted(Path(bench.__file__).parent.glob("bench*.py")):
+        assert not re.search(r"\btarget\b\W+\d", path.read_text()), path
+    assert {"0.97", "0.70", "23"} <= numbers
+
+
+def test_training_is_timed_at_the_sizes_of_chapter_3(monkeypatch: pytest.MonkeyPatch):
+    laptop = load("laptop").parameters["03_qlora_commitment"]
+    plan = bench_qlora._plan(laptop["k"], "nf4")
+    assert (plan.lora.r, plan.lora.alpha) == (laptop["lora_rank"], laptop["lora_alpha"])
+    assert plan.lora.targets == laptop["targets"]
+    assert plan.training.batch_size == laptop["batch_size"]
+    assert (plan.schedule.beta, plan.schedule.cells) == (laptop["beta"], laptop["cells"])
+    monkeypatch.setattr(bench_qlora, "SETTINGS", {**laptop, "lora_rank": 3})
+    assert bench_qlora._plan(12, "none").lora.r == 3
+
+
+def test_every_ratio_of_cvfp_is_measured():
+    size = bench_cvfp.Size(width=16, layers=2, tokens=200, slice=4, repeats=1, growth=(50, 100),
+                           rollout_tokens=40)
+    rows = {name: value for name, value, _, _ in bench_cvfp.measured(size)}
+    assert {"cvfp.parallel_step.fraction_of_gemm", "cvfp.train.parallel_over_sequential",
+            "cvfp.rollout.fraction_of_gemv", "cvfp.rollout.best_over_sequential.trained",
+            "cvfp.growth.seconds_per_token.100"} <= rows.keys()
+    assert {name for name in TARGETS if name.startswith("cvfp.")} <= rows.keys()
+    assert all(value > 0 for value in rows.values())
