@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 
 from lablog.files import repository
-from lablog.record import Metric, Run
+from lablog.record import Metric
 from lablog.report import format_metric
+from lablog.run import Run
 from lablog.speed import TARGETS
 from tools import bench_arianna, bench_cvfp, bench_native, bench_qlora
 
