@@ -367,7 +367,7 @@ def capacity(rows: Sequence[Measured], names: Sequence[str]) -> Drawn:
                 data.append({"training": name, "needed": bits, "kl": points[-1][1],
                              "kept": points[-1][2], "low": low, "high": high})
         if points:
-            x, nats_, mean, lows, highs = np.array(points).T
+            x, nats_, mean, lows, highs = np.array(sorted(points)).T
             panels[0].plot(x, nats_, marker=MARKERS[number], color=COLOURS[number], label=label)
             panels[1].errorbar(x, mean, yerr=[mean - lows, highs - mean], capsize=2,
                                marker=MARKERS[number], color=COLOURS[number], label=label)
