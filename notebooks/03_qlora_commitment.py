@@ -77,15 +77,15 @@ personas_leave_out: list[int] = []  # rows of that file to ignore, the header be
 
 # %%
 from lablog import figures, record
-from lablog.commitment import agreement, arms, export, trained
-from lablog.commitment import training_results as results
+from lablog.commitment import arms, diagnostics, engine_comparison, export
+from lablog.commitment import training_metrics as results
 from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.conversations import ConversationSettings
-from lablog.commitment.novelty import KINDS, whole_topics
+from lablog.commitment.novelty import HEADLINE, KINDS, probe_set, whole_topics
 from lablog.commitment.personas import record_personas
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.commitment.readable import check_readable
-from lablog.commitment.reader import Reader
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.models import source, training
 from lablog.text.dialogues import load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
@@ -192,7 +192,7 @@ experiment = arms.Experiment(bases, plan, data, ConversationSettings(
     trained_part(settings), gap=(gap_least, gap_most)), run.artifacts)
 tokenizer = Tokenizer(bases[wanted[0]] / "tokenizer.model")
 for kind in KINDS:
-    item = trained.Probes(item_seed, 1, 0, kind).items.fork[0]
+    item = probe_set(item_seed, 1, 0, kind).items.fork[0]
     print(f"{kind}: {item.opening[0].text} … {item.guesses[0].text} / {item.naming.text}")
 
 # %%
@@ -212,7 +212,7 @@ for index in (0, len(example) - 1):
 # to the same bits.
 
 # %%
-widest = trained.Probes(item_seed, items, texts, "longer gap", max(gaps))
+widest = probe_set(item_seed, items, texts, "longer gap", max(gaps))
 for folder in bases.values():
     check_readable(folder, plan, settings, widest.items, widest.texts)
 calls = [(base, seed, name) for base in bases for name in ("commitment", "lora", "note")
@@ -306,7 +306,7 @@ run.figure("arms", *results.arms_figure(rows, main),
 # %%
 compared = ("lora", "note", "prefix", "prior", "redrawn")
 others = [Asked(item_seed, fewer, kind=kind, families=("fork", "recall"))
-          for kind in KINDS if kind != trained.HEADLINE]
+          for kind in KINDS if kind != HEADLINE]
 rows += measured("kinds", [
     (base, seed, arm, each) for each in others for base in bases for arm in compared
     for seed in trained_with.get(ARMS[arm].training, seeds)])
@@ -394,7 +394,7 @@ if sizes:
 # %%
 mine = [(base, seed) for base in bases for seed in seeds]
 with run.stage("diagnostics"):
-    latents = {(base, seed): trained.diagnose(
+    latents = {(base, seed): diagnostics.diagnose(
         load_committed(bases[base], runs[base, seed, "commitment"]),
         experiment.dataset(base, seed, "commitment", True, 8 * batch_size), batch_size)
         for base, seed in mine}
@@ -403,8 +403,8 @@ run.metrics_table("latent")
 
 # %%
 with run.stage("choices"):
-    draws = {(base, seed): trained.choices(
-        Reader(load_committed(bases[base], runs[base, seed, "commitment"]),
+    draws = {(base, seed): diagnostics.choices(
+        TorchSpeaker(load_committed(bases[base], runs[base, seed, "commitment"]),
                Tokenizer(bases[base] / "tokenizer.model"), chat), max(240, items), item_seed)
         for base, seed in mine}
 run.figure("latent_use", *results.latent_use(
@@ -456,10 +456,10 @@ with run.stage("export"):
         export.export(folder, bases[base], files)
         exported[base, seed] = export.reimport(files, bases[base])
 with run.stage("llama.cpp"):
-    material = trained.Probes(item_seed, items, 0)
-    compared_runs = {key: agreement.compare(files, bases[key[0]], material, device)
+    material = probe_set(item_seed, items, 0)
+    compared_runs = {key: engine_comparison.compare(files, bases[key[0]], material, device)
                      for key, files in exported.items()}
-    agreement.record_agreement(run, compared_runs)
+    engine_comparison.record_agreement(run, compared_runs)
 run.metrics_table("native")
 
 # %% [markdown]

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from lablog.commitment import export as exporting
-from lablog.commitment.agreement import NativeReader, agreement, compare
+from lablog.commitment.engine_comparison import ExportedSpeaker, agreement, compare
 from lablog.commitment.export import read_control_vector, reimport, write_control_vector
-from lablog.commitment.hooks import injected
+from lablog.commitment.latent_sources import draw_latents
+from lablog.commitment.novelty import probe_set
+from lablog.commitment.posterior import VariationalCommitment
 from lablog.commitment.qlora import (
     LoraSettings,
     Plan,
@@ -29,9 +31,8 @@ from lablog.commitment.qlora import (
     load_base,
     load_committed,
 )
-from lablog.commitment.reader import Reader
-from lablog.commitment.trained import Probes
-from lablog.commitment.variational import VariationalCommitment
+from lablog.commitment.torch_injection import injected
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.files import repository
 from lablog.models import convert
 from lablog.models.llama_cpp import Commitment, Context, EngineError, Model
@@ -46,7 +47,7 @@ PLAN = Plan(
     training=TrainingSettings(
         steps=1, batch_size=1, learning_rate=1, warmup_steps=0, schedule="linear", betas=(0, 0),
         weight_decay=0, precision="f32", checkpoint_every=1, log_every=1))
-MATERIAL = Probes(seed=3, items=4, texts=2)
+MATERIAL = probe_set(seed=3, items=4, texts=2)
 STOCK = repository() / "build" / "native" / "lib-stock"
 
 
@@ -157,9 +158,9 @@ def test_hooks_in_the_quantised_model_inject_what_the_patch_injects(
 
 def test_the_probes_agree_and_would_show_a_missing_adapter(exported, reference, base):
     found = compare(exported, base, MATERIAL)
-    theirs = Reader(reference, Tokenizer(base / "tokenizer.model"))
+    theirs = TorchSpeaker(reference, Tokenizer(base / "tokenizer.model"))
     with Model(exported.base) as plain, Context(plain, 1, 256) as context:
-        other = agreement(NativeReader(theirs, context), theirs, MATERIAL, "prior")
+        other = agreement(ExportedSpeaker(theirs, context), theirs, MATERIAL, "prior")
     for same in found.values():
         assert same.logits <= 2e-3
         assert same.greedy.tolist() == [True] * 4
@@ -172,13 +173,14 @@ def test_the_probes_agree_and_would_show_a_missing_adapter(exported, reference, 
 
 def test_a_latent_redrawn_every_turn_is_the_same_in_the_engine(native, reference, base):
     """Also over whole texts, and without any z*."""
-    theirs = Reader(reference, Tokenizer(base / "tokenizer.model"))
+    theirs = TorchSpeaker(reference, Tokenizer(base / "tokenizer.model"))
     prompts = [theirs.prompt(turns) for turns in MATERIAL.texts]
     with Context(native, 1, 256) as context:
-        ours = NativeReader(theirs, context)
+        ours = ExportedSpeaker(theirs, context)
         seen = []
         for source in ("redrawn", "prior", "none"):
-            z = None if source == "none" else MATERIAL.latents(theirs, source, 1, len(prompts))
+            z = None if source == "none" else draw_latents(
+                theirs, source, MATERIAL.seed, 1, len(prompts))
             rows = [reader.log_probabilities(prompts, z) for reader in (ours, theirs)]
             for a, b in zip(*rows, strict=True):
                 assert a.shape == b.shape

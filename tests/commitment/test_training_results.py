@@ -8,9 +8,8 @@ import pytest
 from scipy import stats
 
 from lablog.commitment.arms import ARMS, Asked
-from lablog.commitment.novelty import KINDS
-from lablog.commitment.trained import HEADLINE
-from lablog.commitment.training_results import (
+from lablog.commitment.novelty import HEADLINE, KINDS
+from lablog.commitment.training_metrics import (
     MAIN,
     UNITS,
     Measured,

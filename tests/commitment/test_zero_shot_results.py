@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lablog.commitment import coherence, plots, results, sweep
+from lablog.commitment import coherence, log_experiments, plots
+from lablog.commitment import sweep_metrics as results
 from lablog.commitment.calibration import Solution
 from lablog.record import Run
 
@@ -145,7 +146,7 @@ def test_a_cell_without_its_control_is_refused():
 
 
 def test_names_of_the_same_layers_are_drawn_once():
-    table = sweep.summarise(made_up())
+    table = results.summarise(made_up())
     drawn = plots.distinct(table)
     assert len(table) == 2 + 4 * 2 * 2
     assert len(drawn) == 2 + 3 * 2 * 2
@@ -160,7 +161,7 @@ def test_names_of_the_same_layers_are_drawn_once():
 def named_rows(language=True):
     rows = [row("none", 0.0, "all", 0, {"recall": 1.0}), row("text", 0.0, "all", 0, {})]
     rows += [row(control, named.strength, named.layers, seed, {}, language=language)
-             for named in sweep.NAMED_ROWS for control in ("commitment", "redrawn")
+             for named in log_experiments.NAMED_ROWS for control in ("commitment", "redrawn")
              for seed in SEEDS]
     return pd.DataFrame(rows)
 
@@ -169,7 +170,7 @@ def test_named_rows_are_recorded_with_their_controls(tmp_path):
     rows, run = named_rows(), opened(tmp_path)
     results.record_named_rows(run, rows)
     record = run.record()
-    for named in sweep.NAMED_ROWS:
+    for named in log_experiments.NAMED_ROWS:
         for control, key in (("commitment", named.key), ("redrawn", f"redrawn.{named.key}")):
             part = rows[(rows["control"] == control) & (rows["layers"] == named.layers)
                         & (rows["strength"] == named.strength)]
@@ -243,6 +244,6 @@ def test_a_budget_that_one_seed_reaches_is_undefined(tmp_path):
 def test_the_journal_can_hold_what_a_row_holds():
     entry = row("redrawn", 0.5, "all", 1, {}, language=False)
     again = json.loads(json.dumps(entry))
-    for name in sweep.BY_ITEM:
-        np.testing.assert_array_equal(sweep.by_item(pd.DataFrame([again]), name),
-                                      sweep.by_item(pd.DataFrame([entry]), name))
+    for name in results.BY_ITEM:
+        np.testing.assert_array_equal(results.by_item(pd.DataFrame([again]), name),
+                                      results.by_item(pd.DataFrame([entry]), name))

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lablog.commitment import latent_sources
 from lablog.commitment.conversations import (
     Conversation,
     Conversations,
     ConversationSettings,
     collate,
 )
+from lablog.commitment.novelty import probe_set
 from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
@@ -22,8 +24,7 @@ from lablog.commitment.qlora import (
     load_base,
     load_to_read,
 )
-from lablog.commitment.reader import Reader
-from lablog.commitment.trained import Probes
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.text.datasets import Item
 from lablog.text.dialogues import load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
@@ -83,9 +84,10 @@ def forks(base: Path) -> Callable[[], None]:
     torch.manual_seed(0)
     plan = _plan(12, "nf4")
     model: CommittedModel = committed_model(load_to_read(base, plan), plan)
-    reader, probes = Reader(model, Tokenizer(base / "tokenizer.model")), Probes(0, ITEMS, 1)
+    speaker = TorchSpeaker(model, Tokenizer(base / "tokenizer.model"))
+    asked = probe_set(0, ITEMS, 1)
 
     def run() -> None:
-        probes.fork(reader, "prior")
+        latent_sources.fork(speaker, "prior", asked)
 
     return run

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from lablog.commitment.qlora import Plan, base_hash, dequantised, plan_of, renamed
-from lablog.commitment.variational import (
+from lablog.commitment.posterior import (
     SETTINGS,
     WEIGHTS,
     CommitmentSettings,
     VariationalCommitment,
 )
+from lablog.commitment.qlora import Plan, base_hash, dequantised, plan_of, renamed
 from lablog.files import atomic_folder, atomic_write, sha256
 from lablog.models import convert
 from lablog.models.llama_cpp import Commitment, check_gguf

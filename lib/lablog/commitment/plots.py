@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lablog.commitment.sweep import RANGES, NamedRow
+from lablog.commitment.log_experiments import RANGES, NamedRow
 from lablog.figures import COLOURS, GREY, MARKERS
 
 Drawn = tuple[Figure, pd.DataFrame]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lablog.files import repository
+from lablog.models.sampling import chosen_tokens
 
 NATIVE = "build/native"
 Tokens = Sequence[int]
@@ -480,12 +481,8 @@ def generate(context: Context, logits: Mapping[int, np.ndarray], count: int,
     for step in range(count):
         active = list(current)
         stacked = np.stack([current[sequence] for sequence in active]).astype(np.float64)
-        if uniforms is None:
-            chosen = stacked.argmax(axis=1)
-        else:
-            weights = np.exp(stacked - stacked.max(axis=1, keepdims=True)).cumsum(axis=1)
-            targets = np.array([uniforms[s][step] for s in active]) * weights[:, -1]
-            chosen = (weights <= targets[:, None]).sum(axis=1)
+        chosen = chosen_tokens(stacked, None if uniforms is None else np.array(
+            [uniforms[s][step] for s in active]))
         going = {s: int(t) for s, t in zip(active, chosen, strict=True) if int(t) not in stops}
         for sequence, token in going.items():
             written[sequence].append(token)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lablog.commitment import probes
+from lablog.commitment import latent_sources, probes
 from lablog.commitment.export import Export
+from lablog.commitment.novelty import ProbeSet
 from lablog.commitment.qlora import load_committed, plan_of
-from lablog.commitment.reader import Reader
 from lablog.commitment.rendering import Prompt
-from lablog.commitment.trained import Probes
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.intervals import hierarchical
 from lablog.models.llama_cpp import Commitment, Context, Model, generate
 from lablog.provenance import usable_threads
@@ -25,15 +25,15 @@ from lablog.record import Run
 from lablog.text.tokenizer import Tokenizer
 
 
-class NativeReader(Reader):
-    """A :class:`Reader` whose words come from the patched llama.cpp, z* included.
+class ExportedSpeaker(TorchSpeaker):
+    """A `TorchSpeaker` whose words come from the patched llama.cpp, z* included.
 
     The PyTorch model serves the posterior alone. As many prompts as the context has sequences are
     read together, each sequence under a commitment of its own, which the engine is given as λ, a
     direction and a range of layers.
     """
 
-    def __init__(self, reference: Reader, context: Context) -> None:
+    def __init__(self, reference: TorchSpeaker, context: Context) -> None:
         super().__init__(reference.model, reference.tokenizer, reference.chat)
         self.context = context
 
@@ -85,25 +85,25 @@ class NativeReader(Reader):
         return [rows[i] for i in range(len(prompts))]
 
     def logits(self, prompts: Sequence[Prompt], z: Tensor | None) -> Tensor:
-        """As :meth:`Reader.logits`."""
+        """As :meth:`TorchSpeaker.logits`."""
         return torch.from_numpy(np.stack([rows[-1] for rows in self._each(prompts, z, "last")]))
 
     def scores(self, prompts: Sequence[Prompt], z: Tensor | None,
                targets: Sequence[np.ndarray]) -> list[Tensor]:
-        """As :meth:`Reader.scores`."""
+        """As :meth:`TorchSpeaker.scores`."""
         kind: Literal["last", "all"] = "last" if max(map(len, targets)) == 1 else "all"
         return [torch.from_numpy(rows[-len(wanted) :]).double().log_softmax(-1)
                 .gather(1, torch.from_numpy(wanted))
                 for rows, wanted in zip(self._each(prompts, z, kind), targets, strict=True)]
 
     def log_probabilities(self, prompts: Sequence[Prompt], z: Tensor | None) -> list[Tensor]:
-        """As :meth:`Reader.log_probabilities`."""
+        """As :meth:`TorchSpeaker.log_probabilities`."""
         return [torch.from_numpy(rows[:-1]).log_softmax(-1)
                 for rows in self._each(prompts, z, "all")]
 
     def answers(self, prompts: Sequence[Prompt], z: Tensor | None, tokens: int,
                 uniforms: np.ndarray | None = None) -> list[str]:
-        """As :meth:`Reader.answers`."""
+        """As :meth:`TorchSpeaker.answers`."""
         texts = [""] * len(prompts)
         for group in self._groups(prompts):
             last = self._read([prompts[i] for i in group], None if z is None else z[group], "last")
@@ -136,26 +136,28 @@ class Agreement:
         return native == reference
 
 
-def agreement(native: Reader, reference: Reader, material: Probes,
+def agreement(native: TorchSpeaker, reference: TorchSpeaker, asked: ProbeSet,
               source: Literal["prior", "prefix", "redrawn"]) -> Agreement:
     """Run the probes on both, each conversation under a z* of its own, the same on both."""
-    recall, fork = material.items.recall, material.items.fork
-    z = material.latents(reference, source, 2, len(fork), material.prefixes)
-    forks = [(i, [*item.opening, guess]) for i, item in enumerate(fork) for guess in item.guesses]
-    owner, asked = [i for i, _ in forks], [reference.prompt(turns, "") for _, turns in forks]
-    again = [reference.prompt([*i.distractors, i.requestion], "", first=1) for i in recall]
+    items = asked.items
+    z = latent_sources.fork_latents(reference, source, asked)
     assert z is not None
-    rows = [reader.logits(asked, z[owner]) for reader in (native, reference)]
-    said = [reader.answers(again, z, probes.ANSWER_TOKENS) for reader in (native, reference)]
+    forks = [(i, reference.prompt([*item.opening, guess], ""))
+             for i, item in enumerate(items.fork) for guess in item.guesses]
+    owner, prompts = [i for i, _ in forks], [prompt for _, prompt in forks]
+    again = [[*item.distractors, item.requestion] for item in items.recall]
+    both = (native, reference)
+    rows = [speaker.logits(prompts, z[owner]) for speaker in both]
+    said = [speaker.say(again, z, probes.ANSWER_TOKENS, first=1) for speaker in both]
+    recall = [latent_sources.recall(speaker, source, asked) for speaker in both]
+    fork = [latent_sources.fork(speaker, source, asked) for speaker in both]
     return Agreement(
         float((rows[0] - rows[1]).abs().max()),
         np.array([a == b for a, b in zip(*said, strict=True)]),
-        (material.recall(native, source), material.recall(reference, source)),
-        (material.fork(native, source), material.fork(reference, source)),
-    )
+        (recall[0], recall[1]), (fork[0], fork[1]))
 
 
-def compare(exported: Export, base: Path, material: Probes, device: str = "cpu",
+def compare(exported: Export, base: Path, asked: ProbeSet, device: str = "cpu",
             window: int = 512, sequences: int = 32) -> dict[str, Agreement]:
     """Exported files in llama.cpp against PyTorch, dequantised: z* from the ``prior``, ``prefix``.
 
@@ -163,13 +165,14 @@ def compare(exported: Export, base: Path, material: Probes, device: str = "cpu",
     that the engine reads together, of at most `window` tokens each.
     """
     model = load_committed(base, exported.folder, exact=True).to(device)
-    reference = Reader(model, Tokenizer(base / "tokenizer.model"), plan_of(exported.folder).chat)
+    reference = TorchSpeaker(model, Tokenizer(base / "tokenizer.model"),
+                             plan_of(exported.folder).chat)
     layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
     with (Model(exported.base, layers, exported.lora) as engine,
           Context(engine, sequences, window, usable_threads()) as context):
-        native = NativeReader(reference, context)
-        return {"prior": agreement(native, reference, material, "prior"),
-                "prefix": agreement(native, reference, material, "prefix")}
+        native = ExportedSpeaker(reference, context)
+        return {"prior": agreement(native, reference, asked, "prior"),
+                "prefix": agreement(native, reference, asked, "prefix")}
 
 
 def record_agreement(run: Run, found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> None:

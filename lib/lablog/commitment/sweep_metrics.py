@@ -1,24 +1,19 @@
-"""From sweep tables to metrics, and the mandated reports of notebooks 01 and 02."""
+"""From a sweep's rows to tables, comparisons and metrics (notebooks 01 and 02)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lablog.commitment.calibration import Solution
-from lablog.commitment.sweep import (
-    BY_ITEM,
-    NAMED_ROWS,
-    PROPORTIONS,
-    NamedRow,
-    by_item,
-    interval_of,
-)
+from lablog.commitment.log_experiments import NAMED_ROWS, NamedRow
 from lablog.comparisons import holm, p_greater
-from lablog.intervals import geometric_over_seeds, wilson
+from lablog.intervals import Interval, geometric_over_seeds, hierarchical, over_seeds, wilson
 from lablog.models import evaluation
 from lablog.record import Run
 from lablog.text.dialogues import load_settings
@@ -31,6 +26,57 @@ UNITS = {"recall": "fraction", "eviction": "fraction", "same_choice": "fraction"
          "distinct_2": "fraction", "dose": ""}
 PROBES = ("recall", "eviction", "same_choice")
 ALPHA = 0.05
+
+
+def by_item(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """One measure of the probes, float64 [rows, items]."""
+    packed = rows[f"{name}_items"]
+    return np.array([[float(x) for x in (text if name in PROPORTIONS else text.split())]
+                     for text in packed])
+
+
+MEASURES = ("recall", "eviction", "same_choice", "yes_sum", "answered", "perplexity", "kl_mean",
+            "kl_p95", "own_kl_mean", "own_kl_p95", "same_top", "repeated_4grams", "distinct_1",
+            "distinct_2", "answer_mass", "dose")
+PROPORTIONS = ("recall", "eviction", "same_choice", "answered")
+BY_ITEM = (*PROPORTIONS, "yes_sum", "answer_mass")
+SHARES = ("same_top", "repeated_4grams", "distinct_1", "distinct_2")
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds and 95 % interval (``_low``, ``_high``) of every measure.
+
+    One row per (control, λ, range), with the layers' span and the names that share it.
+    """
+    names = rows.groupby("span", sort=False)["layers"].unique().map(" = ".join)
+    table = []
+    for which, group in rows.groupby(["control", "layers", "strength"], sort=False):
+        entry: dict[str, Any] = dict(zip(("control", "layers", "strength"), which, strict=True))
+        entry |= {"span": group["span"].iloc[0], "seeds": len(group),
+                  "range": names[group["span"].iloc[0]]}
+        entry["word"] = group["word"].mode().iloc[0]
+        entry["words"] = ", ".join(f"{w} {n}" for w, n in group["word"].value_counts().items())
+        for name in MEASURES:
+            interval = interval_of(group, name)
+            entry[name] = float(group[name].mean())
+            entry[f"{name}_low"] = interval.low if interval else math.nan
+            entry[f"{name}_high"] = interval.high if interval else math.nan
+        table.append(entry)
+    return pd.DataFrame(table)
+
+
+def interval_of(group: pd.DataFrame, name: str) -> Interval | None:
+    """The interval of one measure over the rows (seeds) of one configuration.
+
+    Probes: the hierarchical bootstrap over seeds and items. Language, which has no items:
+    Student's t over seeds; None for one seed, or where the seeds do not differ at all.
+    """
+    if name in BY_ITEM:
+        return hierarchical(by_item(group, name), share=name in (*PROPORTIONS, "answer_mass"))
+    values = group[name].to_numpy()
+    if len(values) < 2 or np.isnan(values).any() or np.ptp(values) == 0:
+        return None
+    return over_seeds(values.tolist(), within=(0.0, 1.0 if name in SHARES else math.inf))
 
 
 def record_group(run: Run, key: str, rows: pd.DataFrame) -> None:

@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from transformers import LlamaForCausalLM
 
 from lablog.commitment.arms import ARMS, TRAININGS, Asked
-from lablog.commitment.novelty import whole_topics
+from lablog.commitment.novelty import HEADLINE, whole_topics
 from lablog.commitment.qlora import load_base
-from lablog.commitment.trained import HEADLINE
 from lablog.figures import COLOURS, GREY, MARKERS
 from lablog.intervals import Interval, hierarchical
 from lablog.models import evaluation
