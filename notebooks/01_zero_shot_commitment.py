@@ -43,16 +43,17 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 # figures, the report and the claims ledger read nothing else.
 
 # %%
-from lablog import figures, record
+from lablog import figures
 from lablog.commitment import coherence, log_experiments, plots, probes, sampler, sweep
 from lablog.commitment import sweep_metrics as metrics
 from lablog.commitment.llama_cpp_speaker import Speakers
 from lablog.commitment.log_experiments import AT_LOG_DOSE, NAMED_ROWS
 from lablog.models import source
+from lablog.run import begin
 from lablog.text.dialogues import load_settings
 
 figures.use_style()
-run = record.begin("01_zero_shot_commitment", globals())
+run = begin("01_zero_shot_commitment", globals())
 
 # %% [markdown]
 # ## The model

@@ -43,19 +43,20 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 # what makes the sweep parallel.
 
 # %%
-from lablog import figures, record
+from lablog import figures
 from lablog.commitment import calibration, coherence, log_experiments, plots, probes, sweep
 from lablog.commitment import sweep_metrics as metrics
 from lablog.commitment.llama_cpp_speaker import Speakers
 from lablog.commitment.log_experiments import RANGES
 from lablog.commitment.sweep import Task
 from lablog.models import source
+from lablog.run import begin
 from lablog.text.dialogues import load_settings
 
 import pandas as pd
 
 figures.use_style()
-run = record.begin("02_lambda_calibration", globals())
+run = begin("02_lambda_calibration", globals())
 with run.stage("model"):
     gguf = run.file(source.gguf_file(model, run.artifacts))
 dialogues = load_settings()

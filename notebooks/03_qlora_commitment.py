@@ -76,7 +76,7 @@ personas: str = ""  # CSV of dialogues with personas to train on too; empty: not
 personas_leave_out: list[int] = []  # rows of that file to ignore, the header being row 1
 
 # %%
-from lablog import figures, record
+from lablog import figures
 from lablog.commitment import arms, diagnostics, engine_comparison, export
 from lablog.commitment import training_metrics as results
 from lablog.commitment.arms import ARMS, Asked
@@ -87,11 +87,12 @@ from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.commitment.readable import check_readable
 from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.models import source, training
+from lablog.run import begin
 from lablog.text.dialogues import load_settings, trained_part
 from lablog.text.tokenizer import Tokenizer
 
 figures.use_style()
-run = record.begin("03_qlora_commitment", globals())
+run = begin("03_qlora_commitment", globals())
 processes = arms.Workers(workers)
 
 # %% [markdown]

@@ -78,16 +78,17 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from lablog import figures, record
+from lablog import figures
 from lablog.cvfp import lyapunov, memory, passes, phase1, plots, results
 from lablog.cvfp.checks import effective_rank
 from lablog.cvfp.data import prepare, shuffled
 from lablog.cvfp.model import CVFPBlock, ModelConfig
 from lablog.cvfp.rollout import exact_shares, rollout
 from lablog.determinism import seed_everything
+from lablog.run import begin
 
 figures.use_style()
-run = record.begin("04_cvfp_phase1", globals())
+run = begin("04_cvfp_phase1", globals())
 seed_everything(seeds[0])
 
 # %% [markdown]

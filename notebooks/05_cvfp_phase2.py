@@ -74,14 +74,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lablog import figures, record
+from lablog import figures
 from lablog.cvfp import phase1, phase2, plots, results
 from lablog.cvfp.data import prepare, shuffled
 from lablog.cvfp.model import CVFPBlock, ModelConfig
 from lablog.determinism import seed_everything
+from lablog.run import begin
 
 figures.use_style()
-run = record.begin("05_cvfp_phase2", globals())
+run = begin("05_cvfp_phase2", globals())
 seed_everything(seeds[0])
 
 # %% [markdown]

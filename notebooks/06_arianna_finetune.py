@@ -87,7 +87,7 @@ seed: int = 1  # of weights, windows, folds and samples
 import numpy as np
 import pandas as pd
 
-from lablog import figures, record
+from lablog import figures
 from lablog.arianna import chat, dialogues, exports, finetuning, plots, results
 from lablog.arianna.bits_per_byte import byte_sizes, estimate, evenly, gap, read_bits, text_items
 from lablog.files import repository
@@ -95,9 +95,10 @@ from lablog.models import convert
 from lablog.models.training import ModelShape, TrainingSettings
 from lablog.text.corpora import base_documents
 from lablog.text.packing import pack, refuse_overlap, split
+from lablog.run import begin
 
 figures.use_style()
-run = record.begin("06_arianna_finetune", globals())
+run = begin("06_arianna_finetune", globals())
 runs = run.artifacts / "arianna-runs"
 
 # %% [markdown]

@@ -42,10 +42,11 @@ work.begin(mode)
 # %%
 import matplotlib.pyplot as plt
 import pandas as pd
-from lablog import figures, record
+from lablog import figures
+from lablog.run import begin
 
 figures.use_style()
-run = record.begin("01_alpha", globals())
+run = begin("01_alpha", globals())
 run.metric("value", value, "fraction")
 run.metric("rows", work.rows(), "count")
 
@@ -70,9 +71,9 @@ size: int = 3  # recorded as it is
 
 # %%
 import lablog.beta.work
-from lablog import record
+from lablog.run import begin
 
-run = record.begin("02_beta", globals())
+run = begin("02_beta", globals())
 run.metric("size", lablog.beta.work.twice(size), "count")
 run.finish()
 '''

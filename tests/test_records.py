@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lablog.files import atomic_folder, atomic_write, write_if_changed
+from lablog.intervals import Interval
 from lablog.provenance import FileHash, Machine, Source
-from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Run, Stage
+from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Stage
 from lablog.report import ReportError
+from lablog.run import Run
 
 SOURCE = Source(commit="0" * 40, dirty=False, library_sha256="1", patch_sha256="2")
 MACHINE = Machine(python="3.11", platform="Linux", cpu="any", threads=2, device="cpu", packages={})
@@ -106,6 +108,27 @@ def test_a_record_does_not_change():
         record().seconds = 2.0
     with pytest.raises(ValidationError, match="status"):
         record(status="fine")
+
+
+def test_a_metric_takes_ends_level_and_method_of_its_interval():
+    metric = Metric.of("m", 0.5, "fraction", interval=Interval(0.1, 0.9, "t", 0.8), n=3)
+    assert metric == Metric(name="m", value=0.5, unit="fraction", interval=(0.1, 0.9), n=3,
+                            interval_method="t", interval_level=0.8)
+    assert Metric.of("m", 1, "count") == Metric(name="m", value=1, unit="count")
+
+
+def test_metrics_are_recorded_in_order_under_the_name_that_the_notebook_gives(tmp_path: Path):
+    run = Run("01_alpha", "smoke", tmp_path, tmp_path, {})
+    found = [Metric(name="m", value=True, unit=""), Metric(name="n", value=2, unit="count", n=4)]
+    run.metrics(found)
+    run.metrics((metric for metric in found), under="trained.seed1")
+    run.metric("last", 0.5, "")
+    kept = run.record().metrics
+    assert [m.name for m in kept] == ["m", "n", "trained.seed1.m", "trained.seed1.n", "last"]
+    assert [m.model_copy(update={"name": "n"}) for m in kept[1:4:2]] == [found[1], found[1]]
+    assert kept[2].value is True
+    with pytest.raises(ValidationError, match="name"):
+        run.metrics(found, under="Two words")
 
 
 # --- writing and reading --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tokenize
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import jupytext
@@ -19,9 +20,10 @@ from lablog.profiles import declared_parameters, notebooks
 ROOT = repository()
 LIBRARY = sorted((ROOT / "lib" / "lablog").rglob("*.py"))
 ROOMS = ("commitment", "cvfp", "arianna")
+SHARED = ("text", "models")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 VARIABLES = {
-    ("record.py", "LABLOG_RUN"): "where the runner wants the results",
+    ("run.py", "LABLOG_RUN"): "where the runner wants the results",
     ("runner.py", "LABLOG_RUN"): "tells the notebook's process the same",
     ("determinism.py", "CUBLAS_WORKSPACE_CONFIG"): "CUDA's own switch for repeatable products",
     ("models/llama_cpp.py", "LLAMA_CPP_LIB_PATH"): "the bindings' own way to name the library",
@@ -54,15 +56,32 @@ def tracked() -> list[Path]:
 # --- the library ----------------------------------------------------------------------------------
 
 
-def test_experiment_rooms_do_not_import_each_other():
-    """And what the rooms share imports none of them; `make bench` stands above all rooms."""
-    for path in LIBRARY:
-        mine = relative(path).split("/")[0]
-        if mine == "bench.py":
+def modules_imported() -> dict[str, set[str]]:
+    """For each module of the library, the modules of it that it imports, packages left out."""
+    files = {"lablog." + relative(path).removesuffix(".py").replace("/", "."): path
+             for path in LIBRARY if path.stem != "__init__"}
+    return {name: imported(path) & set(files) for name, path in files.items()}
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Neither at run time nor for the type checker alone."""
+    list(TopologicalSorter(modules_imported()).static_order())  # else it raises, with the circle
+
+
+def test_no_import_runs_upward():
+    """A room imports no other, what rooms share imports no room, and the modules beside the rooms
+    import none of what is inside a folder; `make bench` stands above all rooms."""
+    below = {room: {room, *SHARED, ""} for room in ROOMS} | {
+        shared: {*SHARED, ""} for shared in SHARED} | {"": {""}}
+
+    def folder(module: str) -> str:
+        return module.split(".")[1] if module.count(".") > 1 else ""
+
+    for module, found in modules_imported().items():
+        if module == "lablog.bench":
             continue
-        for other in set(ROOMS) - {mine}:
-            found = [n for n in imported(path) if f"{n}.".startswith(f"lablog.{other}.")]
-            assert not found, f"{relative(path)} imports {found}"
+        upward = {name for name in found if folder(name) not in below[folder(module)]}
+        assert not upward, f"{module} imports {upward}"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=relative)
@@ -171,7 +190,7 @@ def test_cells_are_short_and_prose_is_at_least_as_long_as_code(path: Path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_a_notebook_opens_its_own_record_and_closes_it_last(path: Path):
     code = cells(path, "code")
-    begins = re.findall(r'record\.begin\("(\w+)", globals\(\)\)', "\n".join(code))
+    begins = re.findall(r'begin\("(\w+)", globals\(\)\)', "\n".join(code))
     assert begins == [path.stem]
     assert "run.finish(" in code[-1]
     assert "run.finish(" not in "\n".join(code[:-1])

@@ -27,8 +27,8 @@ from lablog.keys import key
 from lablog.models import convert, source
 from lablog.models.llama_cpp import bindings, native_folder
 from lablog.progress import progress
-from lablog.record import Run
 from lablog.report import format_metric
+from lablog.run import Run
 
 
 def _seconds(function: Callable[[], None]) -> float:

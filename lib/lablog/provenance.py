@@ -6,6 +6,7 @@ import ast
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -95,6 +96,12 @@ def _cpu() -> str:
 def usable_threads() -> int:
     """CPUs that this process may use (respects affinity masks and containers)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine() -> Machine:

@@ -1,45 +1,22 @@
 """The run record: the only source of numbers for book, reports and ledger.
 
-A notebook opens its run with :func:`begin`, adds metrics, figures, files and stages, and ends
-with :meth:`Run.finish`, which writes one JSON file. :class:`Record` is its schema.
+:class:`Record` is its schema. A notebook fills one through :class:`lablog.run.Run`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import resource
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lablog.files import atomic_write, repository
+from lablog.files import atomic_write
 from lablog.intervals import Interval
-from lablog.profiles import declared_parameters, notebook_path
-from lablog.provenance import FileHash, Machine, Source, Strict, machine, source_state
-from lablog.report import fill, format_metric, mandated, reject_judgements
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from IPython.display import Markdown
-    from matplotlib.figure import Figure
-
-    from lablog.figures import ShownFigure
-    from lablog.report import Report
+from lablog.provenance import FileHash, Machine, Source, Strict
 
 SCHEMA_VERSION: Literal[1] = 1
-RUN_VARIABLE = "LABLOG_RUN"
-"""Environment variable with the path of the run context that the runner writes.
-
-It says where results go, never what is computed; without it results go to build/interactive.
-"""
 
 
 class Metric(Strict):
@@ -56,6 +33,19 @@ class Metric(Strict):
     interval_method: str | None = None
     interval_level: float = 0.95
     undefined: str | None = Field(default=None, description="why there is no value")
+
+    @classmethod
+    def of(cls, name: str, value: float | int | bool | str | None, unit: str, *,
+           interval: Interval | None = None, **details: Any) -> Metric:
+        """A metric with the ends, level and method of its `interval`; `details` are fields."""
+        if interval is not None:
+            details |= {"interval": (interval.low, interval.high), "interval_level": interval.level,
+                        "interval_method": interval.method}
+        return cls(name=name, value=value, unit=unit, **details)
+
+    def under(self, prefix: str) -> Metric:
+        """The same as ``<prefix>.<name>``."""
+        return Metric(**(self.model_dump() | {"name": f"{prefix}.{self.name}"}))
 
     @model_validator(mode="after")
     def _finite(self) -> Metric:
@@ -157,126 +147,3 @@ class Record(Strict):
             raise ValueError(
                 f"{path} is not a record of schema {SCHEMA_VERSION}: {error}"
             ) from error
-
-
-class Run:
-    """The open run of one notebook; collects what its record will hold."""
-
-    def __init__(self, notebook: str, profile: str, folder: Path, artifacts: Path,
-                 parameters: Mapping[str, Any]) -> None:
-        self.notebook, self.profile = notebook, profile
-        self.folder, self.artifacts = folder, artifacts
-        self.parameters = dict(parameters)
-        self.started, self._clock = datetime.now(UTC), time.perf_counter()
-        self.source, self.machine = source_state(), machine()
-        self._metrics: list[Metric] = []
-        self._figures: list[FigureFile] = []
-        self._stages: list[Stage] = []
-        self._files: dict[str, FileHash] = {}
-
-    def metric(self, name: str, value: float | int | bool | str | None, unit: str, *,
-               interval: Interval | None = None, **details: Any) -> None:
-        """Add a metric; `details` are further fields of :class:`Metric`."""
-        if interval is not None:
-            details |= {"interval": (interval.low, interval.high), "interval_level": interval.level,
-                        "interval_method": interval.method}
-        self._metrics.append(Metric(name=name, value=value, unit=unit, **details))
-
-    def figure(self, name: str, figure: Figure, data: pd.DataFrame, caption: str) -> ShownFigure:
-        """Save a figure as SVG with its data as CSV; returns what the notebook displays."""
-        from lablog import figures
-
-        svg, csv = figures.save(figure, data, self.folder / "figures" / self.notebook, name)
-        entry = FigureFile(name=name, svg=f"figures/{self.notebook}/{svg.name}",
-                           csv=f"figures/{self.notebook}/{csv.name}", caption=caption)
-        self._figures.append(entry)
-        origin = (
-            f"notebook {self.notebook} · profile {self.profile} · commit {self.source.commit[:10]}"
-            f"{' + uncommitted changes' if self.source.dirty else ''} · "
-            f"{self.machine.cpu}, {self.machine.threads} threads"
-        )
-        return figures.ShownFigure(svg.read_text(), caption, origin, f"../{entry.csv}")
-
-    def file(self, path: Path) -> Path:
-        """Note a data or model file that the run reads; returns the path."""
-        self._files[str(path)] = FileHash.of(path, self.artifacts)
-        return path
-
-    def metrics_table(self, prefix: str) -> pd.DataFrame:
-        """The metrics so far whose name begins with `prefix`, for display."""
-        import pandas as pd
-
-        shown = [m for m in self._metrics if m.name.startswith(f"{prefix}.")]
-        return pd.DataFrame(
-            [{"metric": m.name, "value": format_metric(m)} for m in shown],
-            columns=["metric", "value"],
-        ).set_index("metric")
-
-    def say(self, text: str, **names: str) -> Markdown:
-        """Prose in which ``{metric:style}`` stands for a number of the record so far.
-
-        A keyword gives a short name: with ``bare="untrained.seed42"`` the field ``{bare.rank}``
-        reads ``untrained.seed42.rank``. Raises ReportError as the report does.
-        """
-        from IPython.display import Markdown
-
-        for short, full in names.items():
-            text = text.replace(f"{{{short}.", f"{{{full}.")
-        return Markdown(fill(self.record(), reject_judgements(text)))
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a part of the run."""
-        start = time.perf_counter()
-        yield
-        self._stages.append(Stage(name=name, seconds=time.perf_counter() - start))
-
-    def record(self) -> Record:
-        """The record as it stands now."""
-        seeds = [self.parameters["seed"]] if "seed" in self.parameters else []
-        return Record(
-            notebook=self.notebook, profile=self.profile, status="ok", parameters=self.parameters,
-            seeds=(*seeds, *self.parameters.get("seeds", ())), started=self.started,
-            seconds=time.perf_counter() - self._clock, stages=tuple(self._stages),
-            peak_memory_bytes=peak_memory_bytes(), source=self.source, machine=self.machine,
-            files=tuple(self._files.values()), figures=tuple(self._figures),
-            metrics=tuple(self._metrics),
-        )
-
-    def finish(self, **names: Any) -> Report:
-        """Write the record into the run's folder and return its mandated report.
-
-        The notebook's last act. `names` are what its report's templates speak of besides metrics.
-        Raises :class:`lablog.report.ReportError` when a mandatory number is missing, and then no
-        record is written.
-        """
-        record = self.record()
-        report = mandated(record, **names)
-        text = ReportText(en=report.english, ja=report.japanese)
-        record = record.model_copy(update={"report": text})
-        record.write(self.folder / "records" / f"{self.notebook}.json")
-        return report
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def begin(notebook: str, namespace: Mapping[str, Any]) -> Run:
-    """Open the run of a notebook; `namespace` is its ``globals()``.
-
-    The values of the names in the cell tagged ``parameters`` are recorded, as they are now.
-    """
-    declared = declared_parameters(notebook_path(notebook))
-    context = os.environ.get(RUN_VARIABLE)
-    if context:
-        settings = json.loads(Path(context).read_text())
-    else:
-        folder = str(repository() / "build" / "interactive")
-        settings = {"profile": "interactive", "folder": folder, "artifacts": f"{folder}/artifacts"}
-    return Run(
-        notebook, settings["profile"], Path(settings["folder"]), Path(settings["artifacts"]),
-        {name: namespace[name] for name in declared},
-    )

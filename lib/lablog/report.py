@@ -11,14 +11,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from lablog.files import repository
-
-if TYPE_CHECKING:
-    from lablog.record import Metric, Record
+from lablog.record import Metric, Record
 
 _ENGLISH = r"\b(GOOD|EXCELLENT|MODERATE|POOR|SUCCESSFUL|IMPRESSIVE|PROMISING)\b"
 _JAPANESE = r"改善した|良好|適切|優秀|十分な"

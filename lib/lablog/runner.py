@@ -36,7 +36,8 @@ from traitlets.config import Config
 from lablog import book, profiles
 from lablog.files import repository, write_if_changed
 from lablog.provenance import machine, source_dependencies, source_state
-from lablog.record import RUN_VARIABLE, Failure, Record
+from lablog.record import Failure, Record
+from lablog.run import RUN_VARIABLE
 
 EXIT_CODES = {"ok": 0, "failed": 1, "timeout": 124, "interrupted": 130}
 NATIVE_STAMP = "build/native/.built"

@@ -14,8 +14,8 @@ from lablog.commitment.personas import (
 )
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.models.training import TrainingSettings
-from lablog.record import Run
 from lablog.report import render, template
+from lablog.run import Run
 from lablog.text.personas import CONVERSATION, PERSONA, read_personas
 from lablog.text.tokenizer import Tokenizer
 

@@ -20,8 +20,8 @@ from lablog.commitment.training_metrics import (
     stacked,
     table,
 )
-from lablog.record import Run
 from lablog.report import ReportError, mandated
+from lablog.run import Run
 
 BASES, SEEDS, ITEMS, TEXTS = (1, 4, 7), (1, 2, 3, 4, 5), 40, 10
 ASKED = Asked(11, ITEMS, TEXTS)

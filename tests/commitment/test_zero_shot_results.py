@@ -11,7 +11,7 @@ from scipy import stats
 from lablog.commitment import coherence, log_experiments, plots
 from lablog.commitment import sweep_metrics as results
 from lablog.commitment.calibration import Solution
-from lablog.record import Run
+from lablog.run import Run
 
 SEEDS, ITEMS = (1, 2, 3, 4, 5), 60
 SPANS = {"all": "0–2", "last quarter": "2", "first quarter": "0", "layer 0": "0"}

@@ -10,7 +10,7 @@ import numpy as np
 from lablog.arianna.bits_per_byte import BitsPerByte
 from lablog.arianna.dialogues import ngram_overlap
 from lablog.arianna.finetuning import Base, training_log
-from lablog.record import Run
+from lablog.run import Run
 from lablog.text.datasets import Item
 from lablog.text.packing import Stream
 from lablog.text.tokenizer import Tokenizer

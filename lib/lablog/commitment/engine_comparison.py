@@ -21,7 +21,7 @@ from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.intervals import hierarchical
 from lablog.models.llama_cpp import Commitment, Context, Model, generate
 from lablog.provenance import usable_threads
-from lablog.record import Run
+from lablog.run import Run
 from lablog.text.tokenizer import Tokenizer
 
 

@@ -32,7 +32,7 @@ from lablog.commitment.qlora import (
 from lablog.files import repository
 from lablog.intervals import over_seeds
 from lablog.keys import key
-from lablog.record import Run
+from lablog.run import Run
 from lablog.text.datasets import Item
 from lablog.text.dialogues import load_settings
 from lablog.text.personas import PersonaDialogue, read_personas

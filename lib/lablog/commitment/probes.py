@@ -28,6 +28,7 @@ ANSWER_TOKENS = 16
 STREAMS = {"recall": 101, "fork": 102}  # spawn keys apart from those of the dialogues' splits
 Turns = Sequence[Turn]
 Latents = TypeVar("Latents")
+Under = TypeVar("Under", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def value_index(text: str, values: Sequence[str]) -> int:
     return values.index(name) if name is not None else -1
 
 
-class Speaker(Protocol[Latents]):
+class Speaker(Protocol[Under]):
     """A model that speaks, with whatever engine.
 
     under: the latents of all conversations of a call, in the engine's own terms: a direction or
@@ -181,7 +182,7 @@ class Speaker(Protocol[Latents]):
     question, or nothing. Results do not depend on earlier calls, but for rounding.
     """
 
-    def say(self, conversations: Sequence[Turns], under: Latents, tokens: int, first: int = 0,
+    def say(self, conversations: Sequence[Turns], under: Under, tokens: int, first: int = 0,
             uniforms: np.ndarray | None = None) -> list[str]:
         """What it says, in at most `tokens` tokens, to the question that ends each conversation.
 
@@ -190,17 +191,17 @@ class Speaker(Protocol[Latents]):
         """
         ...
 
-    def agree(self, conversations: Sequence[Turns], under: Latents) -> np.ndarray:
+    def agree(self, conversations: Sequence[Turns], under: Under) -> np.ndarray:
         """P(yes) and P(no), lower-case or capitalised, float64 [conversations, 2]."""
         ...
 
     def forks(self, histories: Sequence[Turns], items: Sequence[ForkItem],
-              under: Latents) -> list[tuple[np.ndarray, np.ndarray]]:
+              under: Under) -> list[tuple[np.ndarray, np.ndarray]]:
         """The questions of each item behind its history, each question the only one: P(yes) and
         P(no) to every guess, float64 [values, 2], and P(value | what is it?) among the values."""
         ...
 
-    def read(self, texts: Sequence[Turns], under: Latents) -> list[np.ndarray]:
+    def read(self, texts: Sequence[Turns], under: Under) -> list[np.ndarray]:
         """Log probabilities of what follows each token of each text, float32 [tokens, vocabulary];
         of what follows the last, only if the engine computes it anyway."""
         ...

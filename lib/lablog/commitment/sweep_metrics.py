@@ -15,7 +15,7 @@ from lablog.commitment.log_experiments import NAMED_ROWS, NamedRow
 from lablog.comparisons import holm, p_greater
 from lablog.intervals import Interval, geometric_over_seeds, hierarchical, over_seeds, wilson
 from lablog.models import evaluation
-from lablog.record import Run
+from lablog.run import Run
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 

@@ -22,8 +22,9 @@ from lablog.commitment.qlora import load_base
 from lablog.figures import COLOURS, GREY, MARKERS
 from lablog.intervals import Interval, hierarchical
 from lablog.models import evaluation
-from lablog.record import Record, Run
+from lablog.record import Record
 from lablog.report import format_metric
+from lablog.run import Run
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 

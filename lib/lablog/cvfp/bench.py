@@ -28,7 +28,7 @@ from lablog.cvfp.phase1 import (
     train,
 )
 from lablog.cvfp.rollout import SequentialRollout, rollout
-from lablog.record import peak_memory_bytes
+from lablog.provenance import peak_memory_bytes
 
 Row = tuple[str, float, str, dict[str, Any]]
 

@@ -18,7 +18,7 @@ from lablog.cvfp.phase1 import Phase1Result
 from lablog.cvfp.phase2 import Phase2Result, Predictions
 from lablog.cvfp.rollout import Rollout, relative_errors
 from lablog.intervals import Interval, geometric_over_seeds, over_seeds
-from lablog.record import Run
+from lablog.run import Run
 
 
 def record_contexts(
