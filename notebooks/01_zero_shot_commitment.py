@@ -80,7 +80,7 @@ print(f"{gguf.name}: {gguf.stat().st_size / 2**20:.1f} MiB")
 if model.startswith("offline:"):
     folder = source.hugging_face_folder(model, run.artifacts)
     with run.stage("check"):
-        metrics.record_model_check(run, folder, items)
+        run.metrics(metrics.model_check(folder, items), under="offline")
     shown = run.figure("training", *plots.training_curve(folder), "Training of the offline model.")
     display(shown)
 run.metrics_table("offline")
@@ -200,7 +200,7 @@ for row in named:
         tasks += [sweep.Task(control, row.strength, row.layers, seed) for seed in seeds]
 with run.stage("sweep"):
     rows = sweep.sweep(engine, tasks, conditions, run.artifacts)
-metrics.record_named_rows(run, rows, named)
+run.metrics(metrics.of_named_rows(rows, named))
 table = metrics.summarise(rows)
 
 # %% [markdown]

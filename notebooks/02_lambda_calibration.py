@@ -112,7 +112,7 @@ for control in ("commitment", "redrawn"):
                   for strength in strengths if strength != 0 for seed in seeds]
 with run.stage("sweep"):
     rows = sweep.sweep(engine, tasks, conditions, run.artifacts)
-metrics.record_named_rows(run, rows)
+run.metrics(metrics.of_named_rows(rows))
 table = metrics.summarise(rows)
 
 # %% [markdown]
@@ -177,7 +177,8 @@ run.figure(
 # Holm's method {cite}`holm1979simple` for all distinct cells and all three probes.
 
 # %%
-comparisons = metrics.record_improvements(run, rows)
+comparisons = metrics.improvements(rows)
+run.metrics(metrics.of_improvements(rows, comparisons))
 shown = comparisons.sort_values("p").head(8).drop(columns=["span", "p_unmodified", "p_redrawn"])
 shown.round(4)
 
@@ -206,7 +207,8 @@ budgets = []
 for name, found in solved.items():
     doses = [sweep.dose(Task("commitment", 1.0, name, seed), engine.model, k, norms)
              for seed in seeds]
-    budgets.append(metrics.record_budget(run, name, found, seeds, doses))
+    budgets.append(metrics.budget_table(name, found, seeds, doses))
+    run.metrics(metrics.of_budget(budgets[-1]), under=f"budget.{name.replace(' ', '_')}")
 engine.close()
 
 # %%

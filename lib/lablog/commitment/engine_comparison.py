@@ -21,7 +21,7 @@ from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.intervals import hierarchical
 from lablog.models.llama_cpp import Commitment, Context, Model, generate
 from lablog.provenance import usable_threads
-from lablog.run import Run
+from lablog.record import Metric
 from lablog.text.tokenizer import Tokenizer
 
 
@@ -175,31 +175,33 @@ def compare(exported: Export, base: Path, asked: ProbeSet, device: str = "cpu",
                 "prefix": agreement(native, reference, asked, "prefix")}
 
 
-def record_agreement(run: Run, found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> None:
-    """Add ``native.<source>.<measure>``, and ``pytorch.<source>.<measure>`` of the probes, over
-    all runs (by base and seed): the largest difference, and shares of all answers."""
+def of_agreement(found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> list[Metric]:
+    """``native.<source>.<measure>``, and ``pytorch.<source>.<measure>`` of the probes, over all
+    runs (by base and seed): the largest difference, and shares of all answers."""
     seeds = sorted({seed for _, seed in found})
     bases = len({base for base, _ in found})
 
-    def share(name: str, values: Sequence[np.ndarray]) -> None:
+    def share(name: str, values: Sequence[np.ndarray]) -> Metric:
         stacked = np.stack(values).astype(float).reshape(bases, len(seeds), -1)
-        run.metric(name, float(stacked.mean()), "fraction", n=stacked.shape[-1],
-                   numerator=float(stacked.sum()), denominator=float(stacked.size),
-                   seeds=tuple(seeds), interval=hierarchical(stacked, share=True))
+        return Metric.of(name, float(stacked.mean()), "fraction", n=stacked.shape[-1],
+                         numerator=float(stacked.sum()), denominator=float(stacked.size),
+                         seeds=tuple(seeds), interval=hierarchical(stacked, share=True))
 
-    run.metric("native.runs", len(found), "count")
+    metrics = [Metric.of("native.runs", len(found), "count")]
     for source in ("prior", "prefix"):
-        results = [each[source] for each in found.values()]
-        run.metric(f"native.{source}.logit_difference", max(r.logits for r in results), "")
-        run.metric(f"native.{source}.yes_sum_difference", max(r.yes_sum for r in results), "")
-        share(f"native.{source}.named_equal", [r.named for r in results])
-        share(f"native.{source}.greedy_equal", [r.greedy for r in results])
+        results, native = [each[source] for each in found.values()], f"native.{source}"
+        metrics += [
+            Metric.of(f"{native}.logit_difference", max(r.logits for r in results), ""),
+            Metric.of(f"{native}.yes_sum_difference", max(r.yes_sum for r in results), ""),
+            share(f"{native}.named_equal", [r.named for r in results]),
+            share(f"{native}.greedy_equal", [r.greedy for r in results])]
         for number, engine in enumerate(("native", "pytorch")):
-            recall, fork = ([getattr(r, name)[number] for r in results]
-                            for name in ("recall", "fork"))
-            share(f"{engine}.{source}.recall", [r.recalled for r in recall])
-            share(f"{engine}.{source}.eviction", [r.recalled_after_eviction for r in recall])
-            share(f"{engine}.{source}.same_choice", [f.same for f in fork])
-            run.metric(f"{engine}.{source}.yes_sum",
-                       float(np.mean([f.yes_sum.mean() for f in fork])), "",
-                       n=len(fork[0].yes_sum), seeds=tuple(seeds))
+            name, recall = f"{engine}.{source}", [r.recall[number] for r in results]
+            fork = [r.fork[number] for r in results]
+            metrics += [
+                share(f"{name}.recall", [r.recalled for r in recall]),
+                share(f"{name}.eviction", [r.recalled_after_eviction for r in recall]),
+                share(f"{name}.same_choice", [f.same for f in fork]),
+                Metric.of(f"{name}.yes_sum", float(np.mean([f.yes_sum.mean() for f in fork])), "",
+                          n=len(results[0].fork[number].yes_sum), seeds=tuple(seeds))]
+    return metrics

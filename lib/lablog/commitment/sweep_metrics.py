@@ -12,35 +12,27 @@ import pandas as pd
 
 from lablog.commitment.calibration import Solution
 from lablog.commitment.log_experiments import NAMED_ROWS, NamedRow
+from lablog.commitment.measures import COUNTED, UNITS
 from lablog.comparisons import holm, p_greater
 from lablog.intervals import Interval, geometric_over_seeds, hierarchical, over_seeds, wilson
 from lablog.models import evaluation
-from lablog.run import Run
+from lablog.record import Metric
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
-UNITS = {"recall": "fraction", "eviction": "fraction", "same_choice": "fraction",
-         "answered": "fraction", "yes_sum": "", "answer_mass": "fraction", "perplexity": "",
-         "kl_mean": "nat", "kl_p95": "nat", "own_kl_mean": "nat", "own_kl_p95": "nat",
-         "same_top": "fraction", "repeated_4grams": "fraction", "distinct_1": "fraction",
-         "distinct_2": "fraction", "dose": ""}
 PROBES = ("recall", "eviction", "same_choice")
+BY_ITEM = (*PROBES, "answered", "yes_sum", "answer_mass")
+LANGUAGE = ("perplexity", "kl_mean", "kl_p95", "own_kl_mean", "own_kl_p95", "same_top",
+            "repeated_4grams", "distinct_1", "distinct_2")
+MEASURES = (*BY_ITEM, *LANGUAGE, "dose")
 ALPHA = 0.05
 
 
 def by_item(rows: pd.DataFrame, name: str) -> np.ndarray:
     """One measure of the probes, float64 [rows, items]."""
     packed = rows[f"{name}_items"]
-    return np.array([[float(x) for x in (text if name in PROPORTIONS else text.split())]
+    return np.array([[float(x) for x in (text if name in COUNTED else text.split())]
                      for text in packed])
-
-
-MEASURES = ("recall", "eviction", "same_choice", "yes_sum", "answered", "perplexity", "kl_mean",
-            "kl_p95", "own_kl_mean", "own_kl_p95", "same_top", "repeated_4grams", "distinct_1",
-            "distinct_2", "answer_mass", "dose")
-PROPORTIONS = ("recall", "eviction", "same_choice", "answered")
-BY_ITEM = (*PROPORTIONS, "yes_sum", "answer_mass")
-SHARES = ("same_top", "repeated_4grams", "distinct_1", "distinct_2")
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -72,36 +64,36 @@ def interval_of(group: pd.DataFrame, name: str) -> Interval | None:
     Student's t over seeds; None for one seed, or where the seeds do not differ at all.
     """
     if name in BY_ITEM:
-        return hierarchical(by_item(group, name), share=name in (*PROPORTIONS, "answer_mass"))
+        return hierarchical(by_item(group, name), share=UNITS[name] == "fraction")
     values = group[name].to_numpy()
     if len(values) < 2 or np.isnan(values).any() or np.ptp(values) == 0:
         return None
-    return over_seeds(values.tolist(), within=(0.0, 1.0 if name in SHARES else math.inf))
+    return over_seeds(values.tolist(), within=(0.0, 1.0 if UNITS[name] == "fraction" else math.inf))
 
 
-def record_group(run: Run, key: str, rows: pd.DataFrame) -> None:
-    """Add ``<key>.<measure>`` for every measure of one configuration (rows: its seeds).
+def of_configuration(rows: pd.DataFrame) -> list[Metric]:
+    """Every measure of one configuration (rows: its seeds), and the log's word for it.
 
     n is the number of items, which all seeds share; a numerator counts answers over all seeds.
     Coherence that was not measured is left out.
     """
     seeds = tuple(int(seed) for seed in rows["seed"]) if len(rows) > 1 else None
-    items = int(rows["items"].iloc[0])
-    for name, unit in UNITS.items():
+    items, found = int(rows["items"].iloc[0]), []
+    for name in MEASURES:
         if rows[name].isna().any():
             continue
         counts: dict[str, float] = {"n": items} if name in BY_ITEM else {}
-        if name in PROPORTIONS:
+        if name in COUNTED:
             counts |= {"numerator": by_item(rows, name).sum(),
                        "denominator": float(items * len(rows))}
-        run.metric(f"{key}.{name}", float(rows[name].mean()), unit, seeds=seeds,
-                   interval=interval_of(rows, name), **counts)
+        found.append(Metric.of(name, float(rows[name].mean()), UNITS[name], seeds=seeds,
+                               interval=interval_of(rows, name), **counts))
     words = rows["word"].value_counts()
-    run.metric(f"{key}.word", str(words.index[0]), "class", seeds=seeds,
-               numerator=float(words.iloc[0]), denominator=float(len(rows)))
+    return [*found, Metric.of("word", str(words.index[0]), "class", seeds=seeds,
+                              numerator=float(words.iloc[0]), denominator=float(len(rows)))]
 
 
-def record_model_check(run: Run, folder: Path, count: int) -> None:
+def model_check(folder: Path, count: int) -> list[Metric]:
     """Does the offline model copy what is in its window, and only guess what is not?
 
     On `count` held-out dialogues, greedily and in PyTorch: recall of a stated value, the same
@@ -112,19 +104,16 @@ def record_model_check(run: Run, folder: Path, count: int) -> None:
 
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer, settings = Tokenizer(folder / "tokenizer.model"), load_settings()
-    shares = {
-        "recall": evaluation.recall_accuracy(model, tokenizer, settings, count),
-        "recall_evicted": evaluation.recall_accuracy(model, tokenizer, settings, count,
-                                                     evicted=True),
-    }
-    for name, share in shares.items():
+    found = []
+    for name, evicted in (("recall", False), ("recall_evicted", True)):
+        share = evaluation.recall_accuracy(model, tokenizer, settings, count, evicted=evicted)
         hits = round(share * count)
-        run.metric(f"offline.{name}", share, "fraction", numerator=float(hits), n=count,
-                   denominator=float(count), interval=wilson(hits, count))
+        found.append(Metric.of(name, share, "fraction", numerator=float(hits), n=count,
+                               denominator=float(count), interval=wilson(hits, count)))
     compared = evaluation.comparison_accuracy(model, tokenizer, settings, count)
-    for name, share in compared.items():
-        run.metric(f"offline.compare_{name}", share, "fraction", n=count)
-    run.metric("offline.parameters", model.num_parameters(), "count")
+    found += [Metric.of(f"compare_{name}", share, "fraction", n=count)
+              for name, share in compared.items()]
+    return [*found, Metric.of("parameters", model.num_parameters(), "count")]
 
 
 def _configuration(rows: pd.DataFrame, control: str, layers: str, strength: float) -> pd.DataFrame:
@@ -132,21 +121,22 @@ def _configuration(rows: pd.DataFrame, control: str, layers: str, strength: floa
                 & (rows["strength"] == strength)]
 
 
-def record_named_rows(run: Run, rows: pd.DataFrame,
-                      named: Sequence[NamedRow] = NAMED_ROWS) -> None:
+def of_named_rows(rows: pd.DataFrame, named: Sequence[NamedRow] = NAMED_ROWS) -> list[Metric]:
     """Named rows (the log's four), each with its redrawn control, and the two baselines.
 
     Raises ValueError when the sweep does not hold one of them.
     """
-    record_group(run, "unmodified", rows[rows["control"] == "none"])
-    record_group(run, "text", rows[rows["control"] == "text"])
+    groups = {name: rows[rows["control"] == control]
+              for name, control in (("unmodified", "none"), ("text", "text"))}
     for row in named:
         for control, prefix in (("commitment", ""), ("redrawn", "redrawn.")):
             part = _configuration(rows, control, row.layers, row.strength)
             if part.empty:
                 raise ValueError(f"the sweep holds no row {row.english!r} ({control}): add "
                                  f"{row.strength:g} to the strengths")
-            record_group(run, prefix + row.key, part)
+            groups[prefix + row.key] = part
+    return [metric.under(name) for name, part in groups.items()
+            for metric in of_configuration(part)]
 
 
 def compare_cells(rows: pd.DataFrame) -> pd.DataFrame:
@@ -184,45 +174,49 @@ def compare_cells(rows: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def record_improvements(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+def improvements(rows: pd.DataFrame) -> pd.DataFrame:
     """Claim A08: in which cells (λ × distinct layers) does a commitment work, and on which probe?
 
-    A cell works on a probe if most of its seeds are coherent and it is better than both λ = 0 and
-    the redrawn control, at 5 % after Holm's correction over all cells and probes. Returns the
-    comparisons with a column ``works``.
+    `compare_cells` with a column ``works``: most seeds of the cell are coherent, and it is better
+    than both λ = 0 and the redrawn control, at 5 % after Holm's correction over all cells and
+    probes.
     """
     table = compare_cells(rows)
     table["works"] = table["coherent"] & (table["p_holm"] < ALPHA)
-    cells = float(len(table) / len(PROBES))
-    seeds = tuple(int(seed) for seed in rows.loc[rows["control"] == "commitment", "seed"].unique())
-
-    def count(name: str, chosen: pd.Series) -> None:
-        run.metric(name, int(chosen.sum()), "count", numerator=float(chosen.sum()),
-                   denominator=cells, seeds=seeds, n=int(rows["items"].iloc[0]))
-
-    run.metric("cells", int(cells), "count")
-    run.metric("comparisons", len(table), "count")
-    for name in PROBES:
-        part = table[table["probe"] == name]
-        count(f"works.{name}", part["works"])
-        for other in ("unmodified", "redrawn"):
-            count(f"above_{other}.{name}", part["coherent"] & (part[f"p_{other}_holm"] < ALPHA))
-    wide = table.pivot(index=["span", "strength"], columns="probe", values="works")
-    count("works.recall_and_same_choice", wide["recall"] & wide["same_choice"])
-    count("coherent_cells", table.groupby(["span", "strength"])["coherent"].first())
-    run.metric("smallest_adjusted_p", float(table["p_holm"].min()), "")
     return table
 
 
-def record_budget(
-    run: Run, layers: str, solutions: Sequence[Solution | None], seeds: Sequence[int],
-    unit_doses: Sequence[float],
-) -> pd.DataFrame:
-    """λ of the KL budget in one range and its dose, geometric means over seeds with t intervals.
+def of_improvements(rows: pd.DataFrame, table: pd.DataFrame) -> list[Metric]:
+    """How many cells work, and pass each of the two comparisons; `table`: the `improvements`."""
+    cells = float(len(table) / len(PROBES))
+    seeds = tuple(int(seed) for seed in rows.loc[rows["control"] == "commitment", "seed"].unique())
 
-    unit_doses: dose of λ = 1 under each seed. Returns the table drawn.
+    def count(name: str, chosen: pd.Series) -> Metric:
+        return Metric.of(name, int(chosen.sum()), "count", numerator=float(chosen.sum()),
+                         denominator=cells, seeds=seeds, n=int(rows["items"].iloc[0]))
+
+    found = [Metric.of("cells", int(cells), "count"),
+             Metric.of("comparisons", len(table), "count")]
+    for name in PROBES:
+        part = table[table["probe"] == name]
+        found.append(count(f"works.{name}", part["works"]))
+        found += [count(f"above_{other}.{name}",
+                        part["coherent"] & (part[f"p_{other}_holm"] < ALPHA))
+                  for other in ("unmodified", "redrawn")]
+    wide = table.pivot(index=["span", "strength"], columns="probe", values="works")
+    return [*found,
+            count("works.recall_and_same_choice", wide["recall"] & wide["same_choice"]),
+            count("coherent_cells", table.groupby(["span", "strength"])["coherent"].first()),
+            Metric.of("smallest_adjusted_p", float(table["p_holm"].min()), "")]
+
+
+def budget_table(layers: str, solutions: Sequence[Solution | None], seeds: Sequence[int],
+                 unit_doses: Sequence[float]) -> pd.DataFrame:
+    """λ of the KL budget in one range and its dose, one row a seed; with the geometric mean of λ
+    and its t interval, if two seeds reach the budget.
+
+    unit_doses: dose of λ = 1 under each seed.
     """
-    key = f"budget.{layers.replace(' ', '_')}"
     strengths = np.array([s.strength if s else np.nan for s in solutions])
     table = pd.DataFrame({
         "layers": layers, "seed": list(seeds), "strength": strengths,
@@ -230,15 +224,24 @@ def record_budget(
         "kl_p95": [s.divergence if s else np.nan for s in solutions],
         "evaluations": [s.evaluations if s else 0 for s in solutions],
     })
-    reached = table.dropna(subset="strength")
-    means = {"mean": np.nan, "low": np.nan, "high": np.nan}
+    reached = table["strength"].dropna()
+    if len(reached) < 2:
+        return table.assign(mean=np.nan, low=np.nan, high=np.nan)
+    interval = geometric_over_seeds(reached.tolist())
+    return table.assign(mean=float(np.exp(np.log(reached).mean())), low=interval.low,
+                        high=interval.high)
+
+
+def of_budget(table: pd.DataFrame) -> list[Metric]:
+    """Dose and λ of a `budget_table`, geometric means over the seeds that reach the budget."""
+    reached, found = table.dropna(subset="strength"), []
     for column, name in (("dose", "dose"), ("strength", "lambda")):
         if len(reached) < 2:
-            run.metric(f"{key}.{name}", None, "", seeds=tuple(seeds),
-                       undefined=f"{len(reached)} of {len(table)} seeds reach the budget")
-            continue
-        interval = geometric_over_seeds(reached[column].tolist())
-        mean = float(np.exp(np.log(reached[column]).mean()))
-        run.metric(f"{key}.{name}", mean, "", interval=interval, seeds=tuple(reached["seed"]))
-        means = {"mean": mean, "low": interval.low, "high": interval.high}
-    return table.assign(**means)
+            found.append(Metric.of(name, None, "", seeds=tuple(table["seed"]),
+                                   undefined=f"{len(reached)} of {len(table)} seeds reach the "
+                                             "budget"))
+        else:
+            found.append(Metric.of(name, float(np.exp(np.log(reached[column]).mean())), "",
+                                   interval=geometric_over_seeds(reached[column].tolist()),
+                                   seeds=tuple(reached["seed"])))
+    return found
