@@ -59,6 +59,12 @@ figures.use_style()
 run = begin("02_lambda_calibration", globals())
 with run.stage("model"):
     gguf = run.file(source.gguf_file(model, run.artifacts))
+
+# %% [markdown]
+# The unmodified model is read once: its mean $\lVert h \rVert$ gives the doses, its log
+# probabilities are what every divergence below is taken from.
+
+# %%
 dialogues = load_settings()
 asked = probes.make_items(dialogues, item_seed, items)
 material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lablog.models import llama2c, source
-from lablog.models.llama_cpp import Context, Model, generate
+from lablog.models.llama_cpp import Context, Model, continued
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K.bin"
 TOKENS = 160  # at least 128 are compared
@@ -197,7 +197,7 @@ def compare_hugging_face(model: Path, folder: Path, tokens: list[int]) -> None:
 def compare_greedy(model: Path, gguf: Path, prompt: list[int]) -> list[int]:
     expected = Reference.read(model).greedy(prompt, TOKENS)
     with Model(gguf) as engine, Context(engine, window=256, cache_type="f32") as context:
-        written = generate(context, context.decode({0: prompt}), TOKENS)[0]
+        written = continued(context, context.decode({0: prompt}), TOKENS)[0]
     assert written == expected
     return written
 

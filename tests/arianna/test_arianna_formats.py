@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lablog.arianna.exports import FILES, default_model
 from lablog.models import llama2c as formats
 from lablog.models import source
-from lablog.models.llama_cpp import Context, Model, generate
+from lablog.models.llama_cpp import Context, Model, continued
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -37,7 +37,7 @@ def with_torch(folder: Path, prompt: list[int]) -> list[int]:
 
 def with_llama_cpp(gguf: Path, prompt: list[int]) -> tuple[list[int], str]:
     with Model(gguf) as model, Context(model, window=256) as context:
-        written = generate(context, context.decode({0: prompt}), TOKENS)[0]
+        written = continued(context, context.decode({0: prompt}), TOKENS)[0]
         text = b"".join(map(model.piece, written)).decode(errors="replace")
     return written, text
 

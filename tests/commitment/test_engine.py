@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lablog.commitment import sampler
-from lablog.models.llama_cpp import Commitment, Context, EngineError, Model, check_gguf, generate
+from lablog.models.llama_cpp import Commitment, Context, EngineError, Model, check_gguf, continued
 
 LINES = [[1, *range(270, 285)], [1, *range(300, 330)], [1, 280, 281]]
 
@@ -41,7 +41,7 @@ def test_a_fork_continues_like_its_source(context):
 def test_generation_inverts_the_cumulative_distribution(context, torch_model):
     uniforms = np.random.default_rng(0).random((3, 6))
     rows = context.prefill(dict(enumerate(LINES)))
-    written = generate(context, rows, 6, uniforms=dict(enumerate(uniforms)))
+    written = continued(context, rows, 6, uniforms=dict(enumerate(uniforms)))
     for number, tokens in enumerate(LINES):
         text = list(tokens)
         for u in uniforms[number]:
@@ -53,9 +53,9 @@ def test_generation_inverts_the_cumulative_distribution(context, torch_model):
 
 def test_generation_stops_before_a_stop_token(context):
     rows = context.prefill({0: LINES[0]})
-    greedy = generate(context, rows, 8)[0]
+    greedy = continued(context, rows, 8)[0]
     rows = context.prefill({0: LINES[0]})
-    assert generate(context, rows, 8, stops=frozenset({greedy[3]}))[0] == greedy[:3]
+    assert continued(context, rows, 8, stops=frozenset({greedy[3]}))[0] == greedy[:3]
 
 
 def commitments(model):

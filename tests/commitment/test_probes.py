@@ -130,6 +130,22 @@ def test_results_do_not_depend_on_how_many_are_evaluated_together(model, items, 
     np.testing.assert_allclose(fork.named, other_fork.named, atol=1e-4)
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_conversation_that_goes_on_is_answered_as_if_it_were_read_anew(
+        model, speech, items, commitment, changed):
+    """From the caches, and not from those of another injection."""
+    from lablog.models.llama_cpp import Context
+
+    under = injection_of(commitment)
+    before = Injection(tuple(directions(1))) if changed else under
+    said = speech.say([[item.question] for item in items.recall], before, 16)
+    later = [[item.question, Turn("A", text, "answer"), *item.distractors, item.requestion]
+             for text, item in zip(said, items.recall, strict=True)]
+    on = speech.say(later, under, 16)
+    with Context(model, 27, 256) as other:
+        assert LlamaCppSpeaker(other).say(later, under, 16) == on
+
+
 def test_too_few_sequences_for_a_fork_are_refused(model, items):
     from lablog.models.llama_cpp import Context
 

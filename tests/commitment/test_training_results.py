@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lablog.commitment import training_metrics
 from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.novelty import HEADLINE, KINDS
 from lablog.commitment.training_metrics import (
@@ -285,7 +284,7 @@ def findings(run: Run) -> str:
                   for title in ("## Findings", "## Report"))
     say = run.say
     run.say = lambda text: said.append(say(text).data)
-    names = {"run": run, "metrics": training_metrics}
+    names = {"run": run}
     for cell in cells[begin:end]:
         if cell.cell_type == "code":
             exec(cell.source, names)
@@ -302,7 +301,7 @@ def test_findings_hold_the_number_of_every_target(run):
 
 
 def test_the_sum_of_yes_without_a_latent_stands_as_it_is(run):
-    assert "without z* it is 0.2. " in found_with(run, **{"lora.yes_sum": 0.2})
+    assert "without z* is 0.2. " in found_with(run, **{"lora.yes_sum": 0.2})
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in TARGETS.items() for v in vs])

@@ -19,7 +19,7 @@ from lablog.commitment.qlora import load_committed, plan_of
 from lablog.commitment.rendering import Prompt
 from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.intervals import hierarchical
-from lablog.models.llama_cpp import Commitment, Context, Model, generate
+from lablog.models.llama_cpp import Commitment, Context, Model, continued
 from lablog.provenance import usable_threads
 from lablog.record import Metric
 from lablog.text.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ class ExportedSpeaker(TorchSpeaker):
         for group in self._groups(prompts):
             last = self._read([prompts[i] for i in group], None if z is None else z[group], "last")
             dice = None if uniforms is None else {s: uniforms[i] for s, i in enumerate(group)}
-            written = generate(self.context, dict(enumerate(last)), tokens,
+            written = continued(self.context, dict(enumerate(last)), tokens,
                                self.rendering.stops, dice)
             for sequence, i in enumerate(group):
                 texts[i] = self.tokenizer.decode(written[sequence]).strip()

@@ -14,7 +14,7 @@ import numpy as np
 
 from lablog.commitment import rendering
 from lablog.commitment.probes import ForkItem, Turns
-from lablog.models.llama_cpp import Commitment, Context, Model, generate
+from lablog.models.llama_cpp import Commitment, Context, Model, continued
 from lablog.models.sampling import log_softmax
 from lablog.provenance import usable_threads
 from lablog.text.dialogues import Turn
@@ -107,7 +107,7 @@ class LlamaCppSpeaker:
             group = conversations[begin : begin + self.context.sequences]
             logits = self._ask(group, under, first)
             drawn = None if uniforms is None else dict(enumerate(uniforms[begin:][: len(group)]))
-            written = generate(self.context, logits, tokens, self.model.stops(), drawn)
+            written = continued(self.context, logits, tokens, self.model.stops(), drawn)
             said = [self.model.detokenize(written[s]).strip() for s in range(len(group))]
             self._said = under, [self.render([*turns, Turn("A", text, "answer")])
                                  for turns, text in zip(group, said, strict=True)]
@@ -117,23 +117,24 @@ class LlamaCppSpeaker:
     def _ask(self, group: Sequence[Turns], under: Injection, first: int) -> dict[int, np.ndarray]:
         """Logits behind the prompt of each conversation; turn by turn if the injection changes.
 
-        The question that opens a conversation gets number 0, what follows it numbers from 2 on:
-        the answer is written under its question's, and the next exchange begins a new one. All
-        last questions have the same number.
+        The exchange that opens a conversation gets number 0, those that follow numbers from 2 on
+        (what ends an exchange that the caches hold already, number 2); all last questions have the
+        same.
         """
-        if not self._continued(group, under):
+        holds = self._hold(group, under)
+        if not holds:
             self._clear()
         longest = max(len(turns) - 1 for turns in group)
         number = longest // 2 + 2 if longest or first else 0
         if under.changes:
             for end in range(2, longest + 1, 2):
-                under.turn(self.context, 1 + end // 2)
+                under.turn(self.context, 1 + end // 2 if end > 2 or holds or first else 0)
                 self.context.prefill({s: self.history(turns[:end]) for s, turns in enumerate(group)
                                       if end < len(turns)})
         under.turn(self.context, number)
         return self.context.prefill({s: self.prompt(turns) for s, turns in enumerate(group)})
 
-    def _continued(self, group: Sequence[Turns], under: Injection) -> bool:
+    def _hold(self, group: Sequence[Turns], under: Injection) -> bool:
         if self._said is None or self._said[0] is not under or len(self._said[1]) != len(group):
             return False
         return all(self.render(turns).startswith(text)
@@ -227,7 +228,7 @@ class LlamaCppSpeaker:
             logits = self._reopened({s: self.history(turns) for s, turns in enumerate(group)},
                                     under, [[]] * len(group), "last")
             drawn = dict(enumerate(uniforms[begin:][: len(group)]))
-            written = generate(self.context, logits, uniforms.shape[1], frozenset(), drawn)
+            written = continued(self.context, logits, uniforms.shape[1], frozenset(), drawn)
             texts += [written[s] for s in range(len(group))]
         return texts
 

@@ -200,19 +200,13 @@ def of_diagnostics(found: Mapping[tuple[int, int], Mapping[str, Any]]) -> list[M
 
 
 def table(record: Record, arms: Sequence[str], prefix: str = "") -> pd.DataFrame:
-    """What the record holds of some arms under a `prefix`, with intervals, for display."""
+    """What the record holds of some arms under a `prefix`, for display: values with intervals, but
+    no counts, which over seeds and items together say nothing to a reader."""
     names = {metric.name for metric in record.metrics}
     shown = [{"": ARMS[arm].label} | {
-        LABELS[measure]: without_counts(record, name) for measure in SHOWN
+        LABELS[measure]: format_metric(record.metric(name), "interval") for measure in SHOWN
         if (name := f"{prefix}{arm}.{measure}") in names} for arm in arms]
     return pd.DataFrame(shown, columns=None if shown else [""]).fillna("–").set_index("")
-
-
-def without_counts(record: Record, name: str) -> str:
-    """A metric with its interval alone: shares of seeds and items together have no counts that a
-    reader could use."""
-    return format_metric(record.metric(name).model_copy(
-        update={"numerator": None, "denominator": None}))
 
 
 def slug(kind: str) -> str:

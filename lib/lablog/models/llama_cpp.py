@@ -467,9 +467,9 @@ class Context:
         return np.array([total / seen for _, (total, seen) in sorted(self._watched.items())])
 
 
-def generate(context: Context, logits: Mapping[int, np.ndarray], count: int,
-             stops: frozenset[int] = frozenset(),
-             uniforms: Mapping[int, np.ndarray] | None = None) -> dict[int, list[int]]:
+def continued(context: Context, logits: Mapping[int, np.ndarray], count: int,
+              stops: frozenset[int] = frozenset(),
+              uniforms: Mapping[int, np.ndarray] | None = None) -> dict[int, list[int]]:
     """Continue all sequences together by up to `count` tokens each, without the stop token.
 
     logits: those after each sequence's last token [1, vocabulary], as ``decode`` returns them.
