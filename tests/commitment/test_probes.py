@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from lablog.commitment import coherence, probes
 from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.qlora import CommittedModel
 from lablog.commitment.torch_injection import injected
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.models.llama_cpp import Commitment
 from lablog.text.dialogues import Turn, load_settings, prompt, render
 from lablog.text.tokenizer import Tokenizer
@@ -128,6 +130,31 @@ def test_results_do_not_depend_on_how_many_are_evaluated_together(model, items, 
     np.testing.assert_array_equal(recall.again, other_recall.again)
     np.testing.assert_allclose(fork.yes, other_fork.yes, atol=1e-4)
     np.testing.assert_allclose(fork.named, other_fork.named, atol=1e-4)
+
+
+def test_both_engines_give_one_answer_to_every_probe(speech, folder, torch_model, items):
+    """The contract of `Speaker`, without a latent: no more than rounding lies between them."""
+    torch_speech = TorchSpeaker(CommittedModel(torch_model), Tokenizer(folder / "tokenizer.model"))
+    orders = np.random.default_rng(0).permuted(np.tile(np.arange(12), (8, 1)), axis=1)[:, :2]
+    for note in (False, True):
+        ours, theirs = (probes.recall(speaker, items.recall, nothing, note=note)
+                        for speaker, nothing in ((speech, Injection()), (torch_speech, None)))
+        for name in ("first", "again", "evicted"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        fork, other = (probes.fork(speaker, items.fork, nothing, note)
+                       for speaker, nothing in ((speech, Injection()), (torch_speech, None)))
+        for name in ("yes", "named", "answer_mass", "noted"):
+            np.testing.assert_allclose(getattr(fork, name), getattr(other, name), atol=2e-3)
+        np.testing.assert_array_equal(
+            probes.game(speech, items.fork, Injection(), orders, note),
+            probes.game(torch_speech, items.fork, None, orders, note))
+    asked = [[*item.opening, item.guesses[0]] for item in items.fork]
+    np.testing.assert_allclose(speech.agree(asked, Injection()), torch_speech.agree(asked, None),
+                               atol=2e-3)
+    texts = [item.distractors for item in items.recall]
+    for mine, rows in zip(speech.read(texts, Injection()), torch_speech.read(texts, None),
+                          strict=True):
+        np.testing.assert_allclose(mine[:-1], rows, atol=5e-3)
 
 
 @pytest.mark.parametrize("changed", [False, True])

@@ -106,12 +106,12 @@ def own_words(speaker: TorchSpeaker, source: Source, asked: ProbeSet,
     texts = asked.texts
     z = draw_latents(speaker, source, asked.seed, LANGUAGE, len(texts), [t[:2] for t in texts],
                      [-1] * len(texts))
-    prompts = [speaker.prompt(turns) for turns in texts]
     nll, tokens, drift = [], [], []
-    for prompt, mine, before in zip(prompts, speaker.log_probabilities(prompts, z),
-                                    base.log_probabilities(prompts, None), strict=True):
+    for turns, mine, before in zip(texts, speaker.read(texts, z), base.read(texts, None),
+                                   strict=True):
+        prompt = speaker.prompt(turns)
         own = prompt.own[1:]
-        found, plain = mine[own].double(), before[own].double()
+        found, plain = (torch.from_numpy(rows[own]).double() for rows in (mine, before))
         targets = torch.from_numpy(prompt.ids[1:][own])
         nll.append(-float(found.gather(1, targets[:, None]).sum()))
         tokens.append(int(own.sum()))
