@@ -44,10 +44,13 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 
 # %%
 from lablog import figures
-from lablog.commitment import coherence, latent, plots, results, sweep
-from lablog.commitment.sweep import AT_LOG_DOSE, NAMED_ROWS
+from lablog.commitment import coherence, log_experiments, plots, probes, sampler, sweep
+from lablog.commitment import sweep_metrics as metrics
+from lablog.commitment.llama_cpp_speaker import Speakers
+from lablog.commitment.log_experiments import AT_LOG_DOSE, NAMED_ROWS
 from lablog.models import locate
 from lablog.run import begin
+from lablog.text.dialogues import load_settings
 
 figures.use_style()
 run = begin("01_zero_shot_commitment", globals())
@@ -77,7 +80,7 @@ print(f"{gguf.name}: {gguf.stat().st_size / 2**20:.1f} MiB")
 if model.startswith("offline:"):
     folder = locate.hugging_face_folder(model, run.artifacts)
     with run.stage("check"):
-        results.record_model_check(run, folder, items)
+        run.metrics(metrics.model_check(folder, items), under="offline")
     shown = run.figure("training", *plots.training_curve(folder), "Training of the offline model.")
     display(shown)
 run.metrics_table("offline")
@@ -99,15 +102,17 @@ run.metrics_table("offline")
 # command line program, for this notebook and for the PyTorch reference.
 
 # %%
-settings = sweep.Settings(
-    k, items, texts, continuations, tokens, item_seed, sequences, window, chat
-)
+dialogues = load_settings()
+asked = probes.make_items(dialogues, item_seed, items)
+material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)
 with run.stage("baseline"):
-    laboratory = sweep.Laboratory(gguf, settings, gpu_layers)
-sample = latent.sample(seeds[0], k, laboratory.model.width)
-_, initialisations = latent.sample_once(seeds[0], k, laboratory.model.width)
+    engine = Speakers(gguf, sequences, window, chat, gpu_layers)
+    norms = engine.residual_norms(material.texts)
+    baseline = coherence.baseline(engine, material)
+sample = sampler.sample(seeds[0], k, engine.model.width)
+_, initialisations = sampler.sample_once(seeds[0], k, engine.model.width)
 run.metric("direction_norm", sample.norm, "", seeds=(seeds[0],))
-run.metric("residual_norm", float(laboratory.residual.mean()), "")
+run.metric("residual_norm", float(norms.mean()), "")
 run.metric("initialisations", initialisations, "count")
 
 # %% [markdown]
@@ -118,7 +123,7 @@ run.metric("initialisations", initialisations, "count")
 # %%
 run.figure(
     "residual",
-    *plots.residual(laboratory.residual, sample.norm, (0.01, 0.1, 1.0)),
+    *plots.residual(norms, sample.norm, (0.01, 0.1, 1.0)),
     "Mean norm of the residual stream after each layer of the unmodified model, and the length of "
     "what the commitment has added by then.",
 )
@@ -143,7 +148,7 @@ run.figure(
 # all configurations face the same dice.
 
 # %%
-example = laboratory.items.recall[0]
+example = asked.recall[0]
 print(f"U: {example.question.text}\nA: (the model answers)")
 for turn in (*example.distractors, example.requestion):
     print(f"{turn.speaker}: {turn.text}")
@@ -172,10 +177,12 @@ print(coherence.Thresholds())
 # be two or three off. It decides where these rows lie, not what is measured there.
 
 # %%
-named = (*sweep.NAMED_ROWS, *laboratory.rows_at_the_logs_dose())
-run.metric("log_residual_norm", sweep.LOG_RESIDUAL_NORM, "")
+named = (*NAMED_ROWS, *log_experiments.rows_at_the_logs_dose(
+    engine.model.width, engine.model.layers, k, float(norms.mean())))
+run.metric("log_residual_norm", log_experiments.LOG_RESIDUAL_NORM, "")
 for row in named:
-    print(f"{row.key}: λ = {row.strength:.4g}, {row.layers} (layers {laboratory.span(row.layers)})")
+    span = log_experiments.span(row.layers, engine.model.layers)
+    print(f"{row.key}: λ = {row.strength:.4g}, {row.layers} (layers {span})")
 
 # %% [markdown]
 # Two controls stand beside every row. The *redrawn* control injects directions of the same norm
@@ -185,11 +192,16 @@ for row in named:
 # choice: what a commitment would have to equal.
 
 # %%
-tasks = sweep.named_tasks(named, seeds)
+conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norms=norms,
+                              baseline=baseline)
+tasks = [sweep.Task("none"), sweep.Task("text")]
+for row in named:
+    for control in ("commitment", "redrawn"):
+        tasks += [sweep.Task(control, row.strength, row.layers, seed) for seed in seeds]
 with run.stage("sweep"):
-    rows = laboratory.run(tasks, run.artifacts)
-results.record_named_rows(run, rows, named)
-table = sweep.summarise(rows)
+    rows = sweep.sweep(engine, tasks, conditions, run.artifacts)
+run.metrics(metrics.of_named_rows(rows, named))
+table = metrics.summarise(rows)
 
 # %% [markdown]
 # The intervals come from one bootstrap for all probes: seeds are drawn anew with replacement, and
@@ -215,14 +227,15 @@ run.figure(
 # %%
 for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
     if task.control != "redrawn":
-        shown = f"λ = {task.strength:.3g}, {task.layers}, dose {laboratory.dose(task):.2g}"
-        print(f"{shown}: {laboratory.continuation(task)!r}")
+        dose = sweep.dose(task, engine.model, k, norms)
+        shown = f"λ = {task.strength:.3g}, {task.layers}, dose {dose:.2g}"
+        print(f"{shown}: {sweep.continuation(engine, task, conditions)!r}")
 
 # %% [markdown]
 # ## Report
 
 # %%
-laboratory.close()
+engine.close()
 run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE])
 
 # %% [markdown]

@@ -38,16 +38,20 @@ window: int = 256  # tokens that a sequence may hold
 gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 
 # %% [markdown]
-# The laboratory is that of chapter 1: a model, the three probe families, held-out dialogues, and
-# as many contexts as there are cores. All contexts share the weights; each holds a commitment of
-# its own, which is what makes the sweep parallel.
+# What is asked, read and continued is that of chapter 1. The model speaks in as many contexts as
+# there are cores. All contexts share the weights; each holds a commitment of its own, which is
+# what makes the sweep parallel.
 
 # %%
 from lablog import figures
-from lablog.commitment import calibration, coherence, plots, results, sweep
-from lablog.commitment.sweep import RANGES
+from lablog.commitment import calibration, coherence, log_experiments, plots, probes, sweep
+from lablog.commitment import sweep_metrics as metrics
+from lablog.commitment.llama_cpp_speaker import Speakers
+from lablog.commitment.log_experiments import RANGES
+from lablog.commitment.sweep import Task
 from lablog.models import locate
 from lablog.run import begin
+from lablog.text.dialogues import load_settings
 
 import pandas as pd
 
@@ -55,11 +59,20 @@ figures.use_style()
 run = begin("02_lambda_calibration", globals())
 with run.stage("model"):
     gguf = run.file(locate.gguf_file(model, run.artifacts))
-settings = sweep.Settings(
-    k, items, texts, continuations, tokens, item_seed, sequences, window, chat
-)
+
+# %% [markdown]
+# The unmodified model is read once: its mean $\lVert h \rVert$ gives the doses, its log
+# probabilities are what every divergence below is taken from.
+
+# %%
+dialogues = load_settings()
+asked = probes.make_items(dialogues, item_seed, items)
+material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)
 with run.stage("baseline"):
-    laboratory = sweep.Laboratory(gguf, settings, gpu_layers)
+    engine = Speakers(gguf, sequences, window, chat, gpu_layers)
+    norms = engine.residual_norms(material.texts)
+    conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norms=norms,
+                                  baseline=coherence.baseline(engine, material))
 
 # %% [markdown]
 # ## What counts as coherent
@@ -95,15 +108,18 @@ print(coherence.Thresholds())
 # item. What remains is the luck of the direction, which is why every cell has several seeds.
 
 # %%
-for name in sweep.RANGES:
-    print(f"{name}: layers {laboratory.span(name)}")
-tasks = sweep.grid(strengths, sweep.RANGES, seeds)
-tasks += sweep.grid(strengths, ("all",), seeds, ("redrawn",))[2:]
-tasks += sweep.grid(strengths, sweep.RANGES[1:], seeds, ("redrawn",), language=False)[2:]
+for name in RANGES:
+    print(f"{name}: layers {log_experiments.span(name, engine.model.layers)}")
+tasks = [Task("none"), Task("text")]
+for control in ("commitment", "redrawn"):
+    for name in RANGES:
+        language = control == "commitment" or name == "all"
+        tasks += [Task(control, strength, name, seed, language)
+                  for strength in strengths if strength != 0 for seed in seeds]
 with run.stage("sweep"):
-    rows = laboratory.run(tasks, run.artifacts)
-results.record_named_rows(run, rows)
-table = sweep.summarise(rows)
+    rows = sweep.sweep(engine, tasks, conditions, run.artifacts)
+run.metrics(metrics.of_named_rows(rows))
+table = metrics.summarise(rows)
 
 # %% [markdown]
 # ### Language
@@ -167,7 +183,8 @@ run.figure(
 # Holm's method {cite}`holm1979simple` for all distinct cells and all three probes.
 
 # %%
-comparisons = results.record_improvements(run, rows)
+comparisons = metrics.improvements(rows)
+run.metrics(metrics.of_improvements(rows, comparisons))
 shown = comparisons.sort_values("p").head(8).drop(columns=["span", "p_unmodified", "p_redrawn"])
 shown.round(4)
 
@@ -191,12 +208,14 @@ shown.round(4)
 
 # %%
 with run.stage("calibration"):
-    solved = calibration.calibrate(laboratory, sweep.RANGES, seeds, kl_budget)
+    solved = calibration.calibrate(engine, RANGES, seeds, kl_budget, conditions)
 budgets = []
 for name, found in solved.items():
-    doses = [laboratory.dose(sweep.Task("commitment", 1.0, name, seed)) for seed in seeds]
-    budgets.append(results.record_budget(run, name, found, seeds, doses))
-laboratory.close()
+    doses = [sweep.dose(Task("commitment", 1.0, name, seed), engine.model, k, norms)
+             for seed in seeds]
+    budgets.append(metrics.budget_table(name, found, seeds, doses))
+    run.metrics(metrics.of_budget(budgets[-1]), under=f"budget.{name.replace(' ', '_')}")
+engine.close()
 
 # %%
 run.figure(

@@ -192,17 +192,17 @@ def behind(function) -> set[str]:
 
 
 def test_a_sweep_s_rows_depend_on_the_patch_and_on_no_picture():
-    files = behind(sweep.Laboratory.evaluate)
+    files = behind(sweep.evaluate)
     assert {"native/patches/0001-commitment.patch", "lib/lablog/models/llama_cpp.py",
             "lib/lablog/commitment/probes.py", "data/dialogues.yaml"} <= files
     assert any(name.startswith("native/src/") for name in files)
-    assert not {"lib/lablog/commitment/plots.py", "lib/lablog/commitment/results.py"} & files
+    assert not {"lib/lablog/commitment/plots.py", "lib/lablog/commitment/sweep_metrics.py"} & files
 
 
 def test_trainings_depend_on_what_makes_their_conversations():
     assert "lib/lablog/text/personas.py" in behind(PersonaConversations)
     assert "lib/lablog/commitment/rendering.py" in behind(Conversations)
-    assert {"lib/lablog/commitment/hooks.py", "lib/lablog/commitment/variational.py",
+    assert {"lib/lablog/commitment/torch_injection.py", "lib/lablog/commitment/posterior.py",
             "lib/lablog/models/training.py"} <= behind(train_commitment)
     assert {"lib/lablog/text/dialogues.py", "data/dialogues.yaml"} <= behind(offline_model)
     assert {"lib/lablog/models/training.py", "lib/lablog/text/packing.py"} <= behind(train_base)

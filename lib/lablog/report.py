@@ -25,7 +25,7 @@ IN_PROSE = re.compile(f"{_ENGLISH}|{_JAPANESE}")
 """Prose may say "the last good result"; a verdict in capitals is refused everywhere."""
 _FIELD = re.compile(r"\{([A-Za-z0-9_.+\-]+)(?::(\w+))?\}")
 Language = Literal["en", "ja"]
-STYLES = ("value", "counts", "dimensions", "fixed6")
+STYLES = ("value", "interval", "counts", "dimensions", "fixed6")
 _MARK = "\x02"  # before each number, until it is known that every line has one
 
 
@@ -55,7 +55,8 @@ def _number(value: float | int | bool | str | None, unit: str, undefined: str | 
 
 
 def format_metric(metric: Metric, style: str | None = None) -> str:
-    """One metric as text: ``value``, ``counts``, ``dimensions``, ``fixed6`` or, by default, all.
+    """One metric as text: ``value``, ``counts``, ``dimensions``, ``fixed6`` or, by default, all;
+    ``interval`` is all but the counts.
 
     The default gives value, counts and interval: ``97.5% (195/200) [94.3, 98.9]``.
     """
@@ -74,11 +75,11 @@ def format_metric(metric: Metric, style: str | None = None) -> str:
     text = _number(metric.value, metric.unit, metric.undefined)
     if style == "value":
         return text
-    if style is not None:
+    if style not in (None, "interval"):
         raise ReportError(f"unknown style {style!r} for {metric.name}")
     if metric.unit not in ("fraction", "count", "class", ""):
         text += f" {metric.unit}"
-    if metric.numerator is not None and metric.denominator is not None:
+    if style is None and metric.numerator is not None and metric.denominator is not None:
         text += f" ({metric.numerator:g}/{metric.denominator:g})"
     if metric.interval is not None:
         low, high = (_number(x, metric.unit, None).rstrip("%") for x in metric.interval)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lablog.commitment import latent
+from lablog.commitment import sampler
 from lablog.files import repository
 from lablog.intervals import bootstrap_percentile
 from lablog.keys import key
@@ -77,7 +77,7 @@ class Decoder:
         last = self.library.llama_model_n_layer(self.model) - 1
         library = bindings().llama_cpp._lib
         for sequence in range(self._batch.n_tokens):
-            vector = latent.sample(1 + sequence, 64, width).direction
+            vector = sampler.sample(1 + sequence, 64, width).direction
             what = (vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), width, width, strength,
                     0, last)
             if self._batch.n_tokens == 1:

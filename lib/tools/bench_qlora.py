@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lablog.commitment import latent_sources
 from lablog.commitment.conversations import (
     Conversation,
     Conversations,
     ConversationSettings,
     collate,
 )
+from lablog.commitment.novelty import probe_set
 from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
@@ -23,8 +25,7 @@ from lablog.commitment.qlora import (
     load_base,
     load_to_read,
 )
-from lablog.commitment.reader import Reader
-from lablog.commitment.trained import Probes
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.files import repository
 from lablog.intervals import bootstrap_percentile
 from lablog.models import locate
@@ -97,10 +98,11 @@ def forks(base: Path) -> Callable[[], None]:
     torch.manual_seed(0)
     plan = _plan(SETTINGS["k"], "nf4")
     model: CommittedModel = committed_model(load_to_read(base, plan), plan)
-    reader, probes = Reader(model, Tokenizer(base / "tokenizer.model")), Probes(0, ITEMS, 1)
+    speaker = TorchSpeaker(model, Tokenizer(base / "tokenizer.model"))
+    asked = probe_set(0, ITEMS, 1)
 
     def run() -> None:
-        probes.fork(reader, "prior")
+        latent_sources.fork(speaker, "prior", asked)
 
     return run
 

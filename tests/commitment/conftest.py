@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lablog.commitment import coherence, probes, sweep
+from lablog.commitment import coherence, probes
 from lablog.commitment.arms import Experiment
 from lablog.commitment.conversations import ConversationSettings
+from lablog.commitment.llama_cpp_speaker import LlamaCppSpeaker
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule
-from lablog.commitment.window import Speech
 from lablog.models import convert
 from lablog.models.llama_cpp import Context, Model
 from lablog.models.training import TrainingSettings
@@ -70,19 +70,13 @@ def context(model):
 
 
 @pytest.fixture
-def speech(context) -> Speech:
-    return Speech(context)
+def speech(context) -> LlamaCppSpeaker:
+    return LlamaCppSpeaker(context)
 
 
 @pytest.fixture(scope="session")
 def items() -> probes.Items:
     return probes.make_items(load_settings(), seed=3, count=8)
-
-
-@pytest.fixture(scope="session")
-def small() -> sweep.Settings:
-    return sweep.Settings(k=16, items=4, texts=4, continuations=2, tokens=12, item_seed=0,
-                          sequences=27, window=256, chat="plain")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from lablog.commitment import arms, qlora, trained
+from lablog.commitment import arms, diagnostics, qlora
 from lablog.commitment.arms import (
     ARMS,
     TRAININGS,
@@ -21,8 +21,8 @@ from lablog.commitment.arms import (
     planned,
 )
 from lablog.commitment.conversations import Conversations, collate
+from lablog.commitment.posterior import CommitmentSettings, VariationalCommitment
 from lablog.commitment.qlora import CommittedModel, Plan, committed_model, load_base
-from lablog.commitment.variational import CommitmentSettings, VariationalCommitment
 from lablog.determinism import seed_everything
 from lablog.text.tokenizer import Tokenizer
 
@@ -181,7 +181,7 @@ def test_a_kept_measure_is_read_only_for_the_same_question(experiment, monkeypat
     kept = experiment.artifacts / "measured"
     before = {path.name: path.read_text() for path in kept.glob("*.json")}
     with monkeypatch.context() as changed:
-        changed.setattr(arms, "Reader", lambda *_: pytest.fail("measured again"))
+        changed.setattr(arms, "TorchSpeaker", lambda *_: pytest.fail("measured again"))
         assert experiment.measure(1, 1, "prefix", MEASURED) == first
     assert set(kept.glob("*.json")) == {kept / name for name in before}
     (mine,) = (path for path in kept.glob("*.json") if json.loads(path.read_text()) == first)
@@ -238,7 +238,7 @@ def test_the_metric_of_collapse_tells_a_collapsed_run_from_another(experiment):
         folder = made.train(1, 1, "commitment")
         last = json.loads((folder / "training.json").read_text())["history"][-1]
         data = made.dataset(1, 1, "commitment", True, 24)
-        seen = trained.diagnose(qlora.load_committed(made.bases[1], folder), data, 12)
+        seen = diagnostics.diagnose(qlora.load_committed(made.bases[1], folder), data, 12)
         found[name] = (last["active_units"], seen["active_units"], last["kl"])
     assert found["collapsed"][:2] == (0, 0)
     assert found["collapsed"][2] < 0.1

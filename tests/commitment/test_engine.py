@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lablog.commitment import latent
+from lablog.commitment import sampler
 from lablog.models.llama_cpp import (
     Commitment,
     Context,
@@ -67,14 +67,14 @@ def test_generation_stops_before_a_stop_token(context):
 
 def commitments(model):
     """Directions, strengths and layers that differ, and one that adds nothing."""
-    one, two = (latent.sample(seed, 16, model.width).direction for seed in (1, 2))
+    one, two = (sampler.sample(seed, 16, model.width).direction for seed in (1, 2))
     return [Commitment(one, 0.5, (0, 5)), Commitment(two, -0.7, (2, 3)),
             Commitment(one, 0.0, (0, 5)), Commitment(two, 0.5, (5, 5))]
 
 
 def test_each_sequence_is_decoded_under_its_own_commitment(context, model):
     contents = {number: LINES[number % 3] for number in range(5)}  # the last has none of its own
-    everywhere = Commitment(latent.sample(3, 16, model.width).direction, 0.4, (1, 4))
+    everywhere = Commitment(sampler.sample(3, 16, model.width).direction, 0.4, (1, 4))
     own = commitments(model)
     expected = []
     for number, commitment in enumerate([*own, everywhere]):
@@ -101,7 +101,7 @@ def test_each_sequence_is_decoded_under_its_own_commitment(context, model):
 
 
 def test_a_changed_commitment_of_a_sequence_takes_effect_on_the_next_decode(context, model):
-    other = latent.sample(9, 16, model.width).direction
+    other = sampler.sample(9, 16, model.width).direction
     own = commitments(model)
     seen = []
     for commitment in (own[0], Commitment(own[0].direction, 0.6, (0, 5)),

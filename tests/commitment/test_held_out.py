@@ -9,9 +9,15 @@ import pytest
 
 from lablog.commitment.arms import Experiment
 from lablog.commitment.conversations import Conversation, Conversations, ConversationSettings
-from lablog.commitment.novelty import KINDS, LONGER, held_out_texts, material, whole_topics
+from lablog.commitment.novelty import (
+    KINDS,
+    LONGER,
+    held_out_texts,
+    material,
+    probe_set,
+    whole_topics,
+)
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule
-from lablog.commitment.trained import Probes
 from lablog.models.training import TrainingSettings
 from lablog.text.dialogues import (
     ASKED,
@@ -269,7 +275,7 @@ def test_independent_topics_are_drawn_by_themselves(base):
 def probed(kind: str, gap: int | None = None) -> list[dict[str, list[str]]]:
     """For each item of either family what is asked, what the model is told that it chose, and the
     lines in between."""
-    items = Probes(11, 150, 0, kind, gap).items
+    items = probe_set(11, 150, 0, kind, gap).items
     shown = [{"asked": [i.question, i.requestion], "told": [], "between": i.distractors}
              for i in items.recall]
     shown += [{"asked": [i.opening[0], *i.guesses, i.naming], "told": [i.note],
@@ -304,7 +310,7 @@ def test_new_combinations_and_topics_are_asked_for_in_known_words(lines):
         assert {*item["asked"], *item["told"]} <= known
         assert not {line for line in (*item["asked"], *item["told"]) if not bare(line)} & lines
         assert met([*item["asked"], *item["told"]])["topics"]
-    forked = Probes(11, 60, 0, "new combination").items.fork
+    forked = probe_set(11, 60, 0, "new combination").items.fork
     assert {item.values for item in forked} == {tuple(DIALOGUES.topics["sport"])}
     assert {item.noted for item in forked} == {8, 9, 10, 11}
 
@@ -350,7 +356,7 @@ def test_independent_topics_are_probed_as_they_were_trained(base, topics):
     """A prefix with a line about each topic that training had, and questions about no other."""
     data, tokenizer = conversations(base, 240, independent=topics, recall_share=0)
     trained = {shape(tokenizer.decode(data[i].prefix.ids.tolist())) for i in range(240)}
-    material = Probes(11, 60, 0, "seen form", independent=topics)
+    material = probe_set(11, 60, 0, "seen form", independent=topics)
     names = list(TRAINED.topics)[:topics]
     assert {item.values for item in material.items.fork} == {
         tuple(TRAINED.topics[name]) for name in names}
@@ -358,7 +364,8 @@ def test_independent_topics_are_probed_as_they_were_trained(base, topics):
         assert shape(render(prefix)) in trained
         at = prefix.index(item.note)
         assert tuple(TRAINED.topics[names[at]]) == item.values
-    assert [[item.note] for item in Probes(11, 9, 0).items.fork] == Probes(11, 9, 0).prefixes
+    assert [[item.note] for item in probe_set(11, 9, 0).items.fork] == list(
+        probe_set(11, 9, 0).prefixes)
 
 
 def shape(text: str) -> str:

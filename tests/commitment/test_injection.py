@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lablog.commitment import latent
-from lablog.commitment.hooks import injected
+from lablog.commitment import sampler
+from lablog.commitment.torch_injection import injected
 from lablog.models.llama_cpp import Commitment, Context
 
 TOKENS = [1, *range(260, 290)]
@@ -22,7 +22,7 @@ def logits(context, tokens=TOKENS):
 
 
 def direction(model, seed=7):
-    return latent.sample(seed, 16, model.width).direction
+    return sampler.sample(seed, 16, model.width).direction
 
 
 def torch_logits(torch_model, commitment=None):
@@ -133,15 +133,15 @@ def test_hooks_refuse_layers_that_the_model_lacks(torch_model):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(1, 200), st.integers(1, 200))
 def test_the_sampler_is_a_pure_function_and_multiplies_right(seed, k, d):
-    one, two = latent.sample(seed, k, d), latent.sample(seed, k, d)
+    one, two = sampler.sample(seed, k, d), sampler.sample(seed, k, d)
     np.testing.assert_array_equal(one.direction, two.direction)
-    np.testing.assert_array_equal(one.z, latent.sample(seed, k, d + 1).z)
+    np.testing.assert_array_equal(one.z, sampler.sample(seed, k, d + 1).z)
     exact = one.projection.astype(np.float64) @ one.z.astype(np.float64)
     np.testing.assert_allclose(one.direction, exact, rtol=1e-6, atol=1e-7)
 
 
 def test_sampled_moments_are_those_of_the_log():
-    drawn = [latent.sample(seed, 64, 512) for seed in range(40)]
+    drawn = [sampler.sample(seed, 64, 512) for seed in range(40)]
     z = np.concatenate([sample.z for sample in drawn])
     weights = np.concatenate([sample.projection.ravel() for sample in drawn])
     assert abs(z.mean()) < 5 / np.sqrt(64 * z.size)
@@ -154,4 +154,4 @@ def test_sampled_moments_are_those_of_the_log():
 @pytest.mark.parametrize(("seed", "k", "d"), [(1, 0, 64), (1, -3, 64), (1, 64, 0), (-1, 64, 64)])
 def test_impossible_samples_are_refused(seed, k, d):
     with pytest.raises(ValueError, match=r"k|d|seed"):
-        latent.sample(seed, k, d)
+        sampler.sample(seed, k, d)

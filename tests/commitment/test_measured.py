@@ -18,12 +18,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from lablog.commitment import trained
+from lablog.commitment import latent_sources, torch_speaker
 from lablog.commitment.arms import ARMS, Asked
+from lablog.commitment.novelty import probe_set
+from lablog.commitment.posterior import CommitmentSettings, VariationalCommitment
+from lablog.commitment.probes import Items
 from lablog.commitment.qlora import CommittedModel, renamed
-from lablog.commitment.reader import Reader
-from lablog.commitment.trained import Probes
-from lablog.commitment.variational import CommitmentSettings, VariationalCommitment
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.text.dialogues import Draw, Turn, load_settings, named_value
 from lablog.text.tokenizer import Tokenizer
 
@@ -120,7 +121,7 @@ class Again:
     plain: Plain
     before: Plain  # the base
     arm: str
-    items: trained.probes.Items
+    items: Items
     texts: list
 
     def z(self, stream, count, prefixes=None):
@@ -218,7 +219,7 @@ class Again:
 @pytest.fixture(scope="module")
 def again(experiment):
     base, tokenizer = experiment.bases[1], Tokenizer(experiment.bases[1] / "tokenizer.model")
-    probes = Probes(SEED, ITEMS, TEXTS)
+    probes = probe_set(SEED, ITEMS, TEXTS)
 
     def made(arm: str) -> Again:
         plain = Plain(LlamaForCausalLM.from_pretrained(base).eval(), tokenizer, None)
@@ -268,7 +269,7 @@ def test_the_arms_differ_where_they_should(experiment):
 # --- redrawn --------------------------------------------------------------------------------------
 
 
-class Decided(Reader):
+class Decided(TorchSpeaker):
     """Says what z* says, a one-hot vector: that it is its value, and yes to no other."""
 
     def _value(self, prompt, z, values):
@@ -318,29 +319,31 @@ def decided(folder) -> Decided:
 def test_a_commitment_that_decides_is_the_same_in_every_fork_and_a_redrawn_one_is_chance(
     decided, monkeypatch
 ):
-    probes = Probes(6, 40, 0)
-    once, redrawn = (probes.fork(decided, source) for source in ("prior", "redrawn"))
+    probes = probe_set(6, 40, 0)
+    once, redrawn = (latent_sources.fork(decided, source, probes)
+                     for source in ("prior", "redrawn"))
     assert once.same.all()
     assert once.yes_sum == pytest.approx(np.full(40, 0.9 + 11 * 0.1))
     assert redrawn.same.mean() < 0.3
     assert np.std(redrawn.yes_sum) > 0.3  # as many yes as questions happen to draw their own value
     assert np.abs(redrawn.yes_sum.mean() - 2.0) < 0.5  # … one on average
-    recall, changed = (probes.recall(decided, source) for source in ("prior", "redrawn"))
+    recall, changed = (latent_sources.recall(decided, source, probes)
+                       for source in ("prior", "redrawn"))
     assert recall.recalled.all()
     assert recall.recalled_after_eviction.all()
     assert changed.recalled.mean() < 0.3
     assert changed.recalled_after_eviction.mean() < 0.3
-    assert probes.hangman(decided, "prior", 3).all()
-    assert probes.hangman(decided, "redrawn", 3).mean() < 0.1
+    assert latent_sources.game(decided, "prior", probes, 3).all()
+    assert latent_sources.game(decided, "redrawn", probes, 3).mean() < 0.1
     # Were all questions of one fork the same exchange, they would share a draw and agree:
-    monkeypatch.setattr(trained, "asked_as", lambda prompt, number: prompt)
-    assert probes.fork(decided, "redrawn").same.all()
+    monkeypatch.setattr(torch_speaker, "asked_as", lambda prompt, number: prompt)
+    assert latent_sources.fork(decided, "redrawn", probes).same.all()
 
 
 def test_a_label_from_the_prefix_is_told_and_kept(decided):
-    probes = Probes(6, 30, 0)
-    told = probes.fork(decided, "prefix")
+    probes = probe_set(6, 30, 0)
+    told = latent_sources.fork(decided, "prefix", probes)
     assert told.same.all()
     assert told.kept.all()
-    assert probes.fork(decided, "prior").kept.mean() < 0.4
-    assert probes.recall(decided, "prefix").recalled_after_eviction.all()
+    assert latent_sources.fork(decided, "prior", probes).kept.mean() < 0.4
+    assert latent_sources.recall(decided, "prefix", probes).recalled_after_eviction.all()

@@ -10,7 +10,7 @@ import torch
 from lablog.commitment.personas import (
     PersonaConversations,
     measure_personas,
-    record_personas,
+    of_personas,
 )
 from lablog.commitment.qlora import LoraSettings, Plan, Schedule, load_committed
 from lablog.models.training import TrainingSettings
@@ -96,7 +96,7 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
         assert reported == pytest.approx(expected, abs=1e-5)
 
     run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
-    record_personas(run, str(path), [], base, PLAN)  # trained above
+    run.metrics(of_personas(result), under="personas")
     assert run.record().metric("personas.gap").value == pytest.approx(
         np.mean(result.without) - np.mean(result.own))
     report = render(run.record(), PART)
@@ -105,7 +105,7 @@ def test_the_likelihoods_are_those_of_personas_that_training_has_not_seen(base, 
 
 def test_no_file_is_reported_as_not_run(tmp_path):
     run = Run("03_qlora_commitment", "smoke", tmp_path, tmp_path, {})
-    record_personas(run, "", [], tmp_path, PLAN)
+    run.metrics(of_personas(None), under="personas")
     report = render(run.record(), PART)
     assert "undefined (not run: personas is empty)" in report
     assert "0 trained on, 0 held out" in report

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lablog.commitment import coherence, probes
-from lablog.commitment.hooks import injected
-from lablog.commitment.window import Injection, Speech
+from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.qlora import CommittedModel
+from lablog.commitment.torch_injection import injected
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.models.llama_cpp import Commitment
 from lablog.text.dialogues import Turn, load_settings, prompt, render
 from lablog.text.tokenizer import Tokenizer
@@ -88,7 +90,7 @@ def test_no_distractor_names_a_value_of_the_topic():
 
 def test_recall_equals_one_by_one_evaluation(speech, folder, torch_model, items, commitment):
     slow = Slow(folder, torch_model, commitment)
-    result = probes.run_recall(speech, items.recall, injection_of(commitment))
+    result = probes.recall(speech, items.recall, injection_of(commitment))
     for i, item in enumerate(items.recall):
         first = slow.answer(prompt([item.question]), item.uniforms)
         said = [item.question, Turn("A", first, "answer"), *item.distractors, item.requestion]
@@ -100,7 +102,7 @@ def test_recall_equals_one_by_one_evaluation(speech, folder, torch_model, items,
 
 def test_forks_equal_one_by_one_evaluation(speech, folder, torch_model, items, commitment):
     slow = Slow(folder, torch_model, commitment)
-    result = probes.run_fork(speech, items.fork, injection_of(commitment))
+    result = probes.fork(speech, items.fork, injection_of(commitment))
     for i, item in enumerate(items.fork[:3]):
         for x, guess in enumerate(item.guesses):
             text = prompt([*item.opening, guess])
@@ -121,28 +123,69 @@ def test_results_do_not_depend_on_how_many_are_evaluated_together(model, items, 
     results = []
     for sequences in (13, 40):
         with Context(model, sequences, 256) as context:
-            speech = Speech(context)
-            results.append((probes.run_recall(speech, items.recall, injection_of(commitment)),
-                            probes.run_fork(speech, items.fork, injection_of(commitment))))
+            speech = LlamaCppSpeaker(context)
+            results.append((probes.recall(speech, items.recall, injection_of(commitment)),
+                            probes.fork(speech, items.fork, injection_of(commitment))))
     (recall, fork), (other_recall, other_fork) = results
     np.testing.assert_array_equal(recall.again, other_recall.again)
     np.testing.assert_allclose(fork.yes, other_fork.yes, atol=1e-4)
     np.testing.assert_allclose(fork.named, other_fork.named, atol=1e-4)
 
 
+def test_both_engines_give_one_answer_to_every_probe(speech, folder, torch_model, items):
+    """The contract of `Speaker`, without a latent: no more than rounding lies between them."""
+    torch_speech = TorchSpeaker(CommittedModel(torch_model), Tokenizer(folder / "tokenizer.model"))
+    orders = np.random.default_rng(0).permuted(np.tile(np.arange(12), (8, 1)), axis=1)[:, :2]
+    for note in (False, True):
+        ours, theirs = (probes.recall(speaker, items.recall, nothing, note=note)
+                        for speaker, nothing in ((speech, Injection()), (torch_speech, None)))
+        for name in ("first", "again", "evicted"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        fork, other = (probes.fork(speaker, items.fork, nothing, note)
+                       for speaker, nothing in ((speech, Injection()), (torch_speech, None)))
+        for name in ("yes", "named", "answer_mass", "noted"):
+            np.testing.assert_allclose(getattr(fork, name), getattr(other, name), atol=2e-3)
+        np.testing.assert_array_equal(
+            probes.game(speech, items.fork, Injection(), orders, note),
+            probes.game(torch_speech, items.fork, None, orders, note))
+    asked = [[*item.opening, item.guesses[0]] for item in items.fork]
+    np.testing.assert_allclose(speech.agree(asked, Injection()), torch_speech.agree(asked, None),
+                               atol=2e-3)
+    texts = [item.distractors for item in items.recall]
+    for mine, rows in zip(speech.read(texts, Injection()), torch_speech.read(texts, None),
+                          strict=True):
+        np.testing.assert_allclose(mine[:-1], rows, atol=5e-3)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_conversation_that_goes_on_is_answered_as_if_it_were_read_anew(
+        model, speech, items, commitment, changed):
+    """From the caches, and not from those of another injection."""
+    from lablog.models.llama_cpp import Context
+
+    under = injection_of(commitment)
+    before = Injection(tuple(directions(1))) if changed else under
+    said = speech.say([[item.question] for item in items.recall], before, 16)
+    later = [[item.question, Turn("A", text, "answer"), *item.distractors, item.requestion]
+             for text, item in zip(said, items.recall, strict=True)]
+    on = speech.say(later, under, 16)
+    with Context(model, 27, 256) as other:
+        assert LlamaCppSpeaker(other).say(later, under, 16) == on
+
+
 def test_too_few_sequences_for_a_fork_are_refused(model, items):
     from lablog.models.llama_cpp import Context
 
     with Context(model, 5, 256) as context, pytest.raises(ValueError, match="needs 13 sequences"):
-        probes.run_fork(Speech(context), items.fork, Injection())
+        probes.fork(LlamaCppSpeaker(context), items.fork, Injection())
 
 
 def test_the_text_note_is_in_the_window(speech, items):
     """With the note, the evicted window holds the first answer again."""
-    without = probes.run_recall(speech, items.recall, Injection())
-    with_note = probes.run_recall(speech, items.recall, Injection(), "text")
+    without = probes.recall(speech, items.recall, Injection())
+    with_note = probes.recall(speech, items.recall, Injection(), note=True)
     np.testing.assert_array_equal(without.again, with_note.again)
-    fork, noted = (probes.run_fork(speech, items.fork, Injection(), n) for n in ("none", "text"))
+    fork, noted = (probes.fork(speech, items.fork, Injection(), note) for note in (False, True))
     assert np.abs(fork.named - noted.named).max() > 1e-3
 
 
@@ -164,7 +207,7 @@ def test_a_redrawn_direction_changes_exactly_at_the_turns(speech, folder, torch_
     directions = [Commitment(rng.standard_normal(64).astype(np.float32), 0.4, (0, 5))
                   for _ in range(16)]
     text = items.recall[0].distractors[:4]
-    rows = coherence.read(speech, [text], Injection(tuple(directions)))[0]
+    rows = speech.read([text], Injection(tuple(directions)))[0]
     ids = speech.history(text)
     border = len(speech.history(text[:2]))
     addition = torch.zeros(1, len(ids), 64)
@@ -186,7 +229,7 @@ def test_every_forked_question_is_read_under_a_direction_of_its_own(
     """The opening under the first, question q of item i under number 1 + 13 i + q, as in PyTorch
     with one direction a position; values of several tokens too, which other sequences decode."""
     pool, tokenizer = directions(200), Tokenizer(folder / "tokenizer.model")
-    result = probes.run_fork(speech, items.fork[:3], Injection(tuple(pool)))
+    result = probes.fork(speech, items.fork[:3], Injection(tuple(pool)))
 
     def probability(history, text, continuation, number):
         opening, start = (len(tokenizer.encode(t, bos=True)) for t in (render(history), text))
@@ -215,22 +258,22 @@ def test_every_forked_question_is_read_under_a_direction_of_its_own(
 
 
 def test_a_context_forgets_what_the_questions_were_read_under(speech, items):
-    before = probes.run_fork(speech, items.fork, Injection())
-    redrawn = probes.run_fork(speech, items.fork, Injection(tuple(directions(200))))
-    after = probes.run_fork(speech, items.fork, Injection())
+    before = probes.fork(speech, items.fork, Injection())
+    redrawn = probes.fork(speech, items.fork, Injection(tuple(directions(200))))
+    after = probes.fork(speech, items.fork, Injection())
     np.testing.assert_array_equal(before.yes, after.yes)
     np.testing.assert_array_equal(before.named, after.named)
     assert np.abs(before.named - redrawn.named).max() > 1e-3
 
 
-class Obedient:
-    """A context and its speech in one, of a model whose commitment decides by itself: it holds
+class Obedient(LlamaCppSpeaker):
+    """A context and its speaker in one, of a model whose commitment decides by itself: it holds
     the value where the direction is largest and answers both question forms accordingly."""
 
     sequences = 27
 
     def __init__(self):
-        self.context, self.everywhere, self.own = self, None, {}
+        self.context, self.everywhere, self.own, self._said = self, None, {}, None
 
     def commit(self, commitment, sequence=None):
         if sequence is None:
@@ -282,19 +325,22 @@ def test_a_shared_direction_that_decides_makes_both_forms_agree_and_redrawn_ones
     pool = tuple(Commitment(row.astype(np.float32), 1.0, (0, 0))
                  for row in rng.standard_normal((1024, 12)))
     count = 600
-    shared = probes.run_fork(Obedient(), obedient_items(count), Injection(pool[:1]))
+    shared = probes.fork(Obedient(), obedient_items(count), Injection(pool[:1]))
     assert shared.same.all()
     np.testing.assert_allclose(shared.yes_sum, 0.9 + 11 * 0.1)
-    redrawn = probes.run_fork(Obedient(), obedient_items(count), Injection(pool))
+    redrawn = probes.fork(Obedient(), obedient_items(count), Injection(pool))
     assert abs(redrawn.same.mean() - 1 / 12) < 3.5 * math.sqrt(11 / 144 / count)
 
 
-def test_coherence_equals_pytorch(speech, folder, torch_model, material, commitment):
-    base = coherence.measure(speech, material, Injection())
-    assert base.kl_mean == base.kl_p95 == 0
-    assert base.same_top == 1
+def test_coherence_equals_pytorch(gguf, folder, torch_model, material, commitment):
+    with Speakers(gguf, 27, 256) as engine:
+        unmodified = coherence.baseline(engine, material)
+        base = unmodified.coherence
+        assert base.kl_mean == base.kl_p95 == 0
+        assert base.same_top == 1
+        with engine.one() as speaker:
+            measured = coherence.coherence(speaker, material, injection_of(commitment), unmodified)
     slow, plain = Slow(folder, torch_model, commitment), Slow(folder, torch_model)
-    measured = coherence.measure(speech, material, injection_of(commitment))
     loss, kl = [], []
     for turns in material.texts:
         ids = slow.tokenizer.encode(render(turns), bos=True)
@@ -304,12 +350,6 @@ def test_coherence_equals_pytorch(speech, folder, torch_model, material, commitm
     assert measured.perplexity == pytest.approx(math.exp(np.mean(loss)), rel=2e-3)
     assert measured.kl_mean == pytest.approx(np.mean(kl), rel=5e-3, abs=1e-6)
     assert measured.kl_p95 == pytest.approx(np.percentile(kl, 95), rel=5e-3, abs=1e-6)
-
-
-def test_the_material_must_be_read_unmodified_first(speech, material, model):
-    commitment = Commitment(np.ones(model.width, np.float32), 0.1, (0, 5))
-    with pytest.raises(ValueError, match="unmodified model"):
-        coherence.read_divergence(speech, material, Injection((commitment,)))
 
 
 @given(st.lists(st.integers(0, 3), max_size=40))
@@ -336,9 +376,9 @@ def test_words_follow_the_thresholds():
 
 def test_an_unknown_chat_is_refused(context):
     with pytest.raises(ValueError, match="plain, llama2"):
-        Speech(context, "chatml")
+        LlamaCppSpeaker(context, "chatml")
 
 
 def test_llama2_chat_marks_instructions(context):
-    text = Speech(context, "llama2").render([Turn("U", "hi", "x"), Turn("A", "yes", "y")])
+    text = LlamaCppSpeaker(context, "llama2").render([Turn("U", "hi", "x"), Turn("A", "yes", "y")])
     assert text == "[INST] hi [/INST] yes </s><s>"

@@ -16,7 +16,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lablog.commitment import qlora, trained
+from lablog.commitment import diagnostics, qlora
 from lablog.commitment.chats import Chats, exchanges, from_hub
 from lablog.commitment.conversations import (
     Conversations,
@@ -24,9 +24,7 @@ from lablog.commitment.conversations import (
     collate,
     padded,
 )
-from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
-from lablog.commitment.reader import Reader
-from lablog.commitment.variational import (
+from lablog.commitment.posterior import (
     MEMORY,
     NEAR,
     Cells,
@@ -34,6 +32,8 @@ from lablog.commitment.variational import (
     Posterior,
     VariationalCommitment,
 )
+from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.models.training import TrainingSettings
 from lablog.text.dialogues import generate, load_settings, new_phrasings, trained_part
 from lablog.text.tokenizer import Tokenizer
@@ -384,14 +384,14 @@ def test_a_batch_holds_every_persona_once(tokenizer):
 def test_a_collapsed_posterior_is_seen(model, tokenizer):
     """No active unit, no gap to a shuffled z*; a posterior that varies has both."""
     data = conversations(tokenizer, 8, 4)
-    found = trained.diagnose(model, data, 4)
+    found = diagnostics.diagnose(model, data, 4)
     assert found["active_units"] == 8
     assert found["nll_shuffled"] != found["nll_true"]
     with torch.no_grad():
         model.commitment.head.weight.zero_()
         model.commitment.head.bias.zero_()
         model.commitment.projection.zero_()
-    found = trained.diagnose(model, data, 4)
+    found = diagnostics.diagnose(model, data, 4)
     assert found["active_units"] == 0
     assert sum(found["kl_per_dimension"]) == 0
     assert found["nll_shuffled"] == found["nll_true"] == found["nll_zero"]
@@ -574,7 +574,7 @@ def test_refusals_name_the_value_and_the_remedy(folder, model, tokenizer, tmp_pa
 
 
 def test_reading_in_batches_equals_reading_one_by_one(model, tokenizer):
-    reader = Reader(model, tokenizer)
+    reader = TorchSpeaker(model, tokenizer)
     dialogues = [generate(DIALOGUES, 0, i).turns for i in range(5)]
     prompts = [reader.prompt(turns[:-1], "") for turns in dialogues]
     z = model.commitment.prior(5)[:, None]
@@ -591,7 +591,7 @@ def test_reading_in_batches_equals_reading_one_by_one(model, tokenizer):
 
 
 def test_answers_are_those_of_hugging_face(model, tokenizer):
-    reader = Reader(model, tokenizer)
+    reader = TorchSpeaker(model, tokenizer)
     prompts = [reader.prompt(generate(DIALOGUES, 1, i).turns[:-1], "") for i in range(4)]
     answers = reader.answers(prompts, None, 9)
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablog import profiles
-from lablog.commitment import agreement, export, probes, qlora, trained
+from lablog.commitment import engine_comparison, export, latent_sources, probes, qlora
 from lablog.commitment.arms import ARMS, Asked, Experiment
 from lablog.commitment.conversations import Conversations, ConversationSettings
-from lablog.commitment.hooks import injected
+from lablog.commitment.llama_cpp_speaker import LlamaCppSpeaker
+from lablog.commitment.novelty import ProbeSet, probe_set
 from lablog.commitment.qlora import CommittedModel, LoraSettings, Plan, Schedule
 from lablog.commitment.readable import check_readable, longest_probe
-from lablog.commitment.reader import Reader, name_values
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct, continuations
-from lablog.commitment.window import Speech
+from lablog.commitment.torch_injection import injected
+from lablog.commitment.torch_speaker import TorchSpeaker, name_values
 from lablog.files import repository
 from lablog.models.llama_cpp import Context, Model
 from lablog.models.training import TrainingSettings
@@ -50,7 +51,7 @@ WORDS = {"yes": ("yes", "Yes"), "no": ("no", "No")}
 class Slow:
     """Text, tokens and probabilities from scratch."""
 
-    reader: Reader
+    reader: TorchSpeaker
 
     def ids(self, turns, answer: str | None = None) -> list[int]:
         """Tokens of turns and, unless None, of an answer that has begun."""
@@ -105,11 +106,11 @@ class Slow:
         return self.reader.tokenizer.decode(written).strip()
 
 
-def assert_forks_equal_one_by_one(reader: Reader, material: trained.Probes, count: int,
+def assert_forks_equal_one_by_one(reader: TorchSpeaker, material: ProbeSet, count: int,
                                   source: str) -> probes.ForkResult:
     """P(yes) and the named values of `count` hidden choices."""
-    slow, found = Slow(reader), material.fork(reader, source)
-    z = material.latents(reader, source, 2, len(material.items.fork))
+    slow, found = Slow(reader), latent_sources.fork(reader, source, material)
+    z = latent_sources.fork_latents(reader, source, material)
     for i, item in enumerate(material.items.fork[:count]):
         mine = None if z is None else z[i, 0]
         mass = []
@@ -250,7 +251,7 @@ def test_words_that_the_tokenizer_cannot_tell_apart_are_named():
 
 
 @pytest.fixture(scope="module", params=["folder", "base"])
-def reader(request) -> Reader:
+def reader(request) -> TorchSpeaker:
     """A committed model whose tokenizer has several tokens for some values, or one for each."""
     folder: Path = request.getfixturevalue(request.param)
     torch.manual_seed(0)
@@ -259,15 +260,15 @@ def reader(request) -> Reader:
         for name, parameter in model.trainable().items():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    return Reader(model, Tokenizer(folder / "tokenizer.model"))
+    return TorchSpeaker(model, Tokenizer(folder / "tokenizer.model"))
 
 
 @pytest.mark.parametrize("source", ["none", "prior"])
 def test_forks_equal_one_by_one_evaluation(reader, source):
     chosen = reader
     if source == "none":
-        chosen = Reader(CommittedModel(reader.model.base), reader.tokenizer)
-    assert_forks_equal_one_by_one(chosen, trained.Probes(3, 4, 1), 2, source)
+        chosen = TorchSpeaker(CommittedModel(reader.model.base), reader.tokenizer)
+    assert_forks_equal_one_by_one(chosen, probe_set(3, 4, 1), 2, source)
 
 
 def test_logits_answers_and_log_probabilities_equal_one_by_one_evaluation(reader):
@@ -288,13 +289,13 @@ def test_logits_answers_and_log_probabilities_equal_one_by_one_evaluation(reader
 
 def test_values_of_one_token_cost_one_pass(reader, monkeypatch):
     read: list[int] = []
-    scores = Reader.scores
+    scores = TorchSpeaker.scores
 
     def counted(self, prompts, z, targets):
         read.append(len(prompts))
         return scores(self, prompts, z, targets)
 
-    monkeypatch.setattr(Reader, "scores", counted)
+    monkeypatch.setattr(TorchSpeaker, "scores", counted)
     item = ITEMS.fork[0]
     prompt = reader.prompt([*item.opening, item.naming], item.stem)
     lengths = [len(ids) for ids in reader.rendering.continuations(prompt, item.values)[1]]
@@ -307,7 +308,7 @@ def test_values_of_one_token_cost_one_pass(reader, monkeypatch):
 
 def test_words_that_are_all_improbable_are_read_to_their_ends(reader, monkeypatch):
     """What matters is not how probable a value is, but how probable beside the others."""
-    scores = Reader.scores
+    scores = TorchSpeaker.scores
     slow, item = Slow(reader), ITEMS.fork[1]
     turns, values = [*item.opening, item.naming], item.values
     prompt = reader.prompt(turns, item.stem)
@@ -317,7 +318,7 @@ def test_words_that_are_all_improbable_are_read_to_their_ends(reader, monkeypatc
         return [found - 30 * (len(one.ids) == firsts)
                 for one, found in zip(prompts, scores(self, prompts, z, targets), strict=True)]
 
-    monkeypatch.setattr(Reader, "scores", doubtful)
+    monkeypatch.setattr(TorchSpeaker, "scores", doubtful)
     found = name_values(reader, [(prompt, values)], None)[0].numpy()
     expected = np.exp([slow.score(turns, item.stem, value) for value in values])
     np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-5)
@@ -432,7 +433,7 @@ class Joining(Tokenizer):
 
 def test_a_word_that_is_joined_with_the_prompts_end_is_read_from_before_it(reader):
     """All words are then read behind the same, shorter prompt."""
-    joining = Reader(reader.model, Joining(reader.tokenizer.path))
+    joining = TorchSpeaker(reader.model, Joining(reader.tokenizer.path))
     turns = [*ITEMS.fork[0].opening, ITEMS.fork[0].guesses[0]]
     prompt = joining.prompt(turns, "")
     kept, tokens = joining.rendering.continuations(prompt, ("yes", "no"))
@@ -514,9 +515,9 @@ class Full:
     plan: Plan
     experiment: Experiment
 
-    def reader(self, arm: str) -> Reader:
+    def reader(self, arm: str) -> TorchSpeaker:
         tokenizer = Tokenizer(self.base / "tokenizer.model")
-        return Reader(self.experiment.model(1, 1, ARMS[arm]), tokenizer, self.plan.chat)
+        return TorchSpeaker(self.experiment.model(1, 1, ARMS[arm]), tokenizer, self.plan.chat)
 
 
 @pytest.fixture(scope="module")
@@ -575,7 +576,7 @@ def test_every_probe_of_every_arm_can_be_read_in_the_profile_full(full, arm):
 
 def test_the_probes_of_the_profile_full_equal_one_by_one_evaluation(full):
     found = assert_forks_equal_one_by_one(
-        full.reader("prior"), trained.Probes(5, 2, 1), 1, "prior")
+        full.reader("prior"), probe_set(5, 2, 1), 1, "prior")
     assert found.yes.std() > 1e-3  # not one half everywhere
     reader = full.reader("lora")
     slow = Slow(reader)
@@ -603,8 +604,9 @@ def exported(full) -> export.Export:
 
 
 def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported, monkeypatch):
-    monkeypatch.setattr(agreement, "usable_threads", lambda: 1)  # as many as so small a model needs
-    found = agreement.compare(exported, full.base, trained.Probes(5, 3, 0))
+    # As many threads as so small a model needs.
+    monkeypatch.setattr(engine_comparison, "usable_threads", lambda: 1)
+    found = engine_comparison.compare(exported, full.base, probe_set(5, 3, 0))
     for one in found.values():
         assert one.logits <= 2e-3
         assert one.greedy.all()
@@ -618,7 +620,7 @@ def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported, monkey
 def test_chapters_1_and_2_speak_to_llama_cpp_in_the_same_tokens(full, exported):
     rendering = Rendering(Tokenizer(full.base / "tokenizer.model"), "llama2")
     with Model(exported.base) as model, Context(model, 27, 256) as context:
-        speech = Speech(context, "llama2")
+        speech = LlamaCppSpeaker(context, "llama2")
         for item in ITEMS.fork:
             for turns, stem in ([*item.opening, item.naming], item.stem), (
                     [item.note, *item.opening, item.guesses[0]], ""):

@@ -3,24 +3,24 @@
 import math
 import re
 
+import jupytext
 import numpy as np
 import pytest
 from scipy import stats
 
 from lablog.commitment.arms import ARMS, Asked
-from lablog.commitment.novelty import KINDS
-from lablog.commitment.trained import HEADLINE
-from lablog.commitment.training_results import (
+from lablog.commitment.novelty import HEADLINE, KINDS
+from lablog.commitment.training_metrics import (
     MAIN,
-    UNITS,
+    MEASURES,
     Measured,
-    findings,
-    record_arms,
-    record_contrasts,
+    of_arms,
+    of_contrasts,
     slug,
     stacked,
     table,
 )
+from lablog.profiles import notebook_path
 from lablog.report import ReportError, mandated
 from lablog.run import Run
 
@@ -117,16 +117,16 @@ def test_rows_are_stacked_by_base_seed_and_item():
 def test_the_seeds_of_a_metric_are_those_of_its_kind_of_probe(run):
     new = Asked(11, ITEMS, kind="new topic")
     few = [row for row in measured(new) if row.seed in SEEDS[:2]]
-    record_arms(run, [*ROWS, *few], "new topic", prefix="new_topic.")
+    run.metrics(of_arms([*ROWS, *few], "new topic"), under="new_topic")
     assert run.record().metric("new_topic.prior.recall").seeds == SEEDS[:2]
 
 
 def test_every_arm_is_recorded_with_its_mean_counts_and_seeds(run):
-    record_arms(run, ROWS)
+    run.metrics(of_arms(ROWS))
     record = run.record()
     names = {metric.name for metric in record.metrics}
     assert names == {f"{arm}.{measure}" for arm in MAIN for measure in
-                     [*UNITS, "perplexity", "kl_base"]
+                     [*MEASURES, "perplexity", "kl_base"]
                      if (measure != "kl" or arm == "prefix")
                      and (measure != "reached" or ARMS[arm].source == "prior")}
     for arm in MAIN:
@@ -149,7 +149,7 @@ def test_every_arm_is_recorded_with_its_mean_counts_and_seeds(run):
 
 @pytest.mark.parametrize("measure", ["same_choice", "yes_sum"])
 def test_intervals_are_those_of_a_bootstrap_over_bases_seeds_and_items(run, measure):
-    record_arms(run, ROWS)
+    run.metrics(of_arms(ROWS))
     values = of("prior", measure)
     low, high = run.record().metric(f"prior.{measure}").interval
     assert (low, high) == pytest.approx(bootstrap(values), abs=0.12 * (high - low))
@@ -159,7 +159,7 @@ def test_intervals_are_those_of_a_bootstrap_over_bases_seeds_and_items(run, meas
 
 
 def test_an_interval_of_a_ratio_is_that_of_its_logarithm(run):
-    record_arms(run, ROWS)
+    run.metrics(of_arms(ROWS))
     nll, tokens = of("prior", "nll"), of("prior", "own_tokens")
     logs = [math.log(x) for x in run.record().metric("prior.perplexity").interval]
     expected = bootstrap(nll * TEXTS / tokens.sum(axis=2, keepdims=True))
@@ -168,7 +168,7 @@ def test_an_interval_of_a_ratio_is_that_of_its_logarithm(run):
 
 def test_shares_of_zero_and_one_have_intervals_inside_with_width(run):
     rows = measured(certain=True)
-    record_arms(run, rows)
+    run.metrics(of_arms(rows))
     for metric in run.record().metrics:
         if metric.unit == "fraction":
             low, high = metric.interval
@@ -181,7 +181,7 @@ def test_shares_of_zero_and_one_have_intervals_inside_with_width(run):
 
 
 def test_contrasts_are_paired_over_the_seeds_that_both_have(run):
-    record_contrasts(run, ROWS)
+    run.metrics(of_contrasts(ROWS))
     record = run.record()
     for arm, control in (("prior", "redrawn"), ("prior", "lora"), ("prefix", "note")):
         metric = record.metric(f"{arm}_minus_{control}.same_choice")
@@ -204,8 +204,8 @@ def test_contrasts_are_paired_over_the_seeds_that_both_have(run):
 
 
 def test_the_table_shows_the_recorded_numbers_and_a_dash_where_there_are_none(run):
-    record_arms(run, ROWS)
-    shown = table(run, [*MAIN, "first_position.prior"])
+    run.metrics(of_arms(ROWS))
+    shown = table(run.record(), [*MAIN, "first_position.prior"])
     assert list(shown.index) == [ARMS[arm].label for arm in (*MAIN, "first_position.prior")]
     value = run.record().metric("prior.same_choice")
     low, high = value.interval
@@ -220,10 +220,10 @@ def test_the_report_asks_for_every_number_and_gets_it(run):
     for kind in KINDS:
         if kind != HEADLINE:
             rows += measured(Asked(11, ITEMS, kind=kind))
-    record_arms(run, rows)
-    record_contrasts(run, rows)
+    run.metrics(of_arms(rows))
+    run.metrics(of_contrasts(rows))
     for kind in KINDS:
-        record_arms(run, rows, kind, prefix=f"{slug(kind)}.")
+        run.metrics(of_arms(rows, kind), under=slug(kind))
     for name in ("training.steps", "training.tokens", "training.kl", "training.active_units",
                  "training.collapsed", "latent.kl", "latent.nll_gap_shuffled",
                  "latent.nll_gap_zero"):
@@ -273,7 +273,23 @@ TARGETS = {  # by metric, a value on each side that misses it
 def found_with(run: Run, **changes: float) -> str:
     for name, value in (MET | changes).items():
         run.metric(name, value, "count" if name == "training.steps" else "")
-    return findings(run.record())
+    return findings(run)
+
+
+def findings(run: Run) -> str:
+    """What the cells of the notebook below "Findings" say of the record, on one line."""
+    said: list[str] = []
+    cells = jupytext.read(notebook_path("03_qlora_commitment")).cells
+    begin, end = (next(i for i, cell in enumerate(cells) if cell.source.startswith(title))
+                  for title in ("## Findings", "## Report"))
+    say = run.say
+    run.say = lambda text: said.append(say(text).data)
+    names = {"run": run}
+    for cell in cells[begin:end]:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+    assert len(said) == 2
+    return " ".join(" ".join(said).split())
 
 
 def test_findings_hold_the_number_of_every_target(run):
@@ -285,7 +301,7 @@ def test_findings_hold_the_number_of_every_target(run):
 
 
 def test_the_sum_of_yes_without_a_latent_stands_as_it_is(run):
-    assert "without z* it is 0.2. " in found_with(run, **{"lora.yes_sum": 0.2})
+    assert "without z* is 0.2. " in found_with(run, **{"lora.yes_sum": 0.2})
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in TARGETS.items() for v in vs])

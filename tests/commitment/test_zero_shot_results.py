@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lablog.commitment import coherence, plots, results, sweep
+from lablog.commitment import coherence, log_experiments, plots
+from lablog.commitment import sweep_metrics as results
 from lablog.commitment.calibration import Solution
 from lablog.run import Run
 
@@ -65,7 +66,8 @@ PLANTED = {
 
 def test_improvements_count_distinct_cells_against_both_controls(tmp_path):
     run = opened(tmp_path)
-    results.record_improvements(run, made_up(PLANTED, {("0", 1.0): "incoherent"}))
+    rows = made_up(PLANTED, {("0", 1.0): "incoherent"})
+    run.metrics(results.of_improvements(rows, results.improvements(rows)))
     record = run.record()
 
     def counted(name):
@@ -145,7 +147,7 @@ def test_a_cell_without_its_control_is_refused():
 
 
 def test_names_of_the_same_layers_are_drawn_once():
-    table = sweep.summarise(made_up())
+    table = results.summarise(made_up())
     drawn = plots.distinct(table)
     assert len(table) == 2 + 4 * 2 * 2
     assert len(drawn) == 2 + 3 * 2 * 2
@@ -160,16 +162,16 @@ def test_names_of_the_same_layers_are_drawn_once():
 def named_rows(language=True):
     rows = [row("none", 0.0, "all", 0, {"recall": 1.0}), row("text", 0.0, "all", 0, {})]
     rows += [row(control, named.strength, named.layers, seed, {}, language=language)
-             for named in sweep.NAMED_ROWS for control in ("commitment", "redrawn")
+             for named in log_experiments.NAMED_ROWS for control in ("commitment", "redrawn")
              for seed in SEEDS]
     return pd.DataFrame(rows)
 
 
 def test_named_rows_are_recorded_with_their_controls(tmp_path):
     rows, run = named_rows(), opened(tmp_path)
-    results.record_named_rows(run, rows)
+    run.metrics(results.of_named_rows(rows))
     record = run.record()
-    for named in sweep.NAMED_ROWS:
+    for named in log_experiments.NAMED_ROWS:
         for control, key in (("commitment", named.key), ("redrawn", f"redrawn.{named.key}")):
             part = rows[(rows["control"] == control) & (rows["layers"] == named.layers)
                         & (rows["strength"] == named.strength)]
@@ -195,17 +197,17 @@ def test_named_rows_are_recorded_with_their_controls(tmp_path):
 
 def test_language_that_was_not_measured_is_not_recorded(tmp_path):
     rows, run = named_rows(language=False), opened(tmp_path)
-    results.record_named_rows(run, rows)
+    run.metrics(results.of_named_rows(rows))
     names = {metric.name for metric in run.record().metrics}
     assert "redrawn.lambda1.all.recall" in names
     assert "redrawn.lambda1.all.perplexity" not in names
     assert "unmodified.perplexity" in names
 
 
-def test_a_missing_named_row_is_refused(tmp_path):
+def test_a_missing_named_row_is_refused():
     rows = named_rows()
     with pytest.raises(ValueError, match=r"no row 'λ = 0.1, all layers' \(redrawn\): add 0.1"):
-        results.record_named_rows(opened(tmp_path), rows[
+        results.of_named_rows(rows[
             (rows["control"] != "redrawn") | (rows["strength"] != 0.1)])
 
 
@@ -213,7 +215,8 @@ def test_the_budget_is_a_geometric_mean_with_its_dose(tmp_path):
     run, strengths = opened(tmp_path), [2.0, 3.0, 8.0]
     units = [0.05, 0.06, 0.04]
     found = [Solution(s, 1.0, 9) for s in strengths]
-    table = results.record_budget(run, "last quarter", found, (1, 2, 3), units)
+    table = results.budget_table("last quarter", found, (1, 2, 3), units)
+    run.metrics(results.of_budget(table), under="budget.last_quarter")
     record = run.record()
     for name, values in (("lambda", strengths), ("dose", np.multiply(strengths, units))):
         metric = record.metric(f"budget.last_quarter.{name}")
@@ -228,21 +231,22 @@ def test_the_budget_is_a_geometric_mean_with_its_dose(tmp_path):
 
 def test_a_budget_that_one_seed_reaches_is_undefined(tmp_path):
     run = opened(tmp_path)
-    table = results.record_budget(run, "all", [Solution(2.0, 1.0, 9), None, None], (1, 2, 3),
-                                  [0.1, 0.1, 0.1])
+    table = results.budget_table("all", [Solution(2.0, 1.0, 9), None, None], (1, 2, 3),
+                                 [0.1, 0.1, 0.1])
+    run.metrics(results.of_budget(table), under="budget.all")
     for name in ("lambda", "dose"):
         metric = run.record().metric(f"budget.all.{name}")
         assert metric.value is None
         assert metric.undefined == "1 of 3 seeds reach the budget"
     assert table["mean"].isna().all()
     found = [Solution(2.0, 1.0, 9), None, Solution(8.0, 1.0, 9)]
-    two = results.record_budget(opened(tmp_path), "all", found, (1, 2, 3), [0.1] * 3)
+    two = results.budget_table("all", found, (1, 2, 3), [0.1] * 3)
     assert two["mean"].iloc[0] == pytest.approx(4.0)
 
 
 def test_the_journal_can_hold_what_a_row_holds():
     entry = row("redrawn", 0.5, "all", 1, {}, language=False)
     again = json.loads(json.dumps(entry))
-    for name in sweep.BY_ITEM:
-        np.testing.assert_array_equal(sweep.by_item(pd.DataFrame([again]), name),
-                                      sweep.by_item(pd.DataFrame([entry]), name))
+    for name in results.BY_ITEM:
+        np.testing.assert_array_equal(results.by_item(pd.DataFrame([again]), name),
+                                      results.by_item(pd.DataFrame([entry]), name))

@@ -16,10 +16,10 @@ from dataset_hub import serve
 from safetensors.torch import save
 from tokenizers import ByteLevelBPETokenizer
 
-from lablog.cvfp import bench
 from lablog.files import repository
 from lablog.text.corpora import conversation, documents
 from lablog.text.gpt2 import GPT2Tokenizer, gpt2_embedding
+from tools import bench_cvfp as bench
 
 NAME = "models/ggml-vocab-gpt-2.gguf"
 

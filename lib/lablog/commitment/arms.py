@@ -19,9 +19,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from lablog.commitment import latent
+from lablog.commitment import latent_sources, sampler
 from lablog.commitment.chats import from_hub
 from lablog.commitment.conversations import Conversation, Conversations, ConversationSettings
+from lablog.commitment.diagnostics import choices
+from lablog.commitment.latent_sources import Source
+from lablog.commitment.novelty import HEADLINE, ProbeSet, probe_set
+from lablog.commitment.posterior import VariationalCommitment
 from lablog.commitment.qlora import (
     CommittedModel,
     Plan,
@@ -31,9 +35,7 @@ from lablog.commitment.qlora import (
     train_commitment,
     training_key,
 )
-from lablog.commitment.reader import Reader
-from lablog.commitment.trained import HEADLINE, Probes, Source, choices
-from lablog.commitment.variational import VariationalCommitment
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.determinism import seed_everything
 from lablog.files import atomic_write
 from lablog.keys import key
@@ -208,7 +210,7 @@ class Experiment:
             return CommittedModel(model)
         trained = VariationalCommitment.load(self.folder(base, seed, "commitment"))
         settings, length = trained.settings, trained.projection.norm().item()
-        sampled = torch.from_numpy(latent.sample(seed, settings.k, settings.width).projection)
+        sampled = torch.from_numpy(sampler.sample(seed, settings.k, settings.width).projection)
         strength = settings.strength * length / sampled.norm().item()
         untrained = VariationalCommitment(settings.model_copy(update={"strength": strength}))
         with torch.no_grad():
@@ -231,41 +233,41 @@ class Experiment:
             return found
         seed_everything(seed, threads=1)
         tokenizer = Tokenizer(self.bases[base] / "tokenizer.model")
-        reader = Reader(self.model(base, seed, arm), tokenizer, self.plan.chat)
+        speaker = TorchSpeaker(self.model(base, seed, arm), tokenizer, self.plan.chat)
         training = TRAININGS.get(arm.training, Training(""))
         values, independent = training.values, training.conversations.get("independent", 0)
-        material = Probes(asked.seed, asked.items, asked.texts, asked.kind, asked.gap, values,
-                          independent)
-        found = _measures(reader, arm.source, material, asked, lambda: Reader(
+        probes = probe_set(asked.seed, asked.items, asked.texts, asked.kind, asked.gap, values,
+                           independent)
+        found = _measures(speaker, arm.source, probes, asked, lambda: TorchSpeaker(
             CommittedModel(load_to_read(self.bases[base], self.plan)), tokenizer, self.plan.chat))
         if arm.source == "prior" and "fork" in asked.families and not values:
-            _, named = choices(reader, 120, seed)
+            _, named = choices(speaker, 120, seed)
             found["reached"] = [len(set(row.tolist())) / self.settings.dialogues.personas
                                 for row in named]
         atomic_write(kept, json.dumps(found))
         return found
 
 
-def _measures(reader: Reader, source: Source, material: Probes, asked: Asked,
-              base: Callable[[], Reader]) -> dict[str, list[float]]:
+def _measures(speaker: TorchSpeaker, source: Source, probes: ProbeSet, asked: Asked,
+              base: Callable[[], TorchSpeaker]) -> dict[str, list[float]]:
     found: dict[str, Any] = {}
     if "recall" in asked.families:
-        recall = material.recall(reader, source)
+        recall = latent_sources.recall(speaker, source, probes)
         found |= {"answered": recall.answered, "recall": recall.recalled,
                   "eviction": recall.recalled_after_eviction}
     if "fork" in asked.families:
-        fork = material.fork(reader, source)
+        fork = latent_sources.fork(speaker, source, probes)
         found |= {"same_choice": fork.same, "yes_sum": fork.yes_sum, "yes_named": fork.yes_named,
                   "yes_largest": fork.yes.max(axis=1), "kept": fork.kept}
-        if reader.model.commitment is not None and source == "prefix" and \
-                reader.model.commitment.settings.code == "gaussian":
-            posterior = reader.posterior(material.prefixes)
+        commitment = speaker.model.commitment
+        if commitment is not None and source == "prefix" and commitment.settings.code == "gaussian":
+            posterior = speaker.posterior(probes.prefixes)
             found["kl"] = posterior.kl().sum(dim=1).double().numpy()
     if "hangman" in asked.families:
-        found["hangman"] = material.hangman(reader, source, asked.guesses)
+        found["hangman"] = latent_sources.game(speaker, source, probes, asked.guesses)
     if "language" in asked.families:
-        language = material.language(reader, source, base())
-        found |= {"nll": language.nll, "own_tokens": language.tokens, "kl_base": language.kl}
+        words = latent_sources.own_words(speaker, source, probes, base())
+        found |= {"nll": words.nll, "own_tokens": words.tokens, "kl_base": words.kl}
     return {name: np.asarray(values).astype(float).tolist() for name, values in found.items()}
 
 

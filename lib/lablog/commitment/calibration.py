@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import brentq
 
-from lablog.commitment import coherence, latent
-from lablog.commitment.sweep import Laboratory
-from lablog.commitment.window import Injection, Speech
-from lablog.models.llama_cpp import Commitment
+from lablog.commitment import coherence
+from lablog.commitment.llama_cpp_speaker import Injection, Speakers
+from lablog.commitment.log_experiments import layer_range
+from lablog.commitment.sweep import Conditions, Task, injection
 from lablog.progress import progress
 
 BRACKET = (1e-3, 1e3)
@@ -59,35 +59,33 @@ def solve_budget(divergence: Callable[[float], float], budget: float,
     return Solution(strength, divergence(strength), calls + 1)
 
 
-def calibrate(laboratory: Laboratory, ranges: Sequence[str], seeds: Sequence[int],
-              budget: float) -> dict[str, list[Solution | None]]:
+def calibrate(engine: Speakers, ranges: Sequence[str], seeds: Sequence[int], budget: float,
+              conditions: Conditions) -> dict[str, list[Solution | None]]:
     """For each range and seed, λ at which the 95th percentile of KL per held-out token is `budget`.
 
     Ranges that name the same layers of this model are solved once. Raises ValueError for a budget
     that is no positive number of nats.
     """
-    tasks = {(laboratory.layers(name), seed): name for name in ranges for seed in seeds}
-    with (ThreadPoolExecutor(laboratory.workers) as pool,
-          progress(len(tasks), "calibration", "λ") as bar):
-        def solve(key: tuple[tuple[int, int], int]) -> Solution | None:
-            solution = _solve(laboratory, *key, budget)
+    layers = {name: layer_range(name, engine.model.layers) for name in ranges}
+    cells = {(layers[name], seed): name for name in ranges for seed in seeds}
+    with (ThreadPoolExecutor(engine.workers) as pool,
+          progress(len(cells), "calibration", "λ") as bar):
+        def solve(cell: tuple[tuple[int, int], int]) -> Solution | None:
+            solution = _solve(engine, Task("commitment", 1.0, cells[cell], cell[1]), budget,
+                              conditions)
             bar.update()
             return solution
 
-        found = dict(zip(tasks, pool.map(solve, tasks), strict=True))
-    return {name: [found[laboratory.layers(name), seed] for seed in seeds] for name in ranges}
+        found = dict(zip(cells, pool.map(solve, cells), strict=True))
+    return {name: [found[layers[name], seed] for seed in seeds] for name in ranges}
 
 
-def _solve(laboratory: Laboratory, span: tuple[int, int], seed: int,
-           budget: float) -> Solution | None:
-    direction = latent.sample(seed, laboratory.settings.k, laboratory.model.width).direction
-
-    def solve(speech: Speech) -> Solution | None:
-        def divergence(strength: float) -> float:
-            injection = Injection((Commitment(direction, strength, span),))
-            _, kl, _ = coherence.read_divergence(speech, laboratory.material, injection)
+def _solve(engine: Speakers, task: Task, budget: float, conditions: Conditions) -> Solution | None:
+    (unit,) = injection(task, engine.model, conditions.k).commitments
+    with engine.one() as speaker:
+        def percentile(strength: float) -> float:
+            scaled = Injection((replace(unit, strength=strength),))
+            kl = coherence.divergence(speaker, conditions.material, scaled, conditions.baseline)
             return float(np.percentile(kl, 95))
 
-        return solve_budget(divergence, budget)
-
-    return laboratory.with_speech(solve)
+        return solve_budget(percentile, budget)

@@ -46,7 +46,7 @@ class Chats(Dataset[Conversation]):
         self.chats = [pair for pair in made if max(len(item.ids) for item in pair) <= window]
         if not self.chats:
             raise ValueError(f"none of the chats has two exchanges or more, and at most {window} "
-                             "tokens: choose another data set or a longer window")
+                             "tokens: choose another data set")
 
     def item(self, chat: list[tuple[str, str]]) -> Item:
         """Tokens of some exchanges, and weights of the answers."""

@@ -7,14 +7,12 @@ commitment to the unmodified model's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from lablog.commitment.window import Injection, Speech
-from lablog.models.llama_cpp import Context, generate_tokens
-from lablog.text.dialogues import DialogueSettings, Turn
-from lablog.text.dialogues import generate as generate_dialogue
+from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.text.dialogues import DialogueSettings, Turn, generate
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,20 @@ class Material:
 
     texts: tuple[tuple[Turn, ...], ...]
     uniforms: np.ndarray  # [continuations, tokens], picks the continuations at temperature 1
-    base: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
 
     @property
-    def openings(self) -> dict[int, tuple[Turn, ...]]:
+    def openings(self) -> list[tuple[Turn, ...]]:
         """The first exchange of as many texts as are to be continued."""
-        return {index: self.texts[index][:2] for index in range(len(self.uniforms))}
+        return [turns[:2] for turns in self.texts[: len(self.uniforms)]]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The unmodified model: log probabilities behind the tokens of each text of the material,
+    float32 [tokens, vocabulary], and its coherence."""
+
+    log_probabilities: tuple[np.ndarray, ...]
+    coherence: Coherence
 
 
 def make_material(settings: DialogueSettings, seed: int, texts: int, continuations: int,
@@ -78,17 +84,11 @@ def make_material(settings: DialogueSettings, seed: int, texts: int, continuatio
     if not 1 <= continuations <= texts:
         raise ValueError(f"continuations = {continuations}: expected 1 to texts = {texts}")
     dialogues = [
-        generate_dialogue(settings, seed, index, "held_out", "favourite", "probe").turns
+        generate(settings, seed, index, "held_out", "favourite", "probe").turns
         for index in range(texts)
     ]
     uniforms = np.random.default_rng([seed, 103]).random((continuations, tokens))
     return Material(tuple(dialogues), uniforms)
-
-
-def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Logarithm of the softmax over the last axis, float32 like its input."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def _divergence(committed: np.ndarray, base: np.ndarray) -> np.ndarray:
@@ -96,79 +96,12 @@ def _divergence(committed: np.ndarray, base: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", np.exp(committed), committed - base).astype(np.float64)
 
 
-def read(speech: Speech, texts: Sequence[Sequence[Turn]], injection: Injection) -> list[np.ndarray]:
-    """Log probabilities behind every token of each text, float32 [tokens, vocabulary]."""
-    context, rows = speech.context, [np.empty(0)] * len(texts)
-    for begin in range(0, len(texts), context.sequences):
-        group = dict(enumerate(texts[begin : begin + context.sequences]))
-        context.clear()
-        longest = max(map(len, group.values()))
-        ends = range(2, longest + 2, 2) if injection.changes else [longest]
-        pieces: dict[int, list[np.ndarray]] = {i: [] for i in group}
-        for number, end in enumerate(ends):
-            injection.turn(context, number)
-            told = {i: speech.history(turns[:end]) for i, turns in group.items()
-                    if number == 0 or len(turns) > end - 2}
-            for i, logits in context.prefill(told, "all").items():
-                pieces[i].append(log_probabilities(logits))
-        for i, parts in pieces.items():
-            rows[begin + i] = np.concatenate(parts)
-    return rows
-
-
-def read_divergence(speech: Speech, material: Material,
-                    injection: Injection) -> tuple[float, np.ndarray, float]:
-    """Perplexity, KL per token [tokens] and same-top-token rate on the held-out texts.
-
-    `material.base` is filled by the first call (which must inject nothing).
-    """
-    rows = read(speech, material.texts, injection)
-    if not material.base:
-        if injection.commitments:
-            raise ValueError("the first reading of the material must be of the unmodified model")
-        material.base.update(enumerate(rows))
-    loss, divergence, same = [], [], []
-    for index, committed in enumerate(rows):
-        base = material.base[index]
-        targets = np.array(speech.history(material.texts[index])[1:])
-        loss.append(-committed[np.arange(len(targets)), targets])
-        divergence.append(_divergence(committed, base))
-        same.append(committed.argmax(axis=1) == base.argmax(axis=1))
-    return (float(np.exp(np.concatenate(loss).mean(dtype=np.float64))), np.concatenate(divergence),
-            float(np.concatenate(same).mean()))
-
-
-def continuations(speech: Speech, material: Material,
-                  injection: Injection) -> tuple[list[list[int]], list[np.ndarray]]:
-    """The model's own continuations and KL to the unmodified model at each of their tokens."""
-    context: Context = speech.context
-    texts: list[list[int]] = []
-    divergence: list[np.ndarray] = []
-    openings = {i: speech.history(turns) for i, turns in material.openings.items()}
-    count = material.uniforms.shape[1]
-    for begin in range(0, len(openings), context.sequences):
-        chosen = range(begin, min(begin + context.sequences, len(openings)))
-        group = {i - begin: openings[i] for i in chosen}
-
-        def under(applied: Injection, tails: dict[int, list[int]],
-                  group: dict[int, list[int]] = group) -> dict[int, np.ndarray]:
-            context.clear()
-            applied.turn(context, 0)
-            context.prefill(group)
-            applied.turn(context, 1)
-            told = {s: [*opening, *tails[s]] for s, opening in group.items()}
-            return {s: log_probabilities(r) for s, r in context.prefill(told, "all").items()}
-
-        context.clear()
-        injection.turn(context, 0)
-        context.prefill(group)
-        injection.turn(context, 1)
-        uniforms = {s: material.uniforms[begin + s] for s in group}
-        written = generate_tokens(context, context.prefill(group), count, frozenset(), uniforms)
-        texts += [written[s] for s in group]
-        mine, base = under(injection, written), under(Injection(), written)
-        divergence += [_divergence(mine[s], base[s]) for s in group]
-    return texts, divergence
+def divergence(speaker: LlamaCppSpeaker, material: Material, injection: Injection,
+               baseline: Baseline) -> np.ndarray:
+    """KL to the unmodified model at every token of the held-out texts, float64 [tokens]."""
+    rows = speaker.read(material.texts, injection)
+    return np.concatenate([_divergence(mine, base) for mine, base
+                           in zip(rows, baseline.log_probabilities, strict=True)])
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int = 4) -> float:
@@ -183,16 +116,38 @@ def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def measure(speech: Speech, material: Material, injection: Injection) -> Coherence:
+def baseline(engine: Speakers, material: Material) -> Baseline:
+    """What the unmodified model makes of the material."""
+    with engine.one() as speaker:
+        rows = tuple(speaker.read(material.texts, Injection()))
+        return Baseline(rows, _coherence(speaker, material, Injection(), rows, rows))
+
+
+def coherence(speaker: LlamaCppSpeaker, material: Material, injection: Injection,
+              baseline: Baseline) -> Coherence:
     """All coherence metrics of one configuration."""
-    perplexity, divergence, same = read_divergence(speech, material, injection)
-    texts, own = continuations(speech, material, injection)
-    own_divergence = np.concatenate(own)
+    return _coherence(speaker, material, injection, speaker.read(material.texts, injection),
+                      baseline.log_probabilities)
+
+
+def _coherence(speaker: LlamaCppSpeaker, material: Material, injection: Injection,
+               rows: Sequence[np.ndarray], base: Sequence[np.ndarray]) -> Coherence:
+    loss, read, same = [], [], []
+    for turns, mine, unmodified in zip(material.texts, rows, base, strict=True):
+        targets = np.array(speaker.history(turns)[1:])
+        loss.append(-mine[np.arange(len(targets)), targets])
+        read.append(_divergence(mine, unmodified))
+        same.append(mine.argmax(axis=1) == unmodified.argmax(axis=1))
+    texts = speaker.write(material.openings, injection, material.uniforms)
+    own = [_divergence(mine, unmodified) for mine, unmodified in zip(
+        *(speaker.read_written(material.openings, texts, under)
+          for under in (injection, Injection())), strict=True)]
+    kl, own_kl = np.concatenate(read), np.concatenate(own)
     return Coherence(
-        perplexity=perplexity, kl_mean=float(divergence.mean()),
-        kl_p95=float(np.percentile(divergence, 95)), same_top=same,
-        own_kl_mean=float(own_divergence.mean()),
-        own_kl_p95=float(np.percentile(own_divergence, 95)),
+        perplexity=float(np.exp(np.concatenate(loss).mean(dtype=np.float64))),
+        kl_mean=float(kl.mean()), kl_p95=float(np.percentile(kl, 95)),
+        same_top=float(np.concatenate(same).mean()),
+        own_kl_mean=float(own_kl.mean()), own_kl_p95=float(np.percentile(own_kl, 95)),
         repeated_4grams=float(np.mean([repeated_ngrams(text) for text in texts])),
         distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2),
     )

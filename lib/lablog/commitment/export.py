@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,16 +25,16 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from lablog.commitment.qlora import Plan, base_hash, dequantised, plan_of, renamed
-from lablog.commitment.variational import (
+from lablog.commitment.posterior import (
     SETTINGS,
     WEIGHTS,
     CommitmentSettings,
     VariationalCommitment,
 )
+from lablog.commitment.qlora import Plan, base_hash, dequantised, plan_of, renamed
 from lablog.files import atomic_folder, atomic_write, sha256
 from lablog.models import convert
-from lablog.models.llama_cpp import Commitment, check_gguf
+from lablog.models.llama_cpp import Commitment
 
 MANIFEST = "export.json"
 
@@ -164,32 +163,3 @@ def write_control_vector(path: Path, commitment: Commitment, model_hint: str) ->
         writer.close()
         (Path(room) / path.name).replace(path)
     return path
-
-
-def read_control_vector(path: Path) -> Commitment:
-    """The commitment (λ = 1) that a control vector holds.
-
-    Raises FileNotFoundError, or ValueError for a file that is truncated, no control vector, or
-    holds different directions or a gap, which one commitment cannot express.
-    """
-    check_gguf(path)
-    try:
-        reader = gguf.GGUFReader(path)
-        # Where the sizes in the header exceed the file, numpy's views are short or impossible.
-        found = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
-        kind = reader.fields["general.architecture"].contents()
-    except (ValueError, IndexError, KeyError, struct.error) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): export it again") from error
-    names = {name.partition(".")[0] for name in found}
-    if kind != ARCHITECTURE or names != {"direction"}:
-        raise ValueError(f"{path} is no control vector: architecture {kind!r}, tensors "
-                         f"{sorted(names)}; expected {ARCHITECTURE!r} and direction.1, …")
-    layers = sorted(int(name.partition(".")[2]) for name in found)
-    rows = [found[f"direction.{layer}"] for layer in layers]
-    if layers != list(range(layers[0], layers[-1] + 1)) or layers[0] < 1 or any(
-        not np.array_equal(row, rows[0]) for row in rows
-    ):
-        raise ValueError(f"{path} differs between layers {layers}: one commitment adds the same "
-                         "vector in a range of layers; give the file to llama.cpp instead")
-    return Commitment(rows[0], 1.0, (layers[0], layers[-1]))
-

@@ -13,22 +13,28 @@ is ``held_out`` of ``data/dialogues.yaml``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
-from lablog.commitment.probes import Material
+from lablog.commitment.probes import ForkItem, Items, Material, Turns, make_items
 from lablog.text.dialogues import (
     ASKED,
     Dialogue,
     DialogueSettings,
+    Draw,
     Turn,
     generate,
+    load_settings,
     new_phrasings,
+    things,
     trained_part,
 )
 
 KINDS = ("seen form", "new phrasing", "new combination", "new topic", "longer gap")
+HEADLINE = "new phrasing"  # the kind of probe on which the chapter's table stands
 LONGER = 6  # exchanges of other talk in "longer gap"
+PREFIX = 109  # a spawn key, apart from those of dialogues, probes, conversations
 
 
 def whole_topics(settings: DialogueSettings) -> tuple[str, ...]:
@@ -67,3 +73,45 @@ def held_out_texts(settings: DialogueSettings, seed: int, number: int) -> list[t
     topics = whole_topics(settings)
     return list(islice((d.turns for d in dialogues() if d.opening >= least and d.topic in topics),
                        number))
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """The probes of one kind of new, what fixes the commitment of each hidden choice
+    (`prefixes`), and the texts that every arm is measured on; `seed` made them all."""
+
+    settings: DialogueSettings
+    seed: int
+    items: Items
+    prefixes: tuple[Turns, ...]
+    texts: tuple[Turns, ...]
+
+
+def probe_set(seed: int, items: int, texts: int, kind: str = HEADLINE, gap: int | None = None,
+              values: int = 0, independent: int = 0) -> ProbeSet:
+    """As many `items` of each family and `texts`; a pure function of its arguments.
+
+    values: as many things to choose from in one topic, instead of the topics. independent: so many
+    topics are asked about, and a prefix states a value of each, as in the training that has them.
+    """
+    settings = load_settings()
+    of_kind = material(settings, kind, gap)
+    if values:
+        whole = of_kind.settings.model_copy(update={"topics": settings.topics})
+        of_kind = Material(things(whole, values), (), gap)
+    stated = list(trained_part(settings).topics)[:independent]
+    if independent:
+        of_kind = replace(of_kind, topics=tuple(stated))
+    made = make_items(of_kind, seed, items)
+    prefixes = tuple(_prefix(Draw(of_kind.settings, seed, PREFIX, index), item, stated)
+                     for index, item in enumerate(made.fork))
+    return ProbeSet(settings, seed, made, prefixes, tuple(held_out_texts(settings, seed, texts)))
+
+
+def _prefix(draw: Draw, item: ForkItem, topics: Sequence[str]) -> list[Turn]:
+    """The private line of a hidden choice, among such lines about the other `topics`."""
+    if not topics:
+        return [item.note]
+    values = draw.settings.topics
+    return [item.note if tuple(values[topic]) == item.values
+            else draw.turn("A", "private", topic, draw.pick(values[topic])) for topic in topics]

@@ -29,10 +29,9 @@ from lablog.commitment.qlora import (
     train_commitment,
     training_key,
 )
-from lablog.files import repository
 from lablog.intervals import t_interval
 from lablog.keys import key
-from lablog.run import Run
+from lablog.record import Metric
 from lablog.text.datasets import Item
 from lablog.text.dialogues import load_settings
 from lablog.text.personas import PersonaDialogue, read_personas
@@ -57,8 +56,7 @@ class PersonaConversations(Dataset[Conversation]):
             kept = Item(told.ids[:window], told.weights[:window])
             if not kept.weights.any():
                 raise ValueError(f"User 2 with the persona {dialogue.persona!r} says nothing in "
-                                 f"the first {window} tokens: lengthen the window, or leave the "
-                                 "row out")
+                                 f"the first {window} tokens: leave the row out")
             self.conversations.append(conversation(encode([dialogue.prefix], last=True), [kept]))
         if len(self.conversations) < 2:
             raise ValueError(f"{len(self.conversations)} dialogue(s) in this split, needed are 2: "
@@ -126,28 +124,19 @@ def _likelihoods(model: CommittedModel, held: Sequence[Conversation],
             np.array([p["kl"].item() if "kl" in p else 0.0 for p in parts]))
 
 
-def record_personas(run: Run, file: str, leave_out: Sequence[int], base: Path,
-                    plan: Plan) -> None:
-    """Measure `file` (told from the root of the clone) and add ``personas.<measure>``.
-
-    Without a file the measures are undefined, and say that nothing ran.
-    """
-    result = None
-    if file:
-        path = repository() / Path(file).expanduser()
-        with run.stage("personas"):
-            result = measure_personas(path, leave_out, base, plan, run.artifacts)
-        run.file(path)
-    run.metric("personas.held_out", len(result.own) if result else 0, "count")
-    run.metric("personas.trained", result.trained if result else 0, "count")
-    measures = {} if result is None else {
-        "own": result.own, "shuffled": result.shuffled, "without": result.without,
-        "gap": result.without - result.own, "gap_shuffled": result.shuffled - result.own,
-        "kl": result.kl}
-    for name in ("own", "shuffled", "without", "gap", "gap_shuffled", "kl"):
-        if name in measures:
-            interval = replace(t_interval(measures[name].tolist()), method="t over dialogues")
-            run.metric(f"personas.{name}", float(measures[name].mean()), "nat", interval=interval,
-                       n=len(measures[name]))
-        else:
-            run.metric(f"personas.{name}", None, "nat", undefined="not run: personas is empty")
+def of_personas(result: PersonaResult | None) -> list[Metric]:
+    """The measures of a file's dialogues; without a result they are undefined, and say that
+    nothing ran."""
+    found = [Metric.of("held_out", len(result.own) if result else 0, "count"),
+             Metric.of("trained", result.trained if result else 0, "count")]
+    if result is None:
+        return found + [Metric.of(name, None, "nat", undefined="not run: personas is empty")
+                        for name in ("own", "shuffled", "without", "gap", "gap_shuffled", "kl")]
+    measures = {"own": result.own, "shuffled": result.shuffled, "without": result.without,
+                "gap": result.without - result.own, "gap_shuffled": result.shuffled - result.own,
+                "kl": result.kl}
+    for name, values in measures.items():
+        interval = replace(t_interval(values.tolist()), method="t over dialogues")
+        found.append(Metric.of(name, float(values.mean()), "nat", interval=interval,
+                               n=len(values)))
+    return found

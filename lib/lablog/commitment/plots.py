@@ -10,18 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from lablog.commitment.sweep import RANGES, NamedRow
-from lablog.figures import COLOURS, GREY, MARKERS
-
-Drawn = tuple[Figure, pd.DataFrame]
-LABELS = {
-    "recall": "recall in the window", "eviction": "recall after eviction",
-    "same_choice": "same X in both forms", "yes_sum": "Σ P(yes)", "kl_p95": "95th percentile of KL",
-    "perplexity": "held-out perplexity", "own_kl_p95": "KL on own text, 95th percentile",
-    "repeated_4grams": "repeated 4-grams", "distinct_2": "distinct-2",
-}
+from lablog.commitment.log_experiments import RANGES, NamedRow
+from lablog.commitment.measures import LABELS
+from lablog.figures import COLOURS, GREY, MARKERS, Drawn
 
 
 def _columns(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Does a model keep to what it said? Three probe families (lab log A4).
+"""Does a model keep to what it said? The probe families (lab log A4), for any engine.
 
 recall      a favourite is asked for, other talk follows, it is asked for again: does the second
             answer name the value that the first one named?
@@ -7,6 +7,7 @@ eviction    the same, but the window that is read for the second answer does not
 fork        the model says that it has chosen one of N things. The conversation is forked: "is it
             X?" for every X, and "what is it?". A model that holds a choice has
             Σ_X P(yes | is it X?) near 1 and the same X in both forms.
+game        some guesses are answered before the conversation is forked: is there one answer?
 
 The model writes both answers of the first two families itself: the first at temperature 1 from
 random numbers that belong to the item (the same under every commitment), the second greedily.
@@ -14,20 +15,20 @@ random numbers that belong to the item (the same under every commitment), the se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from lablog.commitment.window import Injection, Speech
-from lablog.models.llama_cpp import generate_tokens
 from lablog.text.dialogues import DialogueSettings, Draw, Turn, named_value
 
 ANSWER_TOKENS = 16
 STREAMS = {"recall": 101, "fork": 102}  # spawn keys apart from those of the dialogues' splits
-Note = Literal["none", "text"]
+Turns = Sequence[Turn]
+Latents = TypeVar("Latents")
+Under = TypeVar("Under", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -173,112 +174,114 @@ def value_index(text: str, values: Sequence[str]) -> int:
     return values.index(name) if name is not None else -1
 
 
-def run_recall(speech: Speech, items: Sequence[RecallItem], injection: Injection,
-               note: Note = "none") -> RecallResult:
-    """Recall in the window and after eviction, for all items together.
+class Speaker(Protocol[Under]):
+    """A model that speaks, with whatever engine.
 
-    With note ``text`` a line that repeats the first answer heads the evicted window: the
-    text-only baseline of a commitment.
+    under: the latents of all conversations of a call, in the engine's own terms: a direction or
+    z* that is constant in a conversation, or drawn anew for every exchange and every forked
+    question, or nothing. Results do not depend on earlier calls, but for rounding.
     """
-    model, context = speech.model, speech.context
-    firsts: list[str] = []
-    again: list[str] = []
-    evicted: list[str] = []
-    for begin in range(0, len(items), context.sequences):
-        group = list(enumerate(items[begin : begin + context.sequences]))
-        context.clear()
-        injection.turn(context, 0)
-        logits = context.prefill({i: speech.prompt([item.question]) for i, item in group})
-        uniforms = {i: item.uniforms for i, item in group}
-        written = generate_tokens(context, logits, ANSWER_TOKENS, model.stops(), uniforms)
-        first = {i: model.detokenize(tokens).strip() for i, tokens in written.items()}
-        firsts += first.values()
-        histories = {
-            i: [item.question, Turn("A", first[i], "answer"), *item.distractors]
-            for i, item in group
-        }
-        again += _ask(speech, histories, {i: item.requestion for i, item in group}, injection, 1)
-        for i, item in group:  # the window after eviction starts behind the first exchange
-            kept = [Turn("A", first[i], "note")] if note == "text" else []
-            histories[i] = [*kept, *item.distractors]
-        context.clear()
-        evicted += _ask(speech, histories, {i: item.requestion for i, item in group}, injection, 1)
-    named = [
-        np.array([value_index(text, item.values) for text, item in zip(texts, items, strict=True)])
-        for texts in (firsts, again, evicted)
-    ]
-    return RecallResult(*named)
+
+    def say(self, conversations: Sequence[Turns], under: Under, tokens: int, first: int = 0,
+            uniforms: np.ndarray | None = None) -> list[str]:
+        """What it says, in at most `tokens` tokens, to the question that ends each conversation.
+
+        first: number of the exchange with which the window begins. uniforms: float64
+        [conversations, tokens] in [0, 1), which pick tokens at temperature 1; None is greedy.
+        """
+        ...
+
+    def agree(self, conversations: Sequence[Turns], under: Under) -> np.ndarray:
+        """P(yes) and P(no), lower-case or capitalised, float64 [conversations, 2]."""
+        ...
+
+    def forks(self, histories: Sequence[Turns], items: Sequence[ForkItem],
+              under: Under) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The questions of each item behind its history, each question the only one: P(yes) and
+        P(no) to every guess, float64 [values, 2], and P(value | what is it?) among the values."""
+        ...
+
+    def read(self, texts: Sequence[Turns], under: Under) -> list[np.ndarray]:
+        """Log probabilities of what follows each token of each text, float32 [tokens, vocabulary];
+        of what follows the last, only if the engine computes it anyway."""
+        ...
 
 
-def _ask(speech: Speech, histories: dict[int, list[Turn]], questions: dict[int, Turn],
-         injection: Injection, turn: int) -> list[str]:
-    """Greedy answers to `questions` after `histories`; turn by turn if the injection changes."""
-    context = speech.context
-    if injection.changes:
-        longest = max(len(history) for history in histories.values())
-        for end in range(2, longest + 1, 2):
-            injection.turn(context, turn + end // 2)
-            speech.context.prefill({
-                i: speech.history(history[:end]) for i, history in histories.items()
-                if end <= len(history)
-            })
-        turn += longest // 2 + 1
-    injection.turn(context, turn)
-    logits = context.prefill(
-        {i: speech.prompt([*history, questions[i]]) for i, history in histories.items()}
-    )
-    written = generate_tokens(context, logits, ANSWER_TOKENS, speech.model.stops())
-    return [speech.model.detokenize(written[i]) for i in histories]
+def recall(speaker: Speaker[Latents], items: Sequence[RecallItem], under: Latents,
+           told: Callable[[list[Turns], np.ndarray], Latents] | None = None,
+           note: bool = False) -> RecallResult:
+    """Recall in the window and after eviction.
 
-
-def run_fork(speech: Speech, items: Sequence[ForkItem], injection: Injection,
-             note: Note = "none") -> ForkResult:
-    """Every fork of every hidden choice; with note ``text`` the choice heads the window.
-
-    An injection that changes gives every question of every fork a direction of its own, and what
-    is decoded to score an answer has that of its question.
+    told: the latents once the first exchange was said, from these exchanges and the index of the
+    value that each names; None: as before. With `note` a line that repeats the first answer heads
+    the evicted window: what a commitment would have to equal.
     """
-    context = speech.context
-    widest = max(len(item.values) for item in items) + 1
-    room = context.sequences // widest
-    if not room:
-        raise ValueError(f"forking {widest - 1} ways needs {widest} sequences, the context has "
-                         f"{context.sequences}")
-    count = len(items)
-    yes, mass = np.zeros((count, widest - 1)), np.zeros(count)
-    named = np.zeros((count, widest - 1))
-    for begin in range(0, count, room):
-        group = items[begin : begin + room]
-        context.clear()
-        injection.turn(context, 0)
-        histories = [([item.note] if note == "text" else []) + [*item.opening] for item in group]
-        bases = [slot * widest for slot in range(len(group))]
-        context.prefill({
-            base: speech.history(history)
-            for base, history in zip(bases, histories, strict=True)
-        })
-        asked: dict[int, list[int]] = {}
-        for base, history, item in zip(bases, histories, group, strict=True):
-            context.fork(base, range(base + 1, base + 1 + len(item.values)))
-            asked[base] = speech.prompt([*history, item.naming], item.stem)
-            for offset, guess in enumerate(item.guesses):
-                asked[base + 1 + offset] = speech.prompt([*history, guess])
-        # Question q of item i is turn 1 + i · widest + q of what is injected: none is asked twice.
-        injection.questions(context, {s: 1 + begin * widest + s for s in asked})
-        last = context.prefill(asked)
-        forks = {base + 1 + x for base, item in zip(bases, group, strict=True)
-                 for x in range(len(item.values))}
-        answers = speech.word_probabilities({s: last[s][0] for s in forks}, ("yes", "no"))
-        scores = speech.scores(
-            {base: last[base][0] for base in bases},
-            {base: speech.continuations([*history, item.naming], item.stem, item.values)
-             for base, history, item in zip(bases, histories, group, strict=True)},
-        )
-        injection.asked(context, range(len(group) * widest))
-        for row, (base, item) in enumerate(zip(bases, group, strict=True), begin):
-            size = len(item.values)
-            pairs = np.array([answers[base + 1 + x] for x in range(size)])
-            yes[row, :size] = pairs[:, 0] / pairs.sum(axis=1)
-            mass[row] = pairs.sum(axis=1).mean()
-            named[row, :size] = np.exp(scores[base] - np.logaddexp.reduce(scores[base]))
+    def named(texts: Sequence[str]) -> np.ndarray:
+        return np.array([value_index(text, item.values)
+                         for text, item in zip(texts, items, strict=True)])
+
+    said = speaker.say([[item.question] for item in items], under, ANSWER_TOKENS,
+                       uniforms=np.stack([item.uniforms for item in items]))
+    begun: list[Turns] = [[item.question, Turn("A", text, "answer")]
+                          for item, text in zip(items, said, strict=True)]
+    first = named(said)
+    if told is not None:
+        under = told(begun, first)
+    rest = [[*item.distractors, item.requestion] for item in items]
+    again = speaker.say([[*opened, *turns] for opened, turns in zip(begun, rest, strict=True)],
+                        under, ANSWER_TOKENS)
+    # The window after eviction starts behind the first exchange.
+    evicted = speaker.say([[*(opened[1:] if note else ()), *turns]
+                           for opened, turns in zip(begun, rest, strict=True)],
+                          under, ANSWER_TOKENS, first=1)
+    return RecallResult(first, named(again), named(evicted))
+
+
+def _histories(items: Sequence[ForkItem], note: bool) -> list[Turns]:
+    """What the window of each hidden choice begins with."""
+    return [[*([item.note] if note else []), *item.opening] for item in items]
+
+
+def fork(speaker: Speaker[Latents], items: Sequence[ForkItem], under: Latents,
+         note: bool = False) -> ForkResult:
+    """Every fork of every hidden choice; with `note` the choice heads the window."""
+    return _forked(speaker, _histories(items, note), items, under)
+
+
+def _forked(speaker: Speaker[Latents], histories: Sequence[Turns], items: Sequence[ForkItem],
+            under: Latents) -> ForkResult:
+    widest = max(len(item.values) for item in items)
+    yes, named = np.zeros((len(items), widest)), np.zeros((len(items), widest))
+    mass = np.zeros(len(items))
+    for row, (pairs, chances) in enumerate(speaker.forks(histories, items, under)):
+        yes[row, : len(pairs)] = pairs[:, 0] / pairs.sum(axis=1)
+        mass[row] = pairs.sum(axis=1).mean()
+        named[row, : len(chances)] = chances
     return ForkResult(yes, named, mass, np.array([item.noted for item in items]))
+
+
+def game(speaker: Speaker[Latents], items: Sequence[ForkItem], under: Latents,
+         guesses: np.ndarray, note: bool = False) -> np.ndarray:
+    """Whether a game of several turns has exactly one answer, bool [items].
+
+    After the fork protocol of Baldelli et al. (2026, arXiv 2601.06973): the model answers some
+    different guesses, `guesses` int [items, turns]; then the conversation is forked into "what is
+    it?" and "is it X?" for every X. Consistent: exactly the named value is confirmed in the forks,
+    and the guesses before were answered as is true of it.
+    """
+    histories = _histories(items, note)
+    confirmed = np.zeros(guesses.shape, bool)
+    for turn, chosen in enumerate(guesses.T):
+        asked = [[*history, item.guesses[guess]]
+                 for history, item, guess in zip(histories, items, chosen, strict=True)]
+        pairs = speaker.agree(asked, under)
+        confirmed[:, turn] = pairs[:, 0] > pairs[:, 1]
+        said = speaker.say(asked, under, ANSWER_TOKENS)
+        histories = [[*turns, Turn("A", text, "verdict")]
+                     for turns, text in zip(asked, said, strict=True)]
+    result = _forked(speaker, histories, items, under)
+    named = result.named.argmax(axis=1)[:, None]
+    one = (result.yes > 0.5) == (np.arange(result.yes.shape[1]) == named)
+    earlier = confirmed == (guesses == named)
+    found: np.ndarray = one.all(axis=1) & earlier.all(axis=1)
+    return found

@@ -34,9 +34,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from lablog.commitment.conversations import Conversation, collate
-from lablog.commitment.hooks import injected
-from lablog.commitment.rendering import Chat
-from lablog.commitment.variational import (
+from lablog.commitment.posterior import (
     SETTINGS,
     Code,
     CommitmentSettings,
@@ -44,6 +42,8 @@ from lablog.commitment.variational import (
     Posterior,
     VariationalCommitment,
 )
+from lablog.commitment.rendering import Chat
+from lablog.commitment.torch_injection import injected
 from lablog.files import sha256_of
 from lablog.keys import key
 from lablog.models.trainer import GuardedTrainer

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lablog import layout
+from lablog.models.sampling import chosen_tokens
 
 Tokens = Sequence[int]
 
@@ -466,8 +467,8 @@ class Context:
 
 
 def generate_tokens(context: Context, logits: Mapping[int, np.ndarray], count: int,
-             stops: frozenset[int] = frozenset(),
-             uniforms: Mapping[int, np.ndarray] | None = None) -> dict[int, list[int]]:
+                    stops: frozenset[int] = frozenset(),
+                    uniforms: Mapping[int, np.ndarray] | None = None) -> dict[int, list[int]]:
     """Continue all sequences together by up to `count` tokens each, without the stop token.
 
     logits: those after each sequence's last token [1, vocabulary], as ``decode`` returns them.
@@ -479,12 +480,8 @@ def generate_tokens(context: Context, logits: Mapping[int, np.ndarray], count: i
     for step in range(count):
         active = list(current)
         stacked = np.stack([current[sequence] for sequence in active]).astype(np.float64)
-        if uniforms is None:
-            chosen = stacked.argmax(axis=1)
-        else:
-            weights = np.exp(stacked - stacked.max(axis=1, keepdims=True)).cumsum(axis=1)
-            targets = np.array([uniforms[s][step] for s in active]) * weights[:, -1]
-            chosen = (weights <= targets[:, None]).sum(axis=1)
+        chosen = chosen_tokens(stacked, None if uniforms is None else np.array(
+            [uniforms[s][step] for s in active]))
         going = {s: int(t) for s, t in zip(active, chosen, strict=True) if int(t) not in stops}
         for sequence, token in going.items():
             written[sequence].append(token)

@@ -12,28 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lablog.commitment import probes
+from lablog.commitment import latent_sources, probes
 from lablog.commitment.export import Export
+from lablog.commitment.novelty import ProbeSet
 from lablog.commitment.qlora import load_committed, plan_of
-from lablog.commitment.reader import Reader
 from lablog.commitment.rendering import Prompt
-from lablog.commitment.trained import Probes
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.intervals import hierarchical
 from lablog.models.llama_cpp import Commitment, Context, Model, generate_tokens
 from lablog.provenance import usable_threads
-from lablog.run import Run
+from lablog.record import Metric
 from lablog.text.tokenizer import Tokenizer
 
 
-class NativeReader(Reader):
-    """A :class:`Reader` whose words come from the patched llama.cpp, z* included.
+class ExportedSpeaker(TorchSpeaker):
+    """A `TorchSpeaker` whose words come from the patched llama.cpp, z* included.
 
     The PyTorch model serves the posterior alone. As many prompts as the context has sequences are
     read together, each sequence under a commitment of its own, which the engine is given as λ, a
     direction and a range of layers.
     """
 
-    def __init__(self, reference: Reader, context: Context) -> None:
+    def __init__(self, reference: TorchSpeaker, context: Context) -> None:
         super().__init__(reference.model, reference.tokenizer, reference.chat)
         self.context = context
 
@@ -85,25 +85,25 @@ class NativeReader(Reader):
         return [rows[i] for i in range(len(prompts))]
 
     def logits(self, prompts: Sequence[Prompt], z: Tensor | None) -> Tensor:
-        """As :meth:`Reader.logits`."""
+        """As :meth:`TorchSpeaker.logits`."""
         return torch.from_numpy(np.stack([rows[-1] for rows in self._each(prompts, z, "last")]))
 
     def scores(self, prompts: Sequence[Prompt], z: Tensor | None,
                targets: Sequence[np.ndarray]) -> list[Tensor]:
-        """As :meth:`Reader.scores`."""
+        """As :meth:`TorchSpeaker.scores`."""
         kind: Literal["last", "all"] = "last" if max(map(len, targets)) == 1 else "all"
         return [torch.from_numpy(rows[-len(wanted) :]).double().log_softmax(-1)
                 .gather(1, torch.from_numpy(wanted))
                 for rows, wanted in zip(self._each(prompts, z, kind), targets, strict=True)]
 
     def log_probabilities(self, prompts: Sequence[Prompt], z: Tensor | None) -> list[Tensor]:
-        """As :meth:`Reader.log_probabilities`."""
+        """As :meth:`TorchSpeaker.log_probabilities`."""
         return [torch.from_numpy(rows[:-1]).log_softmax(-1)
                 for rows in self._each(prompts, z, "all")]
 
     def answers(self, prompts: Sequence[Prompt], z: Tensor | None, tokens: int,
                 uniforms: np.ndarray | None = None) -> list[str]:
-        """As :meth:`Reader.answers`."""
+        """As :meth:`TorchSpeaker.answers`."""
         texts = [""] * len(prompts)
         for group in self._groups(prompts):
             last = self._read([prompts[i] for i in group], None if z is None else z[group], "last")
@@ -136,26 +136,28 @@ class Agreement:
         return native == reference
 
 
-def agreement(native: Reader, reference: Reader, material: Probes,
+def agreement(native: TorchSpeaker, reference: TorchSpeaker, asked: ProbeSet,
               source: Literal["prior", "prefix", "redrawn"]) -> Agreement:
     """Run the probes on both, each conversation under a z* of its own, the same on both."""
-    recall, fork = material.items.recall, material.items.fork
-    z = material.latents(reference, source, 2, len(fork), material.prefixes)
-    forks = [(i, [*item.opening, guess]) for i, item in enumerate(fork) for guess in item.guesses]
-    owner, asked = [i for i, _ in forks], [reference.prompt(turns, "") for _, turns in forks]
-    again = [reference.prompt([*i.distractors, i.requestion], "", first=1) for i in recall]
+    items = asked.items
+    z = latent_sources.fork_latents(reference, source, asked)
     assert z is not None
-    rows = [reader.logits(asked, z[owner]) for reader in (native, reference)]
-    said = [reader.answers(again, z, probes.ANSWER_TOKENS) for reader in (native, reference)]
+    forks = [(i, reference.prompt([*item.opening, guess], ""))
+             for i, item in enumerate(items.fork) for guess in item.guesses]
+    owner, prompts = [i for i, _ in forks], [prompt for _, prompt in forks]
+    again = [[*item.distractors, item.requestion] for item in items.recall]
+    both = (native, reference)
+    rows = [speaker.logits(prompts, z[owner]) for speaker in both]
+    said = [speaker.say(again, z, probes.ANSWER_TOKENS, first=1) for speaker in both]
+    recall = [latent_sources.recall(speaker, source, asked) for speaker in both]
+    fork = [latent_sources.fork(speaker, source, asked) for speaker in both]
     return Agreement(
         float((rows[0] - rows[1]).abs().max()),
         np.array([a == b for a, b in zip(*said, strict=True)]),
-        (material.recall(native, source), material.recall(reference, source)),
-        (material.fork(native, source), material.fork(reference, source)),
-    )
+        (recall[0], recall[1]), (fork[0], fork[1]))
 
 
-def compare(exported: Export, base: Path, material: Probes, device: str = "cpu",
+def compare(exported: Export, base: Path, asked: ProbeSet, device: str = "cpu",
             window: int = 512, sequences: int = 32) -> dict[str, Agreement]:
     """Exported files in llama.cpp against PyTorch, dequantised: z* from the ``prior``, ``prefix``.
 
@@ -163,40 +165,43 @@ def compare(exported: Export, base: Path, material: Probes, device: str = "cpu",
     that the engine reads together, of at most `window` tokens each.
     """
     model = load_committed(base, exported.folder, exact=True).to(device)
-    reference = Reader(model, Tokenizer(base / "tokenizer.model"), plan_of(exported.folder).chat)
+    reference = TorchSpeaker(model, Tokenizer(base / "tokenizer.model"),
+                             plan_of(exported.folder).chat)
     layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
     with (Model(exported.base, layers, exported.lora) as engine,
           Context(engine, sequences, window, usable_threads()) as context):
-        native = NativeReader(reference, context)
-        return {"prior": agreement(native, reference, material, "prior"),
-                "prefix": agreement(native, reference, material, "prefix")}
+        native = ExportedSpeaker(reference, context)
+        return {"prior": agreement(native, reference, asked, "prior"),
+                "prefix": agreement(native, reference, asked, "prefix")}
 
 
-def record_agreement(run: Run, found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> None:
-    """Add ``native.<source>.<measure>``, and ``pytorch.<source>.<measure>`` of the probes, over
-    all runs (by base and seed): the largest difference, and shares of all answers."""
+def of_agreement(found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> list[Metric]:
+    """``native.<source>.<measure>``, and ``pytorch.<source>.<measure>`` of the probes, over all
+    runs (by base and seed): the largest difference, and shares of all answers."""
     seeds = sorted({seed for _, seed in found})
     bases = len({base for base, _ in found})
 
-    def share(name: str, values: Sequence[np.ndarray]) -> None:
+    def share(name: str, values: Sequence[np.ndarray]) -> Metric:
         stacked = np.stack(values).astype(float).reshape(bases, len(seeds), -1)
-        run.metric(name, float(stacked.mean()), "fraction", n=stacked.shape[-1],
-                   numerator=float(stacked.sum()), denominator=float(stacked.size),
-                   seeds=tuple(seeds), interval=hierarchical(stacked, share=True))
+        return Metric.of(name, float(stacked.mean()), "fraction", n=stacked.shape[-1],
+                         numerator=float(stacked.sum()), denominator=float(stacked.size),
+                         seeds=tuple(seeds), interval=hierarchical(stacked, share=True))
 
-    run.metric("native.runs", len(found), "count")
+    metrics = [Metric.of("native.runs", len(found), "count")]
     for source in ("prior", "prefix"):
-        results = [each[source] for each in found.values()]
-        run.metric(f"native.{source}.logit_difference", max(r.logits for r in results), "")
-        run.metric(f"native.{source}.yes_sum_difference", max(r.yes_sum for r in results), "")
-        share(f"native.{source}.named_equal", [r.named for r in results])
-        share(f"native.{source}.greedy_equal", [r.greedy for r in results])
+        results, native = [each[source] for each in found.values()], f"native.{source}"
+        metrics += [
+            Metric.of(f"{native}.logit_difference", max(r.logits for r in results), ""),
+            Metric.of(f"{native}.yes_sum_difference", max(r.yes_sum for r in results), ""),
+            share(f"{native}.named_equal", [r.named for r in results]),
+            share(f"{native}.greedy_equal", [r.greedy for r in results])]
         for number, engine in enumerate(("native", "pytorch")):
-            recall, fork = ([getattr(r, name)[number] for r in results]
-                            for name in ("recall", "fork"))
-            share(f"{engine}.{source}.recall", [r.recalled for r in recall])
-            share(f"{engine}.{source}.eviction", [r.recalled_after_eviction for r in recall])
-            share(f"{engine}.{source}.same_choice", [f.same for f in fork])
-            run.metric(f"{engine}.{source}.yes_sum",
-                       float(np.mean([f.yes_sum.mean() for f in fork])), "",
-                       n=len(fork[0].yes_sum), seeds=tuple(seeds))
+            name, recall = f"{engine}.{source}", [r.recall[number] for r in results]
+            fork = [r.fork[number] for r in results]
+            metrics += [
+                share(f"{name}.recall", [r.recalled for r in recall]),
+                share(f"{name}.eviction", [r.recalled_after_eviction for r in recall]),
+                share(f"{name}.same_choice", [f.same for f in fork]),
+                Metric.of(f"{name}.yes_sum", float(np.mean([f.yes_sum.mean() for f in fork])), "",
+                          n=len(results[0].fork[number].yes_sum), seeds=tuple(seeds))]
+    return metrics

@@ -1,10 +1,10 @@
-"""A committed PyTorch model that reads and writes turns, each conversation with a z* of its own."""
+"""PyTorch's speaker: a committed model, each conversation with a z* of its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lablog.commitment.conversations import padded, visible
+from lablog.commitment.posterior import Posterior
+from lablog.commitment.probes import ForkItem, Turns
 from lablog.commitment.qlora import CommittedModel
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct
-from lablog.commitment.variational import Posterior
+from lablog.models.sampling import chosen_tokens
 from lablog.text.dialogues import Turn
 from lablog.text.tokenizer import Tokenizer
 
@@ -36,9 +38,11 @@ class Group:
         return self.stem + sum(len(prompts[i].ids) - self.stem for i in self.members)
 
 
-class Reader:
-    """z below is None, or float32 [prompts, exchanges, k]: exchange t is read under
-    ``z[:, t % exchanges]``, so one column is a commitment and several are redrawn every turn.
+class TorchSpeaker:
+    """A `Speaker` (``probes``) whose latents are z: None, or float32 [prompts, exchanges, k].
+
+    Exchange t is read under ``z[:, t % exchanges]``, so one column is a commitment and several are
+    redrawn every turn. What is asked in turns becomes prompts, which are read in batches.
 
     chat: how the model is spoken to, ``plain`` or ``llama2``, as it was trained.
     """
@@ -61,6 +65,39 @@ class Reader:
         ids, mask = padded(rows, "left"), padded([np.ones(len(r), np.int64) for r in rows], "left")
         with torch.inference_mode():
             return self.model.posterior(ids.to(self.device), mask.to(self.device))
+
+    def say(self, conversations: Sequence[Turns], under: Tensor | None, tokens: int,
+            first: int = 0, uniforms: np.ndarray | None = None) -> list[str]:
+        """As `Speaker.say`."""
+        prompts = [self.prompt(turns, "", first) for turns in conversations]
+        return self.answers(prompts, under, tokens, uniforms)
+
+    def agree(self, conversations: Sequence[Turns], under: Tensor | None) -> np.ndarray:
+        """As `Speaker.agree`."""
+        found: np.ndarray = self.yes_no([self.prompt(turns, "") for turns in conversations],
+                                        under).numpy()
+        return found
+
+    def forks(self, histories: Sequence[Turns], items: Sequence[ForkItem],
+              under: Tensor | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `Speaker.forks`; each question is an exchange of its own. All items must have equally
+        many values."""
+        rows = [(i, x, [*history, guess]) for i, (item, history) in
+                enumerate(zip(items, histories, strict=True))
+                for x, guess in enumerate(item.guesses)]
+        owner = [i for i, _, _ in rows]
+        pairs = self.yes_no([asked_as(self.prompt(turns, ""), 1 + x) for _, x, turns in rows],
+                            None if under is None else under[owner]).view(len(items), -1, 2)
+        named = name_values(self, [
+            (self.prompt([*history, item.naming], item.stem), item.values)
+            for item, history in zip(items, histories, strict=True)
+        ], under)
+        return list(zip(pairs.numpy(), named.numpy(), strict=True))
+
+    def read(self, texts: Sequence[Turns], under: Tensor | None) -> list[np.ndarray]:
+        """As `Speaker.read`, without the last token of each text."""
+        return [rows.numpy() for rows in
+                self.log_probabilities([self.prompt(turns) for turns in texts], under)]
 
     def _batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Indices in batches of similar length."""
@@ -234,8 +271,7 @@ class Reader:
                 uniforms: np.ndarray | None = None) -> list[str]:
         """Continuation of each prompt up to a token that ends an answer, or `tokens` tokens.
 
-        Greedy, or at temperature 1 from `uniforms` [prompts, tokens] by inverting the cumulative
-        distribution, as ``llama_cpp.generate_tokens`` does.
+        Greedy, or at temperature 1 from `uniforms` [prompts, tokens].
         """
         texts, stops = [""] * len(prompts), sorted(self.rendering.stops)
         for batch in self._batches(prompts):
@@ -249,12 +285,8 @@ class Reader:
                     past_key_values=cache, use_cache=True,
                 ).last_hidden_state[:, -1]
                 logits = self.model.base.get_output_embeddings()(out).double().cpu().numpy()
-                if uniforms is None:
-                    chosen = logits.argmax(axis=1)
-                else:
-                    weights = np.exp(logits - logits.max(axis=1, keepdims=True)).cumsum(axis=1)
-                    targets = uniforms[batch, step] * weights[:, -1]
-                    chosen = (weights <= targets[:, None]).sum(axis=1)
+                chosen = chosen_tokens(
+                    logits, None if uniforms is None else uniforms[batch, step])
                 written = np.concatenate([written, chosen[:, None]], axis=1)
                 if bool(np.isin(written, stops).any(axis=1).all()):
                     break
@@ -268,13 +300,21 @@ class Reader:
         return [text.strip() for text in texts]
 
 
-def name_values(reader: Reader, asked: Sequence[tuple[Prompt, Sequence[str]]],
+def asked_as(prompt: Prompt, number: int) -> Prompt:
+    """`prompt` with its last exchange numbered `number` further on: questions that a conversation
+    is forked into are exchanges of their own."""
+    last = prompt.exchange.max()
+    return replace(prompt, exchange=np.where(prompt.exchange == last, last + number,
+                                             prompt.exchange))
+
+
+def name_values(speaker: TorchSpeaker, asked: Sequence[tuple[Prompt, Sequence[str]]],
                 z: Tensor | None) -> Tensor:
     """P(value | what is it?) among the values, float64 [prompts, values].
 
     Raises ValueError naming two values that the tokenizer cannot tell apart.
     """
-    logs, tokens = reader.log_likelihoods(asked, z)
+    logs, tokens = speaker.log_likelihoods(asked, z)
     for (_, values), found in zip(asked, tokens, strict=True):
         check_distinct(values, found)
     return logs.softmax(-1)

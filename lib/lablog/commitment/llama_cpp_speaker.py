@@ -1,0 +1,380 @@
+"""llama.cpp's speaker: conversations in the sequences of a context, all under one injection."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lablog.commitment import rendering
+from lablog.commitment.probes import ForkItem, Turns
+from lablog.models.llama_cpp import Commitment, Context, Model, generate_tokens
+from lablog.models.sampling import log_softmax
+from lablog.provenance import usable_threads
+from lablog.text.dialogues import Turn
+
+SMALL = 50_000_000
+"""Parameters up to which one thread a context is faster than many threads in one."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What is injected at each turn of a conversation: turn t gets ``commitments[t % n]``.
+
+    One commitment is the experiment (sampled once); several are the control that draws a
+    direction of the same norm anew for every turn and every forked question; none (or strength
+    0) is the unmodified model.
+    """
+
+    commitments: tuple[Commitment, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether turns differ."""
+        return len(self.commitments) > 1
+
+    def turn(self, context: Context, number: int) -> None:
+        """Set what turn `number` gets."""
+        context.commit(self.commitments[number % len(self.commitments)]
+                       if self.commitments else None)
+
+    def questions(self, context: Context, numbers: Mapping[int, int]) -> None:
+        """Give questions that are asked together, one a sequence, what their numbers get.
+
+        Only an injection that changes does anything: each question is then a turn of its own.
+        """
+        if self.changes:
+            for sequence, number in numbers.items():
+                chosen = self.commitments[number % len(self.commitments)]
+                context.commit(chosen, sequence=sequence)
+
+    def asked(self, context: Context, sequences: Iterable[int]) -> None:
+        """Take back what :meth:`questions` gave to `sequences`."""
+        if self.changes:
+            for sequence in sequences:
+                context.commit(None, sequence=sequence)
+
+
+class LlamaCppSpeaker:
+    """A `Speaker` (``probes``) whose latents are an `Injection`, the same for all conversations.
+
+    As many conversations are read together as the context has sequences. What they have in common
+    with what the sequences hold already, be it the stem of a fork or the exchange before, is not
+    read again.
+
+    chat: ``plain`` (one turn a line, ``U:`` and ``A:``, for any model) or ``llama2`` (the
+    instruction format of Llama-2-Chat).
+    """
+
+    def __init__(self, context: Context, chat: str = "plain") -> None:
+        rendering.check_chat(chat)
+        self.context, self.model, self.chat = context, context.model, chat
+        self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
+        self._said: tuple[Injection, list[str]] | None = None  # conversations that the caches hold
+
+    # --- turns and tokens ---------------------------------------------------------------------
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        special = self.chat == "llama2"
+        return tuple(self.model.tokenize(text, bos=True, special=special))
+
+    def render(self, turns: Sequence[Turn]) -> str:
+        """Turns as the text that the model reads."""
+        return rendering.render(turns, self.chat)
+
+    def history(self, turns: Sequence[Turn]) -> list[int]:
+        """Tokens of finished turns."""
+        return list(self._encode(self.render(turns)))
+
+    def prompt(self, turns: Sequence[Turn], stem: str = "") -> list[int]:
+        """Tokens up to where the assistant speaks (having begun with `stem`)."""
+        return list(self._encode(rendering.asked(turns, self.chat, stem)))
+
+    # --- as a `Speaker` -----------------------------------------------------------------------
+
+    def say(self, conversations: Sequence[Turns], under: Injection, tokens: int, first: int = 0,
+            uniforms: np.ndarray | None = None) -> list[str]:
+        """As `Speaker.say`. Conversations that continue those of the call before, under the same
+        injection, are read on from there."""
+        texts: list[str] = []
+        for begin in range(0, len(conversations), self.context.sequences):
+            group = conversations[begin : begin + self.context.sequences]
+            logits = self._ask(group, under, first)
+            drawn = None if uniforms is None else dict(enumerate(uniforms[begin:][: len(group)]))
+            written = generate_tokens(self.context, logits, tokens, self.model.stops(), drawn)
+            said = [self.model.detokenize(written[s]).strip() for s in range(len(group))]
+            self._said = under, [self.render([*turns, Turn("A", text, "answer")])
+                                 for turns, text in zip(group, said, strict=True)]
+            texts += said
+        return texts
+
+    def _ask(self, group: Sequence[Turns], under: Injection, first: int) -> dict[int, np.ndarray]:
+        """Logits behind the prompt of each conversation; turn by turn if the injection changes.
+
+        The exchange that opens a conversation gets number 0, those that follow numbers from 2 on
+        (what ends an exchange that the caches hold already, number 2); all last questions have the
+        same.
+        """
+        holds = self._hold(group, under)
+        if not holds:
+            self._clear()
+        longest = max(len(turns) - 1 for turns in group)
+        number = longest // 2 + 2 if longest or first else 0
+        if under.changes:
+            for end in range(2, longest + 1, 2):
+                under.turn(self.context, 1 + end // 2 if end > 2 or holds or first else 0)
+                self.context.prefill({s: self.history(turns[:end]) for s, turns in enumerate(group)
+                                      if end < len(turns)})
+        under.turn(self.context, number)
+        return self.context.prefill({s: self.prompt(turns) for s, turns in enumerate(group)})
+
+    def _hold(self, group: Sequence[Turns], under: Injection) -> bool:
+        if self._said is None or self._said[0] is not under or len(self._said[1]) != len(group):
+            return False
+        return all(self.render(turns).startswith(text)
+                   for turns, text in zip(group, self._said[1], strict=True))
+
+    def _clear(self) -> None:
+        self.context.clear()
+        self._said = None
+
+    def agree(self, conversations: Sequence[Turns], under: Injection) -> np.ndarray:
+        """As `Speaker.agree`."""
+        found = np.zeros((len(conversations), 2))
+        for begin in range(0, len(conversations), self.context.sequences):
+            logits = self._ask(conversations[begin : begin + self.context.sequences], under, 0)
+            answers = self.word_probabilities({s: rows[0] for s, rows in logits.items()},
+                                              ("yes", "no"))
+            self._said = None
+            for sequence, pair in answers.items():
+                found[begin + sequence] = pair
+        return found
+
+    def forks(self, histories: Sequence[Turns], items: Sequence[ForkItem],
+              under: Injection) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `Speaker.forks`.
+
+        An injection that changes gives every question of every fork a direction of its own, and
+        what is decoded to score an answer has that of its question.
+        """
+        context = self.context
+        widest = max(len(item.values) for item in items) + 1
+        room = context.sequences // widest
+        if not room:
+            raise ValueError(f"forking {widest - 1} ways needs {widest} sequences, the context has "
+                             f"{context.sequences}")
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for begin in range(0, len(items), room):
+            group = list(zip(range(0, room * widest, widest), histories[begin : begin + room],
+                             items[begin : begin + room], strict=False))
+            self._clear()
+            under.turn(context, 0)
+            context.prefill({base: self.history(history) for base, history, _ in group})
+            asked: dict[int, list[int]] = {}
+            for base, history, item in group:
+                context.fork(base, range(base + 1, base + 1 + len(item.values)))
+                asked[base] = self.prompt([*history, item.naming], item.stem)
+                for offset, guess in enumerate(item.guesses):
+                    asked[base + 1 + offset] = self.prompt([*history, guess])
+            # Question q of item i is turn 1 + i · widest + q of what is injected: none twice.
+            under.questions(context, {s: 1 + begin * widest + s for s in asked})
+            last = {s: rows[0] for s, rows in context.prefill(asked).items()}
+            bases = [base for base, _, _ in group]
+            answers = self.word_probabilities({s: last[s] for s in asked if s not in bases},
+                                              ("yes", "no"))
+            scores = self.scores({base: last[base] for base in bases}, {
+                base: self.continuations([*history, item.naming], item.stem, item.values)
+                for base, history, item in group})
+            under.asked(context, range(len(group) * widest))
+            for base, _, item in group:
+                pairs = np.array([answers[base + 1 + x] for x in range(len(item.values))])
+                logs = scores[base]
+                found.append((pairs, np.exp(logs - np.logaddexp.reduce(logs))))
+        return found
+
+    def read(self, texts: Sequence[Turns], under: Injection) -> list[np.ndarray]:
+        """As `Speaker.read`, the last token included."""
+        context, rows = self.context, [np.empty(0)] * len(texts)
+        for begin in range(0, len(texts), context.sequences):
+            group = dict(enumerate(texts[begin : begin + context.sequences]))
+            self._clear()
+            longest = max(map(len, group.values()))
+            ends = range(2, longest + 2, 2) if under.changes else [longest]
+            pieces: dict[int, list[np.ndarray]] = {i: [] for i in group}
+            for number, end in enumerate(ends):
+                under.turn(context, number)
+                told = {i: self.history(turns[:end]) for i, turns in group.items()
+                        if number == 0 or len(turns) > end - 2}
+                for i, logits in context.prefill(told, "all").items():
+                    pieces[i].append(log_softmax(logits))
+            for i, parts in pieces.items():
+                rows[begin + i] = np.concatenate(parts)
+        return rows
+
+    # --- texts that go on by themselves -------------------------------------------------------
+
+    def write(self, openings: Sequence[Turns], under: Injection,
+              uniforms: np.ndarray) -> list[list[int]]:
+        """Tokens that continue each opening at temperature 1, by `uniforms` [openings, tokens]."""
+        texts: list[list[int]] = []
+        for begin in range(0, len(openings), self.context.sequences):
+            group = openings[begin : begin + self.context.sequences]
+            logits = self._reopened({s: self.history(turns) for s, turns in enumerate(group)},
+                                    under, [[]] * len(group), "last")
+            drawn = dict(enumerate(uniforms[begin:][: len(group)]))
+            written = generate_tokens(self.context, logits, uniforms.shape[1], frozenset(), drawn)
+            texts += [written[s] for s in range(len(group))]
+        return texts
+
+    def read_written(self, openings: Sequence[Turns], written: Sequence[list[int]],
+                     under: Injection) -> list[np.ndarray]:
+        """Log probabilities behind each token `written` after its opening, float32 [tokens,
+        vocabulary]."""
+        found: list[np.ndarray] = []
+        for begin in range(0, len(openings), self.context.sequences):
+            group = openings[begin : begin + self.context.sequences]
+            rows = self._reopened({s: self.history(turns) for s, turns in enumerate(group)},
+                                  under, written[begin:][: len(group)], "all")
+            found += [log_softmax(rows[s]) for s in range(len(group))]
+        return found
+
+    def _reopened(self, openings: dict[int, list[int]], under: Injection,
+                  tails: Sequence[list[int]], logits: Literal["last", "all"],
+                  ) -> dict[int, np.ndarray]:
+        """Logits behind openings and tails, which are the injection's turns 0 and 1."""
+        self._clear()
+        under.turn(self.context, 0)
+        self.context.prefill(openings)
+        under.turn(self.context, 1)
+        return self.context.prefill({s: [*ids, *tails[s]] for s, ids in openings.items()}, logits)
+
+    # --- words --------------------------------------------------------------------------------
+
+    def word_probabilities(
+        self, last: Mapping[int, np.ndarray], words: Sequence[str]
+    ) -> dict[int, np.ndarray]:
+        """P(word | content), lower-case or capitalised, for each sequence, float64 [words].
+
+        `last` holds the logits [vocabulary] behind each sequence's content, a prompt. Words of
+        several tokens are decoded behind all sequences together and forgotten again.
+        """
+        probe = [Turn("U", "is it?", "is_it")]
+        first = dict(zip(last, _exact_log_softmax(np.stack(list(last.values()))), strict=True))
+        result = {s: np.zeros(len(words)) for s in last}
+        for index, word in enumerate(words):
+            for tokens in self.continuations(probe, "", (word, word.capitalize())):
+                scores = {s: row[tokens[0]] for s, row in first.items()}
+                if len(tokens) > 1:
+                    lengths = {s: len(self.context.tokens[s]) for s in last}
+                    rows = self.context.decode(dict.fromkeys(last, tokens[:-1]), "all")
+                    for s in last:
+                        steps = _exact_log_softmax(rows[s])
+                        scores[s] += steps[np.arange(len(steps)), tokens[1:]].sum()
+                        self.context.rewind(s, lengths[s])
+                for s, score in scores.items():
+                    result[s][index] += np.exp(score)
+        return result
+
+    def continuations(self, turns: Sequence[Turn], stem: str,
+                      values: Sequence[str]) -> list[list[int]]:
+        """Tokens of each value behind the prompt with `stem`.
+
+        Raises ValueError where the tokenizer joins the prompt's end with a value.
+        """
+        prompt = self.prompt(turns, stem)
+        longer = [self.prompt(turns, f"{stem} {value}".strip()) for value in values]
+        kept, tokens = rendering.continuations(prompt, longer)
+        if kept < len(prompt):
+            raise ValueError(f"this tokenizer joins {stem or 'the prompt'!r} with the word behind "
+                             f"it ({', '.join(values)}): the window cannot be continued")
+        return tokens
+
+    def scores(
+        self,
+        last: Mapping[int, np.ndarray],
+        continuations: Mapping[int, Sequence[Sequence[int]]],
+    ) -> dict[int, np.ndarray]:
+        """log P(continuation | content) for each sequence's continuations, float64 [n].
+
+        `last` holds the logits [vocabulary] behind each sequence's content. Continuations of
+        several tokens are decoded together, in the n sequences behind each, which then have its
+        commitment for their own.
+        """
+        first = dict(zip(last, _exact_log_softmax(np.stack(list(last.values()))), strict=True))
+        result = {s: np.array([first[s][tokens[0]] for tokens in several])
+                  for s, several in continuations.items()}
+        longer = {}
+        for sequence, several in continuations.items():
+            for offset, tokens in enumerate(several):
+                if len(tokens) > 1:
+                    copy = sequence + 1 + offset
+                    self.context.fork(sequence, [copy])
+                    own = self.context.committed(sequence)
+                    if own is not self.context.committed(copy):
+                        self.context.commit(own, sequence=copy)
+                    longer[copy] = (sequence, offset, tokens)
+        rows = self.context.decode({s: tokens[:-1] for s, (_, _, tokens) in longer.items()}, "all")
+        for copy, (sequence, offset, tokens) in longer.items():
+            steps = _exact_log_softmax(rows[copy])
+            result[sequence][offset] += steps[np.arange(len(steps)), tokens[1:]].sum()
+        return result
+
+
+def _exact_log_softmax(logits: np.ndarray) -> np.ndarray:
+    return log_softmax(logits.astype(np.float64))
+
+
+class Speakers:
+    """A model in memory, and as many contexts of it as are worth having: each speaks by itself, in
+    one thread at a time. A context manager, or `close` it.
+
+    workers: how many there are. gpu_layers: layers on the GPU, of a llama.cpp built for it.
+    """
+
+    def __init__(self, gguf: Path, sequences: int, window: int, chat: str = "plain",
+                 gpu_layers: int = 0) -> None:
+        self.gguf, self.sequences, self.window, self.chat = gguf, sequences, window, chat
+        self._stack = ExitStack()
+        self.model = self._stack.enter_context(Model(gguf, gpu_layers))
+        small = self.model.parameters <= SMALL
+        self.workers = usable_threads() if small else 1
+        self._idle: queue.SimpleQueue[LlamaCppSpeaker] = queue.SimpleQueue()
+        for _ in range(self.workers):
+            context = Context(self.model, sequences, window,
+                              threads=1 if small else usable_threads(), cache_type="f16")
+            self._idle.put(LlamaCppSpeaker(self._stack.enter_context(context), chat))
+
+    @contextmanager
+    def one(self) -> Iterator[LlamaCppSpeaker]:
+        """A speaker that nobody else uses while the block lasts; waits until one is free."""
+        speaker = self._idle.get()
+        try:
+            yield speaker
+        finally:
+            self._idle.put(speaker)
+
+    def residual_norms(self, texts: Sequence[Turns]) -> np.ndarray:
+        """Mean ‖h‖ after each layer of the unmodified model, over all tokens of `texts`, [layers].
+
+        In a context of its own, in f32.
+        """
+        with Context(self.model, min(16, self.sequences), self.window, usable_threads(),
+                     watch_residual=True) as context:
+            LlamaCppSpeaker(context, self.chat).read(texts, Injection())
+            return context.residual_norms()
+
+    def close(self) -> None:
+        """Free the contexts and the model."""
+        self._stack.close()
+
+    def __enter__(self) -> Speakers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
