@@ -1,4 +1,4 @@
-"""Dialogue sources, GPT-2's tokenizer against its published files, and the benchmark's names."""
+"""Dialogue sources, and GPT-2's tokenizer against its published files."""
 
 import io
 import json
@@ -19,7 +19,6 @@ from tokenizers import ByteLevelBPETokenizer
 from lablog.files import repository
 from lablog.text.corpora import conversation, documents
 from lablog.text.gpt2 import GPT2Tokenizer, gpt2_embedding
-from tools import bench_cvfp as bench
 
 NAME = "models/ggml-vocab-gpt-2.gguf"
 
@@ -124,14 +123,3 @@ print(json.dumps(gpt2_embedding({source!r}).tolist()))"""
 def test_conversation_puts_a_turn_on_a_line():
     messages = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": " c "}]
     assert conversation(messages) == "U: a b\nA: c\n"
-
-
-def test_benchmark_returns_the_names_of_the_issue():
-    size = bench.Size(width=24, layers=2, tokens=200, slice=5, repeats=1, growth=(50, 100))
-    rows = {name: (value, unit) for name, value, unit, _ in bench.run(size)}
-    assert {
-        "cvfp.parallel_step.fraction_of_gemm", "cvfp.train.parallel_over_sequential",
-        "cvfp.rollout.fraction_of_gemv", "cvfp.rollout.best_over_sequential.trained",
-        "cvfp.rollout.best_over_sequential.untrained", "cvfp.growth.seconds_per_token.50",
-    } <= set(rows)
-    assert all(value > 0 for value, _ in rows.values())
