@@ -138,9 +138,9 @@ def test_the_library_names_no_folder_of_readers():
 
 
 def test_one_module_knows_where_generated_things_lie():
-    """`make bench` and its page name their own record; examples of commands stand in texts."""
+    """Examples of commands stand in texts."""
     for path in LIBRARY:
-        if relative(path) in ("layout.py", "bench.py", "speed.py"):
+        if relative(path) == "layout.py":
             continue
         strings = {n.value for n in ast.walk(ast.parse(path.read_text()))
                    if isinstance(n, ast.Constant) and isinstance(n.value, str)}

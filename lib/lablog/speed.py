@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lablog import figures
+from lablog import figures, layout
 from lablog.files import repository
 from lablog.record import Record
 from lablog.report import format_metric
@@ -30,9 +30,8 @@ TITLES = {"native": "llama.cpp with a commitment", "qlora": "Training the commit
 
 
 def latest() -> Record | None:
-    """This clone's ``build/bench.json``, else the published one, else none."""
-    for place in ("build/bench.json", "book/records/bench.json"):
-        path = repository() / place
+    """What this clone has measured, else what was published, else none."""
+    for path in (layout.benchmark(), repository() / "book" / "records" / "bench.json"):
         if path.is_file():
             return Record.read(path)
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from lablog.files import repository
+from lablog import layout
 from lablog.record import Metric
 from lablog.report import format_metric
 from lablog.run import Run
@@ -31,13 +31,13 @@ def told(metric: Metric) -> str:
 
 def main() -> int:
     """Measure everything, write the record and print it."""
-    folder = repository() / "build"
+    folder = layout.built()
     run = Run("bench", "bench", folder, folder / "bench", {})
     for name, measure in STAGES.items():
         with run.stage(name):
             measure(run)
     record = run.record()
-    record.write(folder / "bench.json")
+    record.write(layout.benchmark())
     for metric in record.metrics:
         print(told(metric))
     return 0

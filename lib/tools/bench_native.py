@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lablog import layout
 from lablog.commitment import sampler
-from lablog.files import repository
 from lablog.intervals import bootstrap_percentile
 from lablog.keys import key
 from lablog.models import convert, locate
@@ -120,7 +120,7 @@ def decode(run: Run) -> None:
     put a context moves that by several per cent. So contexts are made anew for every round, in
     alternating order, and the interval is over rounds.
     """
-    offline = locate.gguf_file("offline:laptop", repository() / "build/laptop/artifacts")
+    offline = locate.gguf_file("offline:laptop", layout.artifacts(layout.results("laptop")))
     wide = random_llama(run.artifacts)
     for suffix, gguf, sequences, tokens, pairs, rounds in (
         ("offline", offline, 1, 200, 10, 40),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lablog import layout
 from lablog.commitment import latent_sources
 from lablog.commitment.conversations import (
     Conversation,
@@ -26,7 +27,6 @@ from lablog.commitment.qlora import (
     load_to_read,
 )
 from lablog.commitment.torch_speaker import TorchSpeaker
-from lablog.files import repository
 from lablog.intervals import bootstrap_percentile
 from lablog.models import locate
 from lablog.profiles import load
@@ -111,7 +111,7 @@ def record(run: Run) -> None:
     """Record a training step with the commitment over LoRA alone on the same tokens, 4 bits over
     f32, and forked choices a second; with one thread, as chapter 3 trains several such models at
     a time."""
-    base = locate.hugging_face_folder("offline:laptop", repository() / "build/laptop/artifacts")
+    base = locate.hugging_face_folder("offline:laptop", layout.artifacts(layout.results("laptop")))
     k, threads = SETTINGS["k"], torch.get_num_threads()
     plain, committed, whole = step(base, 0, "nf4"), step(base, k, "nf4"), step(base, k, "none")
     for name, reference, candidate, used in (

@@ -4,9 +4,14 @@
 # Taking the sources from there, and nowhere else, makes "library and bindings are one version"
 # true by construction. Nothing here needs a compiler, so bad input is reported within a second.
 
-# The one sdist this project is built from. Keep in step with the version pinned for pip.
-set(LLAMA_SDIST_VERSION 0.3.36)
-set(LLAMA_SDIST_SHA256  832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e)
+# The one sdist this project is built from: the one whose bindings are installed.
+set(LLAMA_LOCK "${CMAKE_CURRENT_LIST_DIR}/../../requirements.lock")
+file(READ "${LLAMA_LOCK}" LOCKED)
+if(NOT LOCKED MATCHES "\nllama-cpp-python==([0-9.]+) \\\\\n +--hash=sha256:([0-9a-f]+)\n")
+    message(FATAL_ERROR "${LLAMA_LOCK} names no llama-cpp-python with one hash: write it with 'make lock'.")
+endif()
+set(LLAMA_SDIST_VERSION "${CMAKE_MATCH_1}")
+set(LLAMA_SDIST_SHA256 "${CMAKE_MATCH_2}")
 
 set(LLAMA_SDIST_HOW "Get it with\n\
   pip download --no-deps --no-binary :all: llama-cpp-python==${LLAMA_SDIST_VERSION}\n\

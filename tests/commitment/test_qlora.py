@@ -496,6 +496,9 @@ def test_the_commitment_trains_in_two_processes(folder, tmp_path):
     log = json.loads((output / "training.json").read_text())
     assert log["processes"] == 2
     assert [entry["step"] for entry in log["history"]] == list(range(1, 7))
+    data = conversations(Tokenizer(folder / "tokenizer.model"), 24)
+    assert sum(entry["tokens"] for entry in log["history"]) == sum(
+        len(data[i].prefix.ids) + len(data[i].forks.ids) for i in range(24))
     assert qlora.load_committed(folder, output).commitment.settings.layers == PLAN.layers
 
 

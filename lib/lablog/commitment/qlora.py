@@ -267,7 +267,8 @@ class CommitmentTrainer(GuardedTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.seen and "loss" in logs:
-            logs["tokens"] = int(sum(parts["tokens"] for parts in self.seen))
+            mine = torch.stack([parts["tokens"] for parts in self.seen]).sum()
+            logs["tokens"] = int(self.accelerator.reduce(mine))  # of all processes
             for name in ("lm", "kl") if "kl" in self.seen[0] else ("lm",):
                 logs[name] = torch.stack([parts[name] for parts in self.seen]).mean().item()
             if "means" in self.seen[0]:
