@@ -158,7 +158,7 @@ def rollout(
         if solved is None:
             break
         out[begin:end] = solved.flatten(0, 1)
-        begin, here, rows = end, out[end - 1], min(2 * rows, max(64, rows))
+        begin, here, rows = end, out[end - 1], min(4 * rows, max(128, rows))
     if begin < len(tokens):
         SequentialRollout(block)(tokens, start, out)
         result.sequential_tokens = len(tokens)
