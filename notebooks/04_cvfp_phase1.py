@@ -22,7 +22,7 @@
 
 # %% tags=["parameters"]
 # Text and tokens.
-text_source: str = "arianna"  # arianna, self_consistency (offline) or ultrachat (Hub)
+text_source: str = "arianna"  # arianna, self_consistency, ultrachat (Hub), or a .txt or .jsonl
 corpus_documents: int = 2000  # training dialogues read at most: tokenizer, embedding, training text
 dialogues: int = 10  # dialogues in the training text
 dialogue_tokens: int = 64  # tokens that each is cut to
@@ -325,8 +325,8 @@ table.set_index(["network", "split"]).round(3)
 
 # %% [markdown]
 # One network is one draw of initial weights. The effective rank at the adopted $w$ is therefore
-# also given as a mean over seeds, with a $t$ interval, as `<variant>.<text>.effective_rank`; that of
-# the untrained networks was recorded above.
+# also given as a mean over seeds, with a $t$ interval, as `<variant>.<text>.effective_rank`; that
+# of the untrained networks was recorded above.
 
 # %%
 named = {"parallel": f"w{diversity_weight:g}", "true_pass": f"true.w{true_pass_weight:g}"}
