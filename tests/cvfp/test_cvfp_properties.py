@@ -12,9 +12,12 @@ from lablog.cvfp.memory import memory_curve, memory_length
 from lablog.cvfp.model import CVFPBlock, shifted
 from lablog.cvfp.passes import iterate_passes
 from lablog.cvfp.phase1 import (
+    DiversityTracker,
+    SequentialStep,
     contexts_of,
     make_optimizer,
     parallel_step,
+    sequential_iteration,
     train,
     trained,
     true_pass_step,
@@ -142,6 +145,20 @@ def test_segments_read_a_true_pass_within_the_tolerance(network, embeddings, pha
     error = (loop - segments).norm(dim=1) / loop.norm(dim=1)
     assert 0 < float(error.max()) < 1e-4
     assert all(torch.allclose(weights[name], others[name], atol=1e-4) for name in weights)
+
+
+def test_the_moving_mean_starts_where_it_is_told_to(network, embeddings, phase1):
+    """With a decay of 1 the mean stays where it starts, so that the loss tells where that is."""
+    tokens, contexts = embeddings(20), rollout(network(), embeddings(20)).contexts
+    for start, mean in (("zero", torch.zeros(12)), ("first_pass", contexts.mean(0))):
+        config = replace(phase1, variant="sequential", ema_decay=1.0, ema_start=start, iterations=2)
+        block = network()
+        optimizer = make_optimizer(block, config)
+        step = SequentialStep(block, config, optimizer)
+        tracker = DiversityTracker(mean.double(), torch.zeros(12).double(), 1.0)
+        _, expected = sequential_iteration(step, tokens, contexts, tracker)
+        history = train(network(), tokens, config).history
+        assert history[0].diversity_loss == pytest.approx(float(expected[2]), rel=1e-12)
 
 
 def test_loss_is_raw_not_normalised(network, embeddings, phase1):

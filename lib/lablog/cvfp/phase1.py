@@ -40,7 +40,8 @@ class Phase1Config:
     to the previous context below which a token counts as converged (0.1). Training stops early
     when `early_stop_fraction` of the tokens (0.95) converged in iteration `early_stop_from` or
     later; from 2 on, because iteration 1 repeats iteration 0 whatever the network.
-    `ema_decay` belongs to the sequential variant's moving mean. `autocast` computes the products
+    `ema_decay` belongs to the sequential variant's moving mean, which starts at zero or at the mean
+    of the first pass (`ema_start`; the log does not say where). `autocast` computes the products
     of a batch in bfloat16 (not the sequential variant). `segment`: how a true pass is read: 1 by
     the loop, more by iteration over segments of so many tokens from the contexts of the pass
     before, as exact as :func:`lablog.cvfp.rollout.rollout` says.
@@ -58,6 +59,7 @@ class Phase1Config:
     seed: int
     autocast: bool = False
     segment: int = 1
+    ema_start: Literal["zero", "first_pass"] = "zero"
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
@@ -71,6 +73,8 @@ class Phase1Config:
             )
         if self.autocast and self.variant == "sequential":
             raise ValueError("autocast = True needs a variant that steps once a pass")
+        if self.ema_start not in ("zero", "first_pass"):
+            raise ValueError(f"ema_start = {self.ema_start!r}, expected 'zero' or 'first_pass'")
         if self.segment < 1 or (self.segment > 1 and self.variant != "true_pass"):
             raise ValueError(f"segment = {self.segment} with variant {self.variant!r}: expected 1, "
                              "or more with 'true_pass'")
@@ -311,6 +315,8 @@ def train(
         tracker.mean, tracker.variance = state["tracker"]
     elif contexts is None:
         contexts = rollout(block, tokens).contexts
+    if not history and config.ema_start == "first_pass":
+        tracker.mean.copy_(contexts.mean(0))
     step = SequentialStep(block, config, optimizer) if config.variant == "sequential" else None
     bar = progress_bar(
         (config.iterations - 1) * len(tokens),
