@@ -22,7 +22,7 @@
 
 # %% tags=["parameters"]
 # Text and tokens.
-text_source: str = "arianna"  # arianna, self_consistency (offline) or ultrachat (Hub)
+text_source: str = "arianna"  # arianna, self_consistency, ultrachat (Hub), or a .txt or .jsonl
 corpus_documents: int = 2000  # training dialogues read at most: tokenizer, embedding, training text
 dialogues: int = 10  # dialogues in the training text
 dialogue_tokens: int = 64  # tokens that each is cut to

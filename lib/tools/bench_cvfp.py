@@ -25,6 +25,7 @@ from lablog.cvfp.phase1 import (
     parallel_step,
     sequential_iteration,
     train,
+    true_pass_step,
 )
 from lablog.cvfp.rollout import Method, SequentialRollout, rollout
 from lablog.provenance import peak_memory_bytes
@@ -50,7 +51,7 @@ class Size:
 def measured(size: Size | None = None, device: str = "cpu") -> list[Row]:
     """All measurements as (name, value, unit, details), printed as they come.
 
-    About 3 minutes on two idle cores.
+    About 7 minutes on two idle cores, most of them for training on true passes.
     """
     size = size or Size()
     config = ModelConfig(context_dim=size.width, embed_dim=size.width, num_layers=size.layers,
@@ -140,6 +141,7 @@ class _Bench:
                details | {"f32_over_bf16": step / half,
                           "relative_deviation": deviation})
 
+        yield self.true_pass_over_parallel()
         block, slice_ = self.block(), self.tokens[: size.slice]
         settings = replace(self.settings, variant="sequential", diversity_weight=0.5)
         sequential = SequentialStep(block, settings, make_optimizer(block, settings))
@@ -159,6 +161,16 @@ class _Bench:
                 "slice_tokens": size.slice, "sequential_fraction_of_memory_bound": bound / one,
                 "bandwidth_bytes_per_second": bandwidth,
                 "adam_share": optimizer_alone / one})
+
+    def true_pass_over_parallel(self) -> Row:
+        """Time of a true pass, read by the loop, over that of a parallel one, both with a step."""
+        block, tokens = self.block(), self.tokens[: self.size.rollout_tokens]
+        settings = replace(self.true_pass(), segment=1)
+        optimizer = make_optimizer(block, settings)
+        times = [self.time(partial(step, block, tokens, tokens, optimizer, settings))
+                 for step in (true_pass_step, parallel_step)]
+        return ("train.true_pass_over_parallel", times[0] / times[1], "ratio",
+                {"seconds": times, "tokens": len(tokens)})
 
     def rollouts(self) -> Iterator[Row]:
         block, tokens = self.block(), self.tokens[:400]
@@ -182,8 +194,15 @@ class _Bench:
         yield ("rollout.bf16_over_f32", once / fast, "ratio",
                {"relative_deviation": float((rough - out).norm() / out.norm())})
         yield self.best_over_sequential("untrained", block)
-        train(block, self.tokens, self.settings, initial=rollout(block, self.tokens).contexts)
-        yield self.best_over_sequential("trained", block)
+        initial, true_pass = rollout(block, self.tokens).contexts, self.true_pass()
+        for name, settings in (("trained", self.settings), ("true_pass", true_pass)):
+            block = self.block()
+            train(block, self.tokens, settings, initial=initial)
+            yield self.best_over_sequential(name, block)
+
+    def true_pass(self) -> Phase1Config:
+        """The settings of the variant that reads truly, as chapter 4 has them."""
+        return replace(self.settings, variant="true_pass", diversity_weight=0.5, segment=64)
 
     def products(self, weights: Sequence[Tensor]) -> float:
         """Seconds of one vector's product with each of `weights` [in, out], the fastest form.

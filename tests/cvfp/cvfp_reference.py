@@ -132,6 +132,21 @@ def parallel_step(parameters, mix, tokens, previous, w, adam):
     return contexts, losses
 
 
+def true_pass_step(parameters, mix, tokens, previous, w, adam):
+    """One reading with frozen weights, then one step; changes `parameters`."""
+    context, outputs = previous[-1], []
+    for token in tokens:
+        outputs.append(forward(parameters, mix, context, token))
+        context = outputs[-1][0]
+    contexts = np.array([context for context, _, _ in outputs])
+    losses, grad = parallel_loss(contexts, previous, w)
+    grads = zeros_like(parameters)
+    for (_, token, caches), d in zip(outputs, grad, strict=True):
+        backward(parameters, mix, caches, d, np.zeros_like(token), grads)  # d(before) is dropped
+    adam.step(parameters, grads)
+    return contexts, losses
+
+
 def sequential_iteration(parameters, mix, tokens, previous, w, adam, mean, decay):
     """One iteration of the sequential variant; changes `parameters`; returns the new mean too."""
     context, contexts, losses = previous[-1], [], []

@@ -11,7 +11,17 @@ from lablog.cvfp.lyapunov import lyapunov_exponent
 from lablog.cvfp.memory import memory_curve, memory_length
 from lablog.cvfp.model import CVFPBlock, shifted
 from lablog.cvfp.passes import iterate_passes
-from lablog.cvfp.phase1 import contexts_of, make_optimizer, parallel_step, train, trained
+from lablog.cvfp.phase1 import (
+    DiversityTracker,
+    SequentialStep,
+    contexts_of,
+    make_optimizer,
+    parallel_step,
+    sequential_iteration,
+    train,
+    trained,
+    true_pass_step,
+)
 from lablog.cvfp.rollout import SequentialRollout, correct, exact_shares, rollout
 
 fast = settings(
@@ -89,6 +99,68 @@ def test_start_token_and_target_carry_over(network, embeddings, phase1):
         previous = contexts
 
 
+def test_a_true_pass_reads_what_the_loop_reads_and_is_compared_with_the_pass_before(
+    network, embeddings, phase1
+):
+    block, tokens = network(), embeddings(12)
+    config = replace(phase1, variant="true_pass")
+    previous = rollout(block, tokens).contexts
+    optimizer = make_optimizer(block, config)
+    for _ in range(3):
+        expected = rollout(block, tokens, previous[-1]).contexts
+        contexts, stats = true_pass_step(block, tokens, previous, optimizer, config)
+        assert torch.equal(contexts, expected)
+        assert float(stats[1]) == pytest.approx(float((expected - previous).square().mean()))
+        previous = contexts
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_true_passes_learn_to_return_where_parallel_passes_do_not(small, embeddings, phase1, seed):
+    """What the variant is for: read again, a text gives the contexts that it gave before."""
+    shape, tokens = replace(small, **CHAOS | {"weight_std": 0.25}), embeddings(200, 46)
+    settings = replace(phase1, diversity_weight=0.5, iterations=15, convergence_threshold=1e-12)
+
+    def returned(variant):
+        block = CVFPBlock(shape, seed).double()
+        if variant is not None:
+            train(block, tokens, replace(settings, variant=variant))
+        return iterate_passes(block, tokens, 4, "sequential", 0.1).differences[-1]
+
+    untrained, parallel, true_pass = map(returned, (None, "parallel", "true_pass"))
+    assert untrained > 0.05
+    assert true_pass < 1e-3 < parallel, "check 3's limit"
+
+
+def test_segments_read_a_true_pass_within_the_tolerance(network, embeddings, phase1):
+    """Reading by iteration over segments from the pass before: the loop's contexts and step."""
+    tokens, states = embeddings(300), []
+    for segment in (1, 30):
+        block = forgetful(network)
+        config = replace(phase1, variant="true_pass", segment=segment)
+        contexts, optimizer = rollout(block, tokens).contexts, make_optimizer(block, config)
+        for _ in range(3):
+            contexts, _ = true_pass_step(block, tokens, contexts, optimizer, config)
+        states.append((contexts, block.state_dict()))
+    (loop, weights), (segments, others) = states
+    error = (loop - segments).norm(dim=1) / loop.norm(dim=1)
+    assert 0 < float(error.max()) < 1e-4
+    assert all(torch.allclose(weights[name], others[name], atol=1e-4) for name in weights)
+
+
+def test_the_moving_mean_starts_where_it_is_told_to(network, embeddings, phase1):
+    """With a decay of 1 the mean stays where it starts, so that the loss tells where that is."""
+    tokens, contexts = embeddings(20), rollout(network(), embeddings(20)).contexts
+    for start, mean in (("zero", torch.zeros(12)), ("first_pass", contexts.mean(0))):
+        config = replace(phase1, variant="sequential", ema_decay=1.0, ema_start=start, iterations=2)
+        block = network()
+        optimizer = make_optimizer(block, config)
+        step = SequentialStep(block, config, optimizer)
+        tracker = DiversityTracker(mean.double(), torch.zeros(12).double(), 1.0)
+        _, expected = sequential_iteration(step, tokens, contexts, tracker)
+        history = train(network(), tokens, config).history
+        assert history[0].diversity_loss == pytest.approx(float(expected[2]), rel=1e-12)
+
+
 def test_loss_is_raw_not_normalised(network, embeddings, phase1):
     """Doubling all contexts must quadruple the CVFP loss (the defect kept the direction only)."""
     from lablog.cvfp.phase1 import parallel_loss, token_loss
@@ -102,7 +174,7 @@ def test_loss_is_raw_not_normalised(network, embeddings, phase1):
     )
 
 
-@pytest.mark.parametrize("variant", ["parallel", "sequential"])
+@pytest.mark.parametrize("variant", ["parallel", "sequential", "true_pass"])
 def test_training_twice_gives_identical_results(network, embeddings, phase1, variant):
     runs = []
     for _ in range(2):
@@ -149,21 +221,26 @@ def forgetful(network, context_dim=12):
 
 @fast
 @example(seed=225, std=1.0, forgets=False, tokens=85, segment=18, method="jacobi", mix=0.9,
-         tolerance=1e-8)
+         tolerance=1e-8, near=None)
 @given(
     seed=st.integers(0, 1000), std=st.floats(0.02, 1.5), forgets=st.booleans(),
     tokens=st.integers(1, 300), segment=st.integers(1, 40),
     method=st.sampled_from(["jacobi", "quasi-newton"]), mix=st.sampled_from([0.9, 1.0]),
     tolerance=st.sampled_from([1e-2, 1e-4, 1e-8]),
+    near=st.sampled_from([None, 0.0, 1e-6, 0.1, 10.0]),
 )
 def test_a_rollout_is_never_silently_wrong(
-    network, embeddings, seed, std, forgets, tokens, segment, method, mix, tolerance
+    network, embeddings, seed, std, forgets, tokens, segment, method, mix, tolerance, near
 ):
     block = forgetful(network) if forgets else network(seed, weight_std=std, layernorm_mix=mix)
     text = embeddings(tokens, seed=seed)
     exact = rollout(block, text).contexts
     segment = segment if method == "jacobi" else 1
-    result = rollout(block, text, method=method, tolerance=tolerance, segment=segment)
+    guess = None
+    if near is not None:
+        noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed))
+        guess = exact + near * noise.double()
+    result = rollout(block, text, method=method, tolerance=tolerance, segment=segment, guess=guess)
     error = ((result.contexts - exact).norm(dim=1) / exact.norm(dim=1)).max()
     assert float(error) <= 2 * tolerance  # the error left is an extrapolation
     assert result.sequential_tokens in (0, tokens)
@@ -191,6 +268,14 @@ def test_segments_reach_where_single_tokens_do_not(network, embeddings):
     assert not shooting.fell_back
     assert shooting.passes < 6
     assert float((shooting.contexts - exact).norm() / exact.norm()) < 1e-4
+
+
+def test_a_near_guess_saves_passes(network, embeddings):
+    block, tokens = forgetful(network), embeddings(2000)
+    exact = rollout(block, tokens).contexts
+    passes = [rollout(block, tokens, method="jacobi", guess=guess).passes
+              for guess in (None, exact + 1e-5)]
+    assert passes[1] < passes[0]
 
 
 def test_quasi_newton_solves_in_one_pass_what_is_diagonal():

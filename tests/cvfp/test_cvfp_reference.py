@@ -18,6 +18,7 @@ from lablog.cvfp.phase1 import (
     parallel_step,
     sequential_iteration,
     token_loss,
+    true_pass_step,
 )
 from lablog.cvfp.phase2 import FixedText, Phase2Model, phase2_loss
 from lablog.cvfp.rollout import rollout
@@ -94,15 +95,20 @@ def test_losses(dtype, limit):
 
 @both
 @pytest.mark.parametrize("mix", [0.4, 1.0])
-def test_parallel_training_step(network, embeddings, phase1, dtype, limit, mix):
+@pytest.mark.parametrize("variant", ["parallel", "true_pass"])
+def test_training_step(network, embeddings, phase1, dtype, limit, mix, variant):
+    ours, theirs = {
+        "parallel": (parallel_step, reference.parallel_step),
+        "true_pass": (true_pass_step, reference.true_pass_step),
+    }[variant]
     block, tokens = network(dtype=dtype, layernorm_mix=mix), embeddings(9, dtype=dtype)
     previous = rollout(block, tokens).contexts
     parameters = reference.parameters_of(block)
     adam = reference.Adam(parameters, phase1.learning_rate, phase1.clip_norm)
     optimizer, expected = make_optimizer(block, phase1), previous.double().numpy()
     for _ in range(2):
-        previous, stats = parallel_step(block, tokens, previous, optimizer, phase1)
-        expected, losses = reference.parallel_step(
+        previous, stats = ours(block, tokens, previous, optimizer, phase1)
+        expected, losses = theirs(
             parameters, mix, tokens.double().numpy(), expected, phase1.diversity_weight, adam
         )
         close(previous, expected, limit)

@@ -16,8 +16,9 @@ from dataset_hub import serve
 from safetensors.torch import save
 from tokenizers import ByteLevelBPETokenizer
 
-from lablog.files import repository
-from lablog.text.corpora import conversation, documents
+from lablog.cvfp.data import prepare
+from lablog.files import data_file, repository
+from lablog.text.corpora import conversation, documents, user_documents
 from lablog.text.gpt2 import GPT2Tokenizer, gpt2_embedding
 
 NAME = "models/ggml-vocab-gpt-2.gguf"
@@ -118,6 +119,60 @@ print(json.dumps(gpt2_embedding({source!r}).tolist()))"""
     (tmp_path / "other.safetensors").write_bytes(save({"weight": table}))
     with pytest.raises(ValueError, match=r"no tensor wte\.weight"):
         gpt2_embedding(str(tmp_path / "other.safetensors"))
+
+
+CHAT = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c"}]
+
+
+@pytest.mark.parametrize("row", [
+    CHAT, {"messages": CHAT}, {"id": 1, "conversations": CHAT},
+    {"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "c"}]},
+])
+def test_chats_of_a_users_file_in_every_layout(tmp_path, row):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(row) + "\n\n" + json.dumps(row), encoding="utf-8")
+    assert user_documents(path) == ["U: a b\nA: c\n"] * 2
+
+
+def test_a_plain_text_is_cut_at_blank_lines_into_documents_of_some_length(tmp_path):
+    path = tmp_path / "story.txt"
+    long, short = "x" * 3000, "y" * 1500
+    path.write_text(f"{long}\n\n{short}\n \n{short}\n\n\nz", encoding="utf-8")
+    assert user_documents(path) == [long, f"{short}\n{short}", "z"]
+
+
+def test_a_users_text_is_split_and_read_by_both_chapters_like_any_other(tmp_path, small):
+    path = tmp_path / "chats.jsonl"
+    lines = data_file("arianna_conversations.jsonl").read_text(encoding="utf-8").splitlines()[:30]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    train, test = (list(documents(str(path), split, 0)) for split in ("train", "test"))
+    assert (len(train), len(test)) == (24, 6)
+    found = prepare(
+        tmp_path / "made", small, text_source=str(path), tokenizer="project", vocabulary=400,
+        embedding="gaussian", window=2, corpus_documents=50, dialogues=10, dialogue_tokens=16,
+        val_data_source="text_file", seed=0, device="cpu",
+    )
+    assert {name: len(ids) for name, ids in found.ids.items()} == {
+        "training": 160, "validation": 32, "test": 32}
+    assert found.files["text"] == path
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("a.jsonl", b"[1", r"a\.jsonl, line 1 is not JSON"),
+    ("a.jsonl", b'[{"role": "user", "content": "x"}]\n{"text": "x"}', "line 2 is no chat"),
+    ("a.jsonl", b"[]", "line 1 is no chat"),
+    ("a.jsonl", b'[{"role": "narrator", "content": "x"}]', "line 1: .*narrator.* is no message"),
+    ("a.jsonl", b'[{"role": "user", "content": 3}]', "is no message"),
+    ("a.jsonl", b"[7]", "line 1: 7 is no message"),
+    ("a.txt", b" \n\n", "holds no text"),
+    ("a.txt", b"ab\xff", "not UTF-8 .* at byte 2"),
+])
+def test_a_users_file_is_refused_by_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        user_documents(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        user_documents(tmp_path / "none.txt")
 
 
 def test_conversation_puts_a_turn_on_a_line():

@@ -41,7 +41,8 @@ def test_every_ratio_of_cvfp_is_measured():
                            rollout_tokens=40)
     rows = {name: value for name, value, _, _ in bench_cvfp.measured(size)}
     assert {"cvfp.parallel_step.fraction_of_gemm", "cvfp.train.parallel_over_sequential",
-            "cvfp.rollout.fraction_of_gemv", "cvfp.rollout.best_over_sequential.trained",
+            "cvfp.train.true_pass_over_parallel", "cvfp.rollout.fraction_of_gemv",
+            "cvfp.rollout.best_over_sequential.trained",
             "cvfp.growth.seconds_per_token.100"} <= rows.keys()
     assert {name for name in TARGETS if name.startswith("cvfp.")} <= rows.keys()
     assert all(value > 0 for value in rows.values())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lablog.cvfp.model import ModelConfig, Token, TokenEmbedding
 from lablog.files import atomic_write, repository
-from lablog.text.corpora import documents
+from lablog.text.corpora import SUFFIXES, documents
 from lablog.text.embeddings import gaussian_embedding, ppmi_embedding
 from lablog.text.gpt2 import GPT2Tokenizer, gpt2_embedding
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
@@ -156,11 +156,13 @@ def prepare(
     else is the path of a ``.model`` or ``.gguf``, relative to the repository. `embedding`: "ppmi"
     (co-occurrences at most `window` apart in the first `corpus_documents` training documents),
     "gaussian", or GPT-2's (a ``.safetensors`` or a Hub name). Validation and test have a fifth of
-    the training tokens each.
+    the training tokens each. A `text_source` that is a file is one of the `files`.
     """
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",
              "embedding": folder / "embedding.safetensors"}
+    if text_source.endswith(SUFFIXES):
+        files["text"] = repository() / text_source
     if tokenizer == "project":
         lines = sorted({line for document in documents_ for line in document.splitlines()})
         encoder: Encoder = train_tokenizer(lines, vocabulary, files["tokenizer"])

@@ -1,7 +1,11 @@
 """Phase 1: train contexts that reproduce themselves from pass to pass and stay diverse.
 
 Loss = (1 - w) MSE(contexts, previous contexts) + w diversity, raw values (lab log, experiment B).
-The sequential variant steps after every token, the parallel one once per pass over the text.
+The variants differ in what a pass is and in when the optimiser steps. Sequential: the text is read
+token by token, with a step after every token. Parallel: token i starts from context i - 1 of the
+pass before, all tokens in one batch, one step. True pass: the text is read token by token with
+frozen weights; then one step by the gradients of all tokens, each from the context that it really
+started from, which counts as a constant.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save
@@ -24,6 +28,8 @@ from lablog.files import atomic_write
 from lablog.keys import key
 from lablog.progress import progress as progress_bar
 
+Variant = Literal["parallel", "sequential", "true_pass"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phase1Config:
@@ -34,11 +40,14 @@ class Phase1Config:
     to the previous context below which a token counts as converged (0.1). Training stops early
     when `early_stop_fraction` of the tokens (0.95) converged in iteration `early_stop_from` or
     later; from 2 on, because iteration 1 repeats iteration 0 whatever the network.
-    `ema_decay` belongs to the sequential variant's moving mean. `autocast` computes the products
-    in bfloat16 (parallel variant).
+    `ema_decay` belongs to the sequential variant's moving mean, which starts at zero or at the mean
+    of the first pass (`ema_start`; the log does not say where). `autocast` computes the products
+    of a batch in bfloat16 (not the sequential variant). `segment`: how a true pass is read: 1 by
+    the loop, more by iteration over segments of so many tokens from the contexts of the pass
+    before, as exact as :func:`lablog.cvfp.rollout.rollout` says.
     """
 
-    variant: Literal["parallel", "sequential"]
+    variant: Variant
     diversity_weight: float
     iterations: int
     learning_rate: float
@@ -49,10 +58,13 @@ class Phase1Config:
     ema_decay: float
     seed: int
     autocast: bool = False
+    segment: int = 1
+    ema_start: Literal["zero", "first_pass"] = "zero"
 
     def __post_init__(self) -> None:
-        if self.variant not in ("parallel", "sequential"):
-            raise ValueError(f"variant = {self.variant!r}, expected 'parallel' or 'sequential'")
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"variant = {self.variant!r}, expected one of "
+                             f"{', '.join(get_args(Variant))}")
         shares = (self.diversity_weight, self.early_stop_fraction, self.ema_decay)
         if not all(0 <= share <= 1 for share in shares) or self.iterations < 2:
             raise ValueError(
@@ -60,7 +72,12 @@ class Phase1Config:
                 f"iterations is at least 2, given: {asdict(self)}"
             )
         if self.autocast and self.variant == "sequential":
-            raise ValueError("autocast = True needs variant 'parallel'")
+            raise ValueError("autocast = True needs a variant that steps once a pass")
+        if self.ema_start not in ("zero", "first_pass"):
+            raise ValueError(f"ema_start = {self.ema_start!r}, expected 'zero' or 'first_pass'")
+        if self.segment < 1 or (self.segment > 1 and self.variant != "true_pass"):
+            raise ValueError(f"segment = {self.segment} with variant {self.variant!r}: expected 1, "
+                             "or more with 'true_pass'")
 
 
 @dataclass(frozen=True)
@@ -141,17 +158,56 @@ def parallel_step(
     Returns the contexts [n, context_dim], detached, and a vector of (loss, CVFP loss, diversity
     loss, converged tokens) that is still on the device.
     """
+    contexts, losses = _batch_step(
+        block, tokens, shifted(previous, previous[-1]), previous, optimizer, config)
+    return contexts, _stats(contexts, previous, losses, config)
+
+
+def true_pass_step(
+    block: CVFPBlock,
+    tokens: Tensor,
+    previous: Tensor,
+    optimizer: torch.optim.Optimizer,
+    config: Phase1Config,
+) -> tuple[Tensor, Tensor]:
+    """One reading of the text with frozen weights and one step; returns as :func:`parallel_step`.
+
+    The contexts are those that were read. The gradient is that of the loss between this pass and
+    the one before, with what each token started from held constant.
+    """
+    start = previous[-1]
+    if config.segment > 1:
+        read = rollout(block, tokens, start, "jacobi", segment=config.segment, guess=previous)
+    else:
+        read = rollout(block, tokens, start)
+    contexts = read.contexts
+    _, losses = _batch_step(block, tokens, shifted(contexts, start), previous, optimizer, config)
+    return contexts, _stats(contexts, previous, losses, config)
+
+
+def _batch_step(
+    block: CVFPBlock, tokens: Tensor, before: Tensor, previous: Tensor,
+    optimizer: torch.optim.Optimizer, config: Phase1Config,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step on the contexts that tokens [n, e] reach from those `before` [n, c].
+
+    Returns them, detached, and the losses [3].
+    """
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.autocast):
-        contexts = block.chunked(shifted(previous, previous[-1]), tokens)
+        contexts = block.chunked(before, tokens)
     losses = parallel_loss(contexts.to(previous.dtype), previous, config.diversity_weight)
     optimizer.zero_grad(set_to_none=True)
     losses[0].backward()
     torch.nn.utils.clip_grad_norm_(block.parameters(), config.clip_norm)
     optimizer.step()
-    contexts = contexts.detach().to(previous.dtype)
+    return contexts.detach().to(previous.dtype), torch.stack([x.detach() for x in losses])
+
+
+def _stats(contexts: Tensor, previous: Tensor, losses: Tensor, config: Phase1Config) -> Tensor:
+    """The losses [3] and the number of tokens that converged, on the device."""
     error = (contexts - previous).square().mean(1)
     converged = (error < config.convergence_threshold).sum()
-    return contexts, torch.stack([*(x.detach() for x in losses), converged.to(losses[0].dtype)])
+    return torch.cat([losses, converged.to(losses.dtype).unsqueeze(0)])
 
 
 class SequentialStep:
@@ -221,9 +277,7 @@ def sequential_iteration(
         contexts[i] = context
         tracker.update(context)
         tick()
-    error = (contexts - previous).square().mean(1)
-    converged = (error < step.config.convergence_threshold).sum()
-    return contexts, torch.cat([losses.mean(0), converged.to(losses.dtype).unsqueeze(0)])
+    return contexts, _stats(contexts, previous, losses.mean(0), step.config)
 
 
 def train(
@@ -261,6 +315,8 @@ def train(
         tracker.mean, tracker.variance = state["tracker"]
     elif contexts is None:
         contexts = rollout(block, tokens).contexts
+    if not history and config.ema_start == "first_pass":
+        tracker.mean.copy_(contexts.mean(0))
     step = SequentialStep(block, config, optimizer) if config.variant == "sequential" else None
     bar = progress_bar(
         (config.iterations - 1) * len(tokens),
@@ -268,11 +324,12 @@ def train(
         len(history) * len(tokens), show=progress,
     )
     for iteration in range(len(history) + 1, config.iterations):
-        if step is None:
-            contexts, stats = parallel_step(block, tokens, contexts, optimizer, config)
-            bar.update(len(tokens))
-        else:
+        if step is not None:
             contexts, stats = sequential_iteration(step, tokens, contexts, tracker, bar.update)
+        else:
+            once = parallel_step if config.variant == "parallel" else true_pass_step
+            contexts, stats = once(block, tokens, contexts, optimizer, config)
+            bar.update(len(tokens))
         loss, cvfp, diversity, converged = stats.tolist()  # the iteration's one synchronisation
         if not torch.isfinite(stats).all():
             raise FloatingPointError(

@@ -109,12 +109,16 @@ def rollout(
     tolerance: float = TOLERANCE,
     segment: int = 1,
     max_passes: int = 16,
+    guess: Tensor | None = None,
 ) -> Rollout:
     """Contexts of `tokens` [n, embed_dim] from `start` (zeros [context_dim] unless given).
 
     `segment` > 1 (Jacobi only) iterates over segments of that many tokens, all of which advance
     token by token at the same time, each from the end that the one before had in the last pass
     (multiple shooting). A pass forgets `segment` tokens' worth of error for the price of one.
+    `guess`: contexts [n, context_dim] that the parallel methods start from, such as those of the
+    same text under slightly other weights; it changes how many passes are needed, not the result
+    that they approach.
 
     The parallel methods solve a window of segments at a time, from the exact end of the window
     before, and stop when the error that is left, extrapolated from how residuals shrink, is below
@@ -122,7 +126,8 @@ def rollout(
     window would not get there within `max_passes` (about where the loop is as fast on two CPU
     cores), the loop does the whole text: where the recurrence does not contract, even the rounding
     of an exact prefix would grow.
-    Raises ValueError for a wrong width, method, segment or tolerance, FloatingPointError for NaN.
+    Raises ValueError for a wrong width, method, segment, tolerance or guess, FloatingPointError
+    for NaN.
     """
     began, config = time.perf_counter(), block.config
     start = tokens.new_zeros(config.context_dim) if start is None else start
@@ -135,6 +140,9 @@ def rollout(
             f"tolerance {tolerance}, max_passes {max_passes}, segment {segment}: expected 0 < "
             "tolerance < 1, at least 4 passes, and segments of 1 token (more only for jacobi)"
         )
+    if guess is not None and guess.shape != (len(tokens), config.context_dim):
+        raise ValueError(f"guess of shape {tuple(guess.shape)}: expected a context for each of "
+                         f"{len(tokens)} tokens, {(len(tokens), config.context_dim)}")
     out = tokens.new_empty(len(tokens), config.context_dim)
     result, window = Rollout(out, method), _Window(block, tolerance, max_passes, newton)
     begin, rows, here = 0, max(8, 256 // segment), start
@@ -143,13 +151,14 @@ def rollout(
         size = min(segment, len(tokens) - begin) if count == 1 else segment
         count = min(count, (len(tokens) - begin) // size)
         end = begin + count * size
-        solved, residuals = window.solve(tokens[begin:end].view(count, size, -1), here)
+        begun = None if guess is None else guess[begin:end].view(count, size, -1)
+        solved, residuals = window.solve(tokens[begin:end].view(count, size, -1), here, begun)
         result.passes += len(residuals) * (end - begin) / len(tokens)
         result.residuals.append(residuals)
         if solved is None:
             break
         out[begin:end] = solved.flatten(0, 1)
-        begin, here, rows = end, out[end - 1], min(2 * rows, max(64, rows))
+        begin, here, rows = end, out[end - 1], min(4 * rows, max(128, rows))
     if begin < len(tokens):
         SequentialRollout(block)(tokens, start, out)
         result.sequential_tokens = len(tokens)
@@ -189,10 +198,11 @@ class _Window:
         self.block, self.tolerance, self.max_passes = block, tolerance, max_passes
         self.newton, self.diagonal = newton, torch.empty(0)
 
-    def solve(self, tokens: Tensor, start: Tensor) -> tuple[Tensor | None, list[float]]:
+    def solve(self, tokens: Tensor, start: Tensor,
+              guess: Tensor | None = None) -> tuple[Tensor | None, list[float]]:
         """Contexts [s, segment, c] of tokens [s, segment, e] or None, and the residuals."""
         segments, length, _ = tokens.shape
-        guess = start.expand(segments, length, -1)
+        guess = start.expand(segments, length, -1) if guess is None else guess
         residuals: list[float] = []
         trust = 1.0  # multiplies the diagonal; 0 would be Jacobi, which is exact after s passes
         for done in range(1, segments + 1):
