@@ -47,6 +47,7 @@ def test_no_paragraph_occurs_twice_and_the_order_is_fixed(documents: list[str]):
 def test_every_pinned_package_and_what_it_requires_is_named():
     names = docstrings.closure()
     assert {"torch", "transformers", "pytest", "pyyaml", "sympy", "networkx"} <= set(names)
+    assert not {"uv", "scikit-build-core"} & set(names), "what only sets up is no part of a corpus"
     assert "sympy" not in docstrings.closure(SMALL)
     with pytest.raises(ValueError, match="'no-such-package' is not installed: run `make setup`"):
         docstrings.documents(["no-such-package"])

@@ -31,11 +31,11 @@ PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
 def closure(names: Iterable[str] = ()) -> list[str]:
     """Canonical names of the installed distributions among `names` and all that they require.
 
-    No names stand for every package that ``pyproject.toml`` pins. ValueError for a name that is
-    not installed; optional requirements that are not installed are none.
+    No names stand for every package that ``pyproject.toml`` pins to run and to test. ValueError
+    for a name that is not installed; optional requirements that are not installed are none.
     """
     project = tomllib.loads((repository() / "pyproject.toml").read_text())["project"]
-    pins = chain(project["dependencies"], *project["optional-dependencies"].values())
+    pins = chain(project["dependencies"], project["optional-dependencies"]["test"])
     wanted = list(names) or [Requirement(pin).name for pin in pins]
     found: set[str] = set()
     queue = [(canonicalize_name(name), True) for name in wanted]
