@@ -15,7 +15,7 @@ import pytest
 from clone import contents
 from filelock import FileLock, Timeout
 
-from lablog import book, figures, speed
+from lablog import book, figures, layout, speed
 from lablog.book import BookError
 from lablog.provenance import Machine, Source
 from lablog.record import FigureFile, Metric, Record, ReportText
@@ -167,7 +167,8 @@ def test_a_clones_own_speed_is_shown_before_the_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     published = speed.latest()
-    monkeypatch.setattr(speed, "repository", lambda: tmp_path)
+    for module in (speed, layout):
+        monkeypatch.setattr(module, "repository", lambda: tmp_path)
     assert speed.latest() is None
     assert "Nothing has been measured" in speed.page(None, tmp_path)
     for place, seconds in (("book/records", 1.0), ("build", 2.0)):
