@@ -273,7 +273,7 @@ run.metrics_table("base")
 # trained; near one, little of the base model is left.
 
 # %%
-main = finetuning.Arm(rate=tune_rate, batch_size=batch_size, steps=tune_steps)
+main = finetuning.Tuning(rate=tune_rate, batch_size=batch_size, steps=tune_steps)
 with run.stage("cross-validation"):
     tuned = [finetuning.tune(base, main, dialogues.sides(known, part), fold)
              for fold, part in enumerate(parts)]
@@ -344,11 +344,11 @@ brackets stand intervals; one that includes zero leaves open whether there is a 
 # the same rate, to be compared with.
 
 # %%
-arms = [(f"{batch_size}", finetuning.Arm(rate=rate, batch_size=batch_size, steps=tune_steps))
+arms = [(f"{batch_size}", finetuning.Tuning(rate=rate, batch_size=batch_size, steps=tune_steps))
         for rate in (log_rate, *other_rates, tune_rate)]
 for rate in (log_rate, tune_rate):
     for equal, steps in (("tokens", tune_steps // 2), ("steps", tune_steps)):
-        arm = finetuning.Arm(rate=rate, batch_size=2 * batch_size, steps=steps)
+        arm = finetuning.Tuning(rate=rate, batch_size=2 * batch_size, steps=steps)
         arms.append((f"{arm.batch_size}, equal {equal}", arm))
 
 # %% [markdown]
@@ -376,7 +376,7 @@ for _, arm in arms:
     change = read[arm] - bits["before.qa"][first]
     changes[f"{arm.name}.minus_before"] = estimate(change, sizes[first])
     if arm.batch_size != batch_size:
-        small = finetuning.Arm(rate=arm.rate, batch_size=batch_size, steps=tune_steps)
+        small = finetuning.Tuning(rate=arm.rate, batch_size=batch_size, steps=tune_steps)
         changes[f"{arm.name}.minus_small"] = estimate(read[arm] - read[small], sizes[first])
 run.metrics(each.metric(name) for name, each in changes.items())
 

@@ -253,3 +253,7 @@ def test_a_missing_or_unreadable_settings_file_is_named(tmp_path: Path):
     (tmp_path / "broken.yaml").write_text("topics: [")
     with pytest.raises(ValueError, match=r"broken\.yaml: not readable as YAML"):
         load_settings(tmp_path / "broken.yaml")
+
+
+def test_the_projects_own_settings_are_read_once():
+    assert load_settings() is load_settings()

@@ -10,8 +10,8 @@ import pytest
 from lablog.arianna.bits_per_byte import BitsPerByte, estimate, evenly, gap, read_bits, text_items
 from lablog.arianna.dialogues import Dialogue, folds, load_dialogues, sides
 from lablog.arianna.finetuning import (
-    Arm,
     Base,
+    Tuning,
     base_tokenizer,
     feed_forward_width,
     train_base,
@@ -64,7 +64,7 @@ def test_a_training_is_made_once(base: Base, tokenizer: Tokenizer):
 
 
 def test_fine_tuning_refuses_another_batch_size_unless_asked(base: Base, known: list[Dialogue]):
-    texts, arm = sides(known, np.arange(12)), Arm(1e-3, 8, 4)
+    texts, arm = sides(known, np.arange(12)), Tuning(1e-3, 8, 4)
     with pytest.raises(ValueError, match="batch_size is 8, but 4 in the base run"):
         tune(base, arm, texts, 0)
     log = training_log(tune(base, arm, texts, 0, ["batch_size"]))
@@ -83,14 +83,14 @@ def test_fine_tuning_refuses_what_the_base_model_was_not_trained_with(
     base: Base, known: list[Dialogue], changes: dict, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        tune(replace(base, **changes), Arm(1e-3, 4, 4), sides(known, np.arange(12)), 0)
+        tune(replace(base, **changes), Tuning(1e-3, 4, 4), sides(known, np.arange(12)), 0)
 
 
 def test_fine_tuning_refuses_a_held_out_dialogue_among_its_texts(base: Base,
                                                                  known: list[Dialogue]):
     texts = sides([*known, known[0]], np.array([24]))
     with pytest.raises(ValueError, match="1 of 1 held-out documents are training documents"):
-        tune(base, Arm(1e-3, 4, 4), texts, 0)
+        tune(base, Tuning(1e-3, 4, 4), texts, 0)
 
 
 def test_a_tokenizer_learns_from_a_sample_of_the_documents(tokenizer: Tokenizer, tmp_path: Path):
@@ -123,7 +123,7 @@ def test_answers_that_were_held_out_get_cheaper_and_the_interval_is_paired(
     before, after = read_bits(base.folder, items), np.empty(24)
     for fold, part in enumerate(folds(24, 2, 0)):
         training, held_out = sides(known, part)
-        folder = tune(base, Arm(3e-3, 4, 12), (training, held_out), fold)
+        folder = tune(base, Tuning(3e-3, 4, 12), (training, held_out), fold)
         after[part] = read_bits(folder, [items[i] for i in part])
         manifest = base.folder.parent / f"dialogues.fold{fold}" / "manifest.json"
         packed = json.loads(manifest.read_text())

@@ -18,7 +18,7 @@ from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)
-class Arm:
+class Tuning:
     """A fine-tuning: highest learning rate, windows of a micro-batch, optimiser steps."""
 
     rate: float
@@ -89,12 +89,12 @@ def train_base(shape: ModelShape, settings: TrainingSettings, stream: Stream,
     return Base(folder, shape, settings, tokenizer)
 
 
-def tune(base: Base, arm: Arm, texts: tuple[Sequence[str], Sequence[str]], fold: int,
+def tune(base: Base, tuning: Tuning, texts: tuple[Sequence[str], Sequence[str]], fold: int,
          ablation: Collection[str] = ()) -> Path:
     """Fine-tune `base` on the first of `texts`, whose second is held out; returns the folder.
 
-    It lies beside the base model's and is made once. Everything that `arm` does not name is the
-    base run's; `fold` is added to its seed. ValueError where the arm or `base` differs from what
+    It lies beside the base model's and is made once. Everything that `tuning` does not name is the
+    base run's; `fold` is added to its seed. ValueError where the tuning or `base` differs from what
     the base model was trained with, unless `ablation` names the parameter, and where a held-out
     text is a training text; other errors are those of `train_causal_lm`.
     """
@@ -102,17 +102,17 @@ def tune(base: Base, arm: Arm, texts: tuple[Sequence[str], Sequence[str]], fold:
         **base.shape.model_dump(include=set(guards.SHAPE.values())),
         **base.settings.model_dump(include=set(guards.SETTINGS)),
         "vocabulary": len(base.tokenizer), "tokenizer": base.tokenizer.hash,
-        "batch_size": arm.batch_size,
+        "batch_size": tuning.batch_size,
     }, ablation)
     refuse_overlap(*texts)
     runs = base.folder.parent
     stream = pack(texts[0], base.tokenizer, runs / f"dialogues.fold{fold}")
     settings = base.settings.model_copy(update={
-        "steps": arm.steps, "batch_size": arm.batch_size, "learning_rate": arm.rate,
-        "warmup_steps": arm.steps // 10, "checkpoint_every": max(arm.steps, 100),
-        "log_every": max(1, arm.steps // 20), "seed": base.settings.seed + fold,
+        "steps": tuning.steps, "batch_size": tuning.batch_size, "learning_rate": tuning.rate,
+        "warmup_steps": tuning.steps // 10, "checkpoint_every": max(tuning.steps, 100),
+        "log_every": max(1, tuning.steps // 20), "seed": base.settings.seed + fold,
     })
-    return _train(f"{arm.name}.fold{fold}", base.folder, base.shape, settings, stream,
+    return _train(f"{tuning.name}.fold{fold}", base.folder, base.shape, settings, stream,
                   base.tokenizer, runs)
 
 

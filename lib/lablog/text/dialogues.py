@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 from string import Formatter
@@ -187,11 +188,19 @@ def _slots(phrase: str) -> set[str]:
 
 
 def load_settings(path: Path | None = None) -> DialogueSettings:
-    """Read and validate a settings file, by default ``data/dialogues.yaml``.
+    """Read and validate a settings file; by default ``data/dialogues.yaml``, which is read once.
 
     Raises FileNotFoundError, or ValueError naming file, key and value.
     """
-    path = data_file("dialogues.yaml") if path is None else path
+    return _read_once() if path is None else _read(path)
+
+
+@cache
+def _read_once() -> DialogueSettings:
+    return _read(data_file("dialogues.yaml"))
+
+
+def _read(path: Path) -> DialogueSettings:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
