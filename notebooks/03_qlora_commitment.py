@@ -553,7 +553,7 @@ run.say(text)
 
 # %%
 machine = run.record().machine
-print(f"ran on {machine.device} ({machine.cpu})")
+print(f"ran on {machine.device} ({machine.processor})")
 run.say("""
 - The log believed that this training needs an NVIDIA GPU. The machine that is named above took
   {training.steps} steps a run.

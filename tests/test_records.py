@@ -11,13 +11,14 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lablog.files import atomic_folder, atomic_write, write_if_changed
 from lablog.intervals import Interval
-from lablog.provenance import FileHash, Machine, Source
+from lablog.provenance import FileHash, Machine, Source, machine
 from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Stage
 from lablog.report import ReportError
 from lablog.run import Run
@@ -363,3 +364,10 @@ def test_prose_takes_its_numbers_from_the_record(tmp_path: Path):
         run.say("{bare.loss}", bare="untrained.seed1")
     with pytest.raises(ReportError, match="judgement 'EXCELLENT'"):
         run.say("{untrained.seed1.rank}: EXCELLENT")
+
+
+def test_a_record_names_the_instructions_that_its_digits_depend_on():
+    found = machine()
+    assert found.instructions == torch.backends.cpu.get_cpu_capability()
+    assert found.processor == f"{found.cpu} ({found.instructions})"
+    assert MACHINE.processor == "any", "older records do not name them"

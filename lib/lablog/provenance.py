@@ -49,14 +49,25 @@ class Source(Strict):
 
 
 class Machine(Strict):
-    """Where the run took place."""
+    """Where the run took place.
+
+    `instructions`: the vector instructions that PyTorch's kernels use, such as AVX2 or AVX512. Sums
+    are taken in another order with others, so that equal digits can be expected only where these
+    are the same, whatever the processor's name.
+    """
 
     python: str
     platform: str
     cpu: str
+    instructions: str = ""
     threads: int
     device: str
     packages: dict[str, str]
+
+    @property
+    def processor(self) -> str:
+        """Name and vector instructions, for readers."""
+        return f"{self.cpu} ({self.instructions})" if self.instructions else self.cpu
 
 
 def _git(*arguments: str) -> str:
@@ -106,6 +117,7 @@ def machine() -> Machine:
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
         threads=usable_threads(),
         device=torch.cuda.get_device_name() if cuda else "cpu",
         packages={name: metadata.version(name) for name in PACKAGES},

@@ -72,7 +72,7 @@ class Run:
         origin = (
             f"notebook {self.notebook} · profile {self.profile} · commit {self.source.commit[:10]}"
             f"{' + uncommitted changes' if self.source.dirty else ''} · "
-            f"{self.machine.cpu}, {self.machine.threads} threads"
+            f"{self.machine.processor}, {self.machine.threads} threads"
         )
         return figures.ShownFigure(svg.read_text(), caption, origin, f"../{entry.csv}")
 

@@ -72,7 +72,7 @@ def page(record: Record | None, folder: Path) -> str:
     machine = record.machine
     parts.append(
         f"Commit `{record.source.commit[:10]}`"
-        f"{' with uncommitted changes' if record.source.dirty else ''}, on {machine.cpu} with "
+        f"{' with uncommitted changes' if record.source.dirty else ''}, on {machine.processor} with "
         f"{machine.threads} threads ({machine.device}), PyTorch "
         f"{machine.packages.get('torch', 'none')}.\n"
     )
