@@ -58,8 +58,8 @@ def _result(record: Record, title: str) -> str:
     told = (f"## {title}\n\n"
             f"Profile {record.profile}, commit `{record.source.commit[:10]}`"
             f"{' with uncommitted changes' if record.source.dirty else ''}, seeds {seeds}; "
-            f"{record.seconds:.0f} s and {memory:.0f} MiB on {machine.processor} with {machine.threads} "
-            f"threads ({machine.device}), Python {machine.python}, "
+            f"{record.seconds:.0f} s and {memory:.0f} MiB on {machine.processor} with "
+            f"{machine.threads} threads ({machine.device}), Python {machine.python}, "
             f"PyTorch {machine.packages.get('torch', 'none')}.\n")
     if record.report:
         told += f"\n```text\n{record.report.en}\n\n{record.report.ja}\n```\n"

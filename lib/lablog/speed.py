@@ -72,8 +72,8 @@ def page(record: Record | None, folder: Path) -> str:
     machine = record.machine
     parts.append(
         f"Commit `{record.source.commit[:10]}`"
-        f"{' with uncommitted changes' if record.source.dirty else ''}, on {machine.processor} with "
-        f"{machine.threads} threads ({machine.device}), PyTorch "
+        f"{' with uncommitted changes' if record.source.dirty else ''}, on {machine.processor} "
+        f"with {machine.threads} threads ({machine.device}), PyTorch "
         f"{machine.packages.get('torch', 'none')}.\n"
     )
     for room, title in TITLES.items():
