@@ -166,7 +166,7 @@ def memory(curves: Mapping[str, Tensor]) -> Drawn:
         frames.append(pd.DataFrame({"network": name, "distance": x, "lower": quartiles[0],
                                     "median": quartiles[1], "upper": quartiles[2]}))
     axis.set(xlabel="tokens after the changed one", ylabel="relative difference", yscale="log")
-    axis.legend()
+    _legend_below(figure, axis)
     return figure, pd.concat(frames)
 
 
