@@ -552,7 +552,7 @@ start = contexts[bare]["training"][: len(part)]
 config = replace(settings, variant="sequential", diversity_weight=sequential_weight,
                  iterations=sequential_iterations)
 with run.stage("train sequential"):
-    _, result = phase1.trained(folder, shape, config, part, start)
+    from_zero, result = phase1.trained(folder, shape, config, part, start)
 run.metrics(results.phase1_training(result), under="sequential")
 frame = results.iterations(result, "sequential")
 frame[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
@@ -565,14 +565,12 @@ frame[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
 # how far that moved them.
 
 # %%
-moved = {}
-for start_of_mean in ("zero", "first_pass"):
-    with run.stage(f"train sequential, mean from {start_of_mean}"):
-        block, _ = phase1.trained(folder, shape, replace(config, ema_start=start_of_mean), part,
-                                  start)
-    moved[start_of_mean] = torch.nn.utils.parameters_to_vector(block.parameters()).detach()
-untrained = torch.nn.utils.parameters_to_vector(blocks[bare].parameters()).detach()
-apart = (moved["first_pass"] - moved["zero"]).norm() / (moved["zero"] - untrained).norm()
+with run.stage("train sequential, other mean"):
+    other = replace(config, ema_start="first_pass")
+    from_mean, _ = phase1.trained(folder, shape, other, part, start)
+before, zero, mean = (torch.nn.utils.parameters_to_vector(block.parameters()).detach()
+                      for block in (blocks[bare], from_zero, from_mean))
+apart = (mean - zero).norm() / (zero - before).norm()
 run.metric("sequential.mean_start.apart", float(apart), "ratio")
 
 # %%
@@ -583,8 +581,8 @@ run.metric("sequential.tracker_memory", 2 * result.contexts[0].nbytes, "bytes")
 run.say("""
 It read {sequential.tokens:value} tokens. Its moving mean and variance take
 {sequential.tracker_memory}, however long the text is. Started as the mean of iteration 0 instead of
-zero, the mean leads to weights that are {sequential.mean_start.apart:value} of the way of training
-apart.
+zero, the mean leads to weights {sequential.mean_start.apart:value} times as far away as training
+had moved them.
 """)
 
 # %% [markdown]

@@ -29,7 +29,7 @@ def slow_p(differences) -> float:
 
 
 @given(st.integers(2, 5), st.integers(2, 12), st.integers(0, 2**31), st.floats(-1, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_p_value_is_that_of_the_analysis_of_variance(seeds, items, seed, shift):
     table = np.random.default_rng(seed).normal(size=(seeds, items)) + shift
     p = p_greater(table)

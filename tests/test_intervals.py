@@ -157,7 +157,7 @@ shares = st.tuples(st.integers(1, 5), st.integers(2, 30), st.integers(0, 2**32 -
 
 
 @given(shares)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_interval_of_shares_holds_the_share_and_is_never_a_point(values: np.ndarray):
     interval = hierarchical(values, share=True, draws=500)
     assert 0 <= interval.low <= values.mean() <= interval.high <= 1
@@ -201,7 +201,7 @@ def test_what_cannot_be_resampled_is_refused():
 
 
 @given(shares.filter(lambda values: len(values) > 1), st.integers(0, 100))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_names_of_seeds_and_items_do_not_matter(values: np.ndarray, seed: int):
     """A permutation changes the draws and so the ends a little, by less than the draws do."""
     rng = np.random.default_rng(seed)

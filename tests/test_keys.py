@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -53,7 +53,6 @@ plain = st.recursive(
     lambda each: st.lists(each) | st.dictionaries(st.text(), each), max_leaves=10)
 
 
-@settings(deadline=None)
 @given(plain, plain)
 def test_equal_settings_have_one_key_and_others_another(one, other):
     assert key(make, one) == key(make, one)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -185,7 +185,6 @@ def test_any_text_survives_in_every_tokenizer(exports, tmp_path_factory: pytest.
     imported = SentencePieceProcessor(model_proto=formats.sentencepiece_model(pieces))
     with Model(exports["f32"]) as engine:
 
-        @settings(deadline=None)
         @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
         def check(text: str) -> None:
             ids = trained.encode(text)

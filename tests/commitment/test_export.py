@@ -259,7 +259,7 @@ def read_control_vector(path: Path) -> tuple[list[int], np.ndarray]:
     return sorted(found), np.frombuffer(row, np.float32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 5), st.integers(0, 4), st.floats(-3, 3, width=32), st.integers(0, 99))
 def test_a_control_vector_comes_back(tmp_path_factory, first, more, strength, seed):
     path = tmp_path_factory.mktemp("vector") / "z.gguf"

@@ -130,7 +130,7 @@ def test_hooks_refuse_layers_that_the_model_lacks(torch_model):
         pass
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**64 - 1), st.integers(1, 200), st.integers(1, 200))
 def test_the_sampler_is_a_pure_function_and_multiplies_right(seed, k, d):
     one, two = sampler.sample(seed, k, d), sampler.sample(seed, k, d)

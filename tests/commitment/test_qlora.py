@@ -219,7 +219,7 @@ def test_recomputing_activations_changes_no_gradient(folder, tokenizer):
 # --- the latent -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(0, 2**31))
 def test_kl_is_that_to_the_prior_of_variance_one_over_k(k: int, seed: int):
     generator = torch.Generator().manual_seed(seed)

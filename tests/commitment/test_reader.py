@@ -347,7 +347,7 @@ def families(draw) -> tuple[list[Prompt], list[np.ndarray], list[int]]:
     return prompts, targets, owners
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(families(), st.sampled_from([0, 1, 3]))
 def test_forks_of_one_row_are_scored_as_each_prompt_by_itself(reader, family, exchanges):
     prompts, targets, owners = family

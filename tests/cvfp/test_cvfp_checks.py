@@ -28,7 +28,7 @@ def test_effective_rank_of_known_spectra():
         assert (rank.dimensions, rank.tokens) == (8, 40)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 60), st.integers(2, 20), st.floats(-5, 5), st.integers(0, 1000))
 def test_effective_rank_against_a_full_decomposition(n, d, mean, seed):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + mean

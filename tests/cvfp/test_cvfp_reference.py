@@ -40,7 +40,7 @@ def compare_weights(block, parameters, limit):
             close(a, b, limit)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.sampled_from([0.0, 0.3, 1.0]),
     st.integers(0, 10**6),

@@ -146,7 +146,8 @@ def test_unknown_names(tmp_path, phase1, phase2, network, embeddings):
         data.tokenizer_from(tmp_path / "x.json")
     for changes in ({"variant": "both"}, {"diversity_weight": 1.5}, {"iterations": 1},
                     {"variant": "sequential", "autocast": True}, {"segment": 8},
-                    {"variant": "true_pass", "segment": 0}, {"ema_start": "one"}):
+                    {"variant": "true_pass", "segment": 0}, {"ema_start": "one"},
+                    {"ema_start": "first_pass"}):
         with pytest.raises(ValueError, match=r"variant|diversity_weight|ema_start"):
             replace(phase1, **changes)
     with pytest.raises(ValueError, match=r"expected 'v2\.0'"):

@@ -109,7 +109,7 @@ class ExportedSpeaker(TorchSpeaker):
             last = self._read([prompts[i] for i in group], None if z is None else z[group], "last")
             dice = None if uniforms is None else {s: uniforms[i] for s, i in enumerate(group)}
             written = generate_tokens(self.context, dict(enumerate(last)), tokens,
-                               self.rendering.stops, dice)
+                                      self.rendering.stops, dice)
             for sequence, i in enumerate(group):
                 texts[i] = self.tokenizer.decode(written[sequence]).strip()
         return texts

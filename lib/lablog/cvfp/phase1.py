@@ -73,8 +73,11 @@ class Phase1Config:
             )
         if self.autocast and self.variant == "sequential":
             raise ValueError("autocast = True needs a variant that steps once a pass")
-        if self.ema_start not in ("zero", "first_pass"):
-            raise ValueError(f"ema_start = {self.ema_start!r}, expected 'zero' or 'first_pass'")
+        if self.ema_start not in ("zero", "first_pass") or (
+            self.ema_start != "zero" and self.variant != "sequential"
+        ):
+            raise ValueError(f"ema_start = {self.ema_start!r} with variant {self.variant!r}: "
+                             "expected 'zero', or 'first_pass' with 'sequential'")
         if self.segment < 1 or (self.segment > 1 and self.variant != "true_pass"):
             raise ValueError(f"segment = {self.segment} with variant {self.variant!r}: expected 1, "
                              "or more with 'true_pass'")

@@ -42,11 +42,6 @@ class Rollout:
     residuals: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
 
-    @property
-    def fell_back(self) -> bool:
-        """Whether a parallel method left tokens to the loop."""
-        return self.method != "sequential" and self.sequential_tokens > 0
-
 
 class SequentialRollout:
     """The loop over tokens, arranged to read as few bytes of weights as possible.
