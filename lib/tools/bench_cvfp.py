@@ -51,7 +51,7 @@ class Size:
 def measured(size: Size | None = None, device: str = "cpu") -> list[Row]:
     """All measurements as (name, value, unit, details), printed as they come.
 
-    About 7 minutes on two idle cores, most of them for training on true passes.
+    Most of the time goes into training on true passes.
     """
     size = size or Size()
     config = ModelConfig(context_dim=size.width, embed_dim=size.width, num_layers=size.layers,
