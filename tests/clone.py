@@ -129,6 +129,11 @@ class Tensor:
 
 class cuda:
     is_available = staticmethod(lambda: False)
+
+
+class backends:
+    class cpu:
+        get_cpu_capability = staticmethod(lambda: "NONE")
 '''
 SLOW = 'raise ImportError("optional for its importer, and slow")\n'
 JUPYTER_BOOK = '''#!/usr/bin/env python
