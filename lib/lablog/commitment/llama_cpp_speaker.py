@@ -19,6 +19,7 @@ from lablog.models.sampling import log_softmax
 from lablog.provenance import usable_threads
 from lablog.text.dialogues import Turn
 
+CHATS = (*rendering.CHATS, "auto")
 SMALL = 50_000_000
 """Parameters up to which one thread a context is faster than many threads in one."""
 
@@ -68,24 +69,27 @@ class LlamaCppSpeaker:
     with what the sequences hold already, be it the stem of a fork or the exchange before, is not
     read again.
 
-    chat: ``plain`` (one turn a line, ``U:`` and ``A:``, for any model) or ``llama2`` (the
-    instruction format of Llama-2-Chat).
+    chat: ``plain`` (one turn a line, ``U:`` and ``A:``, for any model), ``llama2`` (the
+    instruction format of Llama-2-Chat) or ``auto`` (the model's own template). system: what the
+    system says before all else, if `chat` has a system.
     """
 
-    def __init__(self, context: Context, chat: str = "plain") -> None:
-        rendering.check_chat(chat)
+    def __init__(self, context: Context, chat: str = "plain", system: str = "") -> None:
+        rendering.check_chat(chat, CHATS)
         self.context, self.model, self.chat = context, context.model, chat
+        self.system = system
         self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
         self._said: tuple[Injection, list[str]] | None = None  # conversations that the caches hold
 
     # --- turns and tokens ---------------------------------------------------------------------
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
-        special = self.chat == "llama2"
-        return tuple(self.model.tokenize(text, bos=True, special=special))
+        return tuple(self.model.tokenize(text, bos=True, special=self.chat != "plain"))
 
     def render(self, turns: Sequence[Turn]) -> str:
         """Turns as the text that the model reads."""
+        if self.chat == "auto":
+            return self.model.chat(rendering.messages(turns, self.system))
         return rendering.render(turns, self.chat)
 
     def history(self, turns: Sequence[Turn]) -> list[int]:
@@ -94,6 +98,9 @@ class LlamaCppSpeaker:
 
     def prompt(self, turns: Sequence[Turn], stem: str = "") -> list[int]:
         """Tokens up to where the assistant speaks (having begun with `stem`)."""
+        if self.chat == "auto":
+            text = self.model.chat(rendering.messages(turns, self.system), answer=True)
+            return list(self._encode(text + stem))
         return list(self._encode(rendering.asked(turns, self.chat, stem)))
 
     # --- as a `Speaker` -----------------------------------------------------------------------
@@ -338,8 +345,9 @@ class Speakers:
     """
 
     def __init__(self, gguf: Path, sequences: int, window: int, chat: str = "plain",
-                 gpu_layers: int = 0) -> None:
-        self.gguf, self.sequences, self.window, self.chat = gguf, sequences, window, chat
+                 gpu_layers: int = 0, system: str = "") -> None:
+        self.gguf, self.sequences, self.window = gguf, sequences, window
+        self.chat, self.system = chat, system
         self._stack = ExitStack()
         self.model = self._stack.enter_context(Model(gguf, gpu_layers))
         small = self.model.parameters <= SMALL
@@ -348,7 +356,7 @@ class Speakers:
         for _ in range(self.workers):
             context = Context(self.model, sequences, window,
                               threads=1 if small else usable_threads(), cache_type="f16")
-            self._idle.put(LlamaCppSpeaker(self._stack.enter_context(context), chat))
+            self._idle.put(LlamaCppSpeaker(self._stack.enter_context(context), chat, system))
 
     @contextmanager
     def one(self) -> Iterator[LlamaCppSpeaker]:
@@ -366,7 +374,7 @@ class Speakers:
         """
         with Context(self.model, min(16, self.sequences), self.window, usable_threads(),
                      watch_residual=True) as context:
-            LlamaCppSpeaker(context, self.chat).read(texts, Injection())
+            LlamaCppSpeaker(context, self.chat, self.system).read(texts, Injection())
             return context.residual_norms()
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """How turns become tokens: one way for training, for the probes, and for both engines.
 
-Two ways of speaking exist. ``plain``: one turn a line, ``U: …`` and ``A: …``, for any model.
+Three ways of speaking exist. ``plain``: one turn a line, ``U: …`` and ``A: …``, for any model.
 ``llama2``: the instruction format of Llama-2-Chat, ``<s>[INST] … [/INST] … </s>`` an exchange.
+``auto``: the model's own chat template, applied by the engine (:func:`messages`).
 
 A tokenizer may encode a word by itself and the same word behind other text in different tokens
 (Llama 2's puts a space in front of everything). So nothing is ever encoded by itself: the tokens
@@ -25,16 +26,25 @@ from lablog.text.tokenizer import Tokenizer
 
 Chat = Literal["plain", "llama2"]
 CHATS = ("plain", "llama2")
+ROLES = {"S": "system", "U": "user", "A": "assistant"}
 
 # What a token is to the loss.
 HEARD, SAID, DECISIVE = 0, 1, 2
 Part = tuple[str, int, int]  # text, what it is to the loss, number of its turn in the fragment
 
 
-def check_chat(chat: str) -> None:
+def check_chat(chat: str, known: Sequence[str] = CHATS) -> None:
     """ValueError unless `chat` is a way of speaking."""
-    if chat not in CHATS:
-        raise ValueError(f"chat = {chat!r}: expected one of {', '.join(CHATS)}")
+    if chat not in known:
+        raise ValueError(f"chat = {chat!r}: expected one of {', '.join(known)}")
+
+
+def messages(turns: Sequence[Turn], system: str = "") -> list[tuple[str, str]]:
+    """Turns as (role, text), behind one message of the system: `system`, and what turns of it
+    say. None where that is nothing."""
+    said = " ".join(filter(None, [system, *(turn.text for turn in turns if turn.speaker == "S")]))
+    return [*([("system", said)] if said else []),
+            *((ROLES[turn.speaker], turn.text) for turn in turns if turn.speaker != "S")]
 
 
 def render(turns: Iterable[Turn], chat: str) -> str:

@@ -137,6 +137,8 @@ class Model:
         self.window: int = self._binding.llama_model_n_ctx_train(self._handle)
         self.parameters: int = self._binding.llama_model_n_params(self._handle)
         self._stops: dict[str, frozenset[int]] = {}
+        template = self._binding.llama_model_chat_template(self._handle, None)
+        self.chat_template: str | None = template.decode() if template else None
 
     def close(self) -> None:
         """Free the weights; contexts must be closed before."""
@@ -182,6 +184,33 @@ class Model:
         buffer = ctypes.create_string_buffer(1024)
         size = self._binding.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, False)
         return buffer.raw[: max(size, 0)]
+
+    def chat(self, messages: Sequence[tuple[str, str]], answer: bool = False) -> str:
+        """Messages, (role, text) each, as the text in the model's own chat template; with `answer`
+        up to where the assistant speaks.
+
+        By llama.cpp's own function, which recognises the usual templates and runs no code of theirs.
+        Raises EngineError for a model without a template, or with one that llama.cpp does not know.
+        """
+        if self.chat_template is None:
+            raise EngineError(f"{self.path} holds no chat template: choose chat=plain or "
+                              "chat=llama2, or a model that was taught to chat")
+        engine = self._binding
+        array = (engine.llama_chat_message * len(messages))(
+            *((role.encode(), text.encode()) for role, text in messages))
+        size = 256 + sum(64 + 2 * len(text.encode()) for _, text in messages)
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(size)
+            used = engine.llama_chat_apply_template(self.chat_template.encode(), array,
+                                                    len(messages), answer, buffer, size)
+            if used < 0:
+                raise EngineError(f"{self.path}: llama.cpp does not know this model's chat template "
+                                  f"({self.chat_template[:60]!r}…): choose chat=plain or "
+                                  "chat=llama2")
+            if used <= size:
+                break
+            size = used
+        return buffer.raw[:used].decode()
 
     @property
     def bos(self) -> int:
@@ -385,7 +414,7 @@ class Context:
         for sequence, size in sizes.items():
             if held[sequence] + size > self.window:
                 raise ValueError(f"sequence {sequence} would hold {held[sequence] + size} tokens; "
-                                 f"the window holds {self.window}")
+                                 f"the window holds {self.window}: raise `window`")
         if not additions:
             return {}
         owner = np.repeat(np.fromiter(sizes, np.int32), list(sizes.values()))

@@ -34,7 +34,7 @@ from pydantic import Field, model_validator
 from lablog.files import data_file
 from lablog.strict import Strict, validated
 
-Speaker = Literal["U", "A"]
+Speaker = Literal["S", "U", "A"]
 Kind = Literal["favourite", "unstated", "hidden", "compare"]
 Split = Literal["train", "held_out"]
 Form = Literal["training", "probe", "simple"]
