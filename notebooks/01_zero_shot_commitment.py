@@ -25,8 +25,8 @@
 # path or a Hub address instead.
 
 # %% tags=["parameters"]
-model: str = "offline:smoke"  # offline:RECIPE, a path (.gguf, .bin, folder), or hub:OWNER/NAME
-chat: str = "plain"  # how the model is spoken to: plain or llama2
+model: str = "offline:smoke"  # offline:RECIPE, a path (.gguf, .bin, folder), hub:, pypi: or npm:
+chat: str = "plain"  # how the model is spoken to: plain, llama2, or auto (its own template)
 k: int = 64  # latent dimension of z*
 seeds: list[int] = [1, 2]  # seeds of the commitments, one conversation's z* each
 item_seed: int = 0  # seed of the probes and of the held-out texts
@@ -50,7 +50,7 @@ from lablog.commitment.llama_cpp_speaker import Speakers
 from lablog.commitment.log_experiments import AT_LOG_DOSE, NAMED_ROWS
 from lablog.models import locate
 from lablog.run import begin
-from lablog.text.dialogues import load_settings
+from lablog.text.dialogues import settings_for
 
 figures.use_style()
 run = begin("01_zero_shot_commitment", globals())
@@ -102,11 +102,11 @@ run.metrics_table("offline")
 # command line program, for this notebook and for the PyTorch reference.
 
 # %%
-dialogues = load_settings()
+dialogues = settings_for(chat)
 asked = probes.make_items(dialogues, item_seed, items)
 material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)
 with run.stage("baseline"):
-    engine = Speakers(gguf, sequences, window, chat, gpu_layers)
+    engine = Speakers(gguf, sequences, window, chat, gpu_layers, dialogues.chat.system)
     norms = engine.residual_norms(material.texts)
     baseline = coherence.baseline(engine, material)
 sample = sampler.sample(seeds[0], k, engine.model.width)
@@ -189,12 +189,16 @@ for row in named:
 # but draws a new one for every turn, and in a fork for every question: what the two question
 # forms agree on cannot come from a direction that they share. If it does as well, then constancy
 # is not what helps. The *text* control puts one line into the window, the first answer or the
-# choice: what a commitment would have to equal.
+# choice: what a commitment would have to equal. A model that was taught to chat has two more, in
+# its system's message: the same words told by the system, and the mere wish that it keeps to
+# whatever it says or chooses.
 
 # %%
 conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norms=norms,
                               baseline=baseline)
+aids = ["system", "instruction"] if chat == "auto" else []
 tasks = [sweep.Task("none"), sweep.Task("text")]
+tasks += [sweep.Task(aid, language=False) for aid in aids]
 for row in named:
     for control in ("commitment", "redrawn"):
         tasks += [sweep.Task(control, row.strength, row.layers, seed) for seed in seeds]
@@ -236,7 +240,7 @@ for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
 
 # %%
 engine.close()
-run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE])
+run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE], aids=aids)
 
 # %% [markdown]
 # ## What this does not show

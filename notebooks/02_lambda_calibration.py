@@ -22,11 +22,12 @@
 # does not.
 
 # %% tags=["parameters"]
-model: str = "offline:smoke"  # offline:RECIPE, a path (.gguf, .bin, folder), or hub:OWNER/NAME
-chat: str = "plain"  # how the model is spoken to: plain or llama2
+model: str = "offline:smoke"  # offline:RECIPE, a path (.gguf, .bin, folder), hub:, pypi: or npm:
+chat: str = "plain"  # how the model is spoken to: plain, llama2, or auto (its own template)
 k: int = 64  # latent dimension of z*
 strengths: list[float] = [0.0, 0.01, 0.1, 1.0]  # λ grid; the log's 0.01, 0.1 and 1 must be in it
 seeds: list[int] = [1, 2]  # seeds of the commitments
+ranges: list[str] = ["all", "last quarter", "first quarter", "layer 0"]  # of layers; also: last N
 kl_budget: float = 1.0  # nats: 95th percentile of KL per held-out token
 item_seed: int = 0  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
@@ -47,11 +48,10 @@ from lablog import figures
 from lablog.commitment import calibration, coherence, log_experiments, plots, probes, sweep
 from lablog.commitment import sweep_metrics as metrics
 from lablog.commitment.llama_cpp_speaker import Speakers
-from lablog.commitment.log_experiments import RANGES
 from lablog.commitment.sweep import Task
 from lablog.models import locate
 from lablog.run import begin
-from lablog.text.dialogues import load_settings
+from lablog.text.dialogues import settings_for
 
 import pandas as pd
 
@@ -65,11 +65,11 @@ with run.stage("model"):
 # probabilities are what every divergence below is taken from.
 
 # %%
-dialogues = load_settings()
+dialogues = settings_for(chat)
 asked = probes.make_items(dialogues, item_seed, items)
 material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)
 with run.stage("baseline"):
-    engine = Speakers(gguf, sequences, window, chat, gpu_layers)
+    engine = Speakers(gguf, sequences, window, chat, gpu_layers, dialogues.chat.system)
     norms = engine.residual_norms(material.texts)
     conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norms=norms,
                                   baseline=coherence.baseline(engine, material))
@@ -108,11 +108,11 @@ print(coherence.Thresholds())
 # item. What remains is the luck of the direction, which is why every cell has several seeds.
 
 # %%
-for name in RANGES:
+for name in ranges:
     print(f"{name}: layers {log_experiments.span(name, engine.model.layers)}")
 tasks = [Task("none"), Task("text")]
 for control in ("commitment", "redrawn"):
-    for name in RANGES:
+    for name in ranges:
         language = control == "commitment" or name == "all"
         tasks += [Task(control, strength, name, seed, language)
                   for strength in strengths if strength != 0 for seed in seeds]
@@ -208,7 +208,7 @@ shown.round(4)
 
 # %%
 with run.stage("calibration"):
-    solved = calibration.calibrate(engine, RANGES, seeds, kl_budget, conditions)
+    solved = calibration.calibrate(engine, ranges, seeds, kl_budget, conditions)
 budgets = []
 for name, found in solved.items():
     doses = [sweep.dose(Task("commitment", 1.0, name, seed), engine.model, k, norms)
@@ -229,7 +229,7 @@ run.figure(
 # ## Report
 
 # %%
-run.finish(ranges=RANGES)
+run.finish(ranges=ranges)
 
 # %% [markdown]
 # ## What this does not show

@@ -136,18 +136,18 @@ def test_both_engines_give_one_answer_to_every_probe(speech, folder, torch_model
     """The contract of `Speaker`, without a latent: no more than rounding lies between them."""
     torch_speech = TorchSpeaker(CommittedModel(torch_model), Tokenizer(folder / "tokenizer.model"))
     orders = np.random.default_rng(0).permuted(np.tile(np.arange(12), (8, 1)), axis=1)[:, :2]
-    for note in (False, True):
-        ours, theirs = (probes.recall(speaker, items.recall, nothing, note=note)
+    for aid in (None, "note"):
+        ours, theirs = (probes.recall(speaker, items.recall, nothing, aid=aid)
                         for speaker, nothing in ((speech, Injection()), (torch_speech, None)))
         for name in ("first", "again", "evicted"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-        fork, other = (probes.fork(speaker, items.fork, nothing, note)
+        fork, other = (probes.fork(speaker, items.fork, nothing, aid)
                        for speaker, nothing in ((speech, Injection()), (torch_speech, None)))
-        for name in ("yes", "named", "answer_mass", "noted"):
+        for name in ("yes", "named", "answer_mass", "named_mass", "noted"):
             np.testing.assert_allclose(getattr(fork, name), getattr(other, name), atol=2e-3)
         np.testing.assert_array_equal(
-            probes.game(speech, items.fork, Injection(), orders, note),
-            probes.game(torch_speech, items.fork, None, orders, note))
+            probes.game(speech, items.fork, Injection(), orders, aid),
+            probes.game(torch_speech, items.fork, None, orders, aid))
     asked = [[*item.opening, item.guesses[0]] for item in items.fork]
     np.testing.assert_allclose(speech.agree(asked, Injection()), torch_speech.agree(asked, None),
                                atol=2e-3)
@@ -183,9 +183,9 @@ def test_too_few_sequences_for_a_fork_are_refused(model, items):
 def test_the_text_note_is_in_the_window(speech, items):
     """With the note, the evicted window holds the first answer again."""
     without = probes.recall(speech, items.recall, Injection())
-    with_note = probes.recall(speech, items.recall, Injection(), note=True)
+    with_note = probes.recall(speech, items.recall, Injection(), aid="note")
     np.testing.assert_array_equal(without.again, with_note.again)
-    fork, noted = (probes.fork(speech, items.fork, Injection(), note) for note in (False, True))
+    fork, noted = (probes.fork(speech, items.fork, Injection(), aid) for aid in (None, "note"))
     assert np.abs(fork.named - noted.named).max() > 1e-3
 
 
@@ -314,8 +314,10 @@ VALUES = [f"thing{x}" for x in range(12)]
 def obedient_items(count):
     guesses = tuple(Turn("U", f"is it {value} ?", "is_it") for value in VALUES)
     note = Turn("A", "it is thing0", "private")
+    told = Turn("S", "it is thing0", "told_choice")
     item = probes.ForkItem(tuple(VALUES), (Turn("U", "choose", "opening"),), guesses,
-                           Turn("U", "what is it?", "what_is_it"), "", note, 0)
+                           Turn("U", "what is it?", "what_is_it"), "", note, 0, (tuple(VALUES),),
+                           told, Turn("S", "keep to it", "keep"))
     return [item] * count
 
 

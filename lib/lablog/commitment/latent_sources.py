@@ -71,13 +71,13 @@ def recall(speaker: TorchSpeaker, source: Source, asked: ProbeSet) -> probes.Rec
                             named.tolist())
 
     under = draw_latents(speaker, source, asked.seed, RECALL, len(items))
-    return probes.recall(speaker, items, under, told, note=source == "text")
+    return probes.recall(speaker, items, under, told, aid="note" if source == "text" else None)
 
 
 def fork(speaker: TorchSpeaker, source: Source, asked: ProbeSet) -> probes.ForkResult:
     """Every fork of every hidden choice."""
     return probes.fork(speaker, asked.items.fork, fork_latents(speaker, source, asked),
-                       note=source == "text")
+                       aid="note" if source == "text" else None)
 
 
 def game(speaker: TorchSpeaker, source: Source, asked: ProbeSet, guesses: int) -> np.ndarray:
@@ -87,7 +87,7 @@ def game(speaker: TorchSpeaker, source: Source, asked: ProbeSet, guesses: int) -
     orders = np.array([np.argsort([draw.random() for _ in item.values])
                        for draw, item in zip(draws, items, strict=True)])
     return probes.game(speaker, items, fork_latents(speaker, source, asked), orders[:, :guesses],
-                       note=source == "text")
+                       aid="note" if source == "text" else None)
 
 
 @dataclass(frozen=True)

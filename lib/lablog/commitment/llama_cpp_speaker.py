@@ -106,22 +106,25 @@ class LlamaCppSpeaker:
     # --- as a `Speaker` -----------------------------------------------------------------------
 
     def say(self, conversations: Sequence[Turns], under: Injection, tokens: int, first: int = 0,
-            uniforms: np.ndarray | None = None) -> list[str]:
+            uniforms: np.ndarray | None = None, stems: Sequence[str] = ()) -> list[str]:
         """As `Speaker.say`. Conversations that continue those of the call before, under the same
         injection, are read on from there."""
         texts: list[str] = []
         for begin in range(0, len(conversations), self.context.sequences):
             group = conversations[begin : begin + self.context.sequences]
-            logits = self._ask(group, under, first)
+            begun = stems[begin:][: len(group)] or [""] * len(group)
+            logits = self._ask(group, under, first, begun)
             drawn = None if uniforms is None else dict(enumerate(uniforms[begin:][: len(group)]))
             written = generate_tokens(self.context, logits, tokens, self.model.stops(), drawn)
-            said = [self.model.detokenize(written[s]).strip() for s in range(len(group))]
+            said = [f"{stem} {self.model.detokenize(written[s]).strip()}".strip()
+                    for s, stem in enumerate(begun)]
             self._said = under, [self.render([*turns, Turn("A", text, "answer")])
                                  for turns, text in zip(group, said, strict=True)]
             texts += said
         return texts
 
-    def _ask(self, group: Sequence[Turns], under: Injection, first: int) -> dict[int, np.ndarray]:
+    def _ask(self, group: Sequence[Turns], under: Injection, first: int,
+             stems: Sequence[str] | None = None) -> dict[int, np.ndarray]:
         """Logits behind the prompt of each conversation; turn by turn if the injection changes.
 
         The exchange that opens a conversation gets number 0, those that follow numbers from 2 on
@@ -139,7 +142,8 @@ class LlamaCppSpeaker:
                 self.context.prefill({s: self.history(turns[:end]) for s, turns in enumerate(group)
                                       if end < len(turns)})
         under.turn(self.context, number)
-        return self.context.prefill({s: self.prompt(turns) for s, turns in enumerate(group)})
+        return self.context.prefill({s: self.prompt(turns, stems[s] if stems else "")
+                                     for s, turns in enumerate(group)})
 
     def _hold(self, group: Sequence[Turns], under: Injection) -> bool:
         if self._said is None or self._said[0] is not under or len(self._said[1]) != len(group):
@@ -164,7 +168,7 @@ class LlamaCppSpeaker:
         return found
 
     def forks(self, histories: Sequence[Turns], items: Sequence[ForkItem],
-              under: Injection) -> list[tuple[np.ndarray, np.ndarray]]:
+              under: Injection) -> list[tuple[np.ndarray, np.ndarray, float]]:
         """As `Speaker.forks`.
 
         An injection that changes gives every question of every fork a direction of its own, and
@@ -176,7 +180,7 @@ class LlamaCppSpeaker:
         if not room:
             raise ValueError(f"forking {widest - 1} ways needs {widest} sequences, the context has "
                              f"{context.sequences}")
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        found: list[tuple[np.ndarray, np.ndarray, float]] = []
         for begin in range(0, len(items), room):
             group = list(zip(range(0, room * widest, widest), histories[begin : begin + room],
                              items[begin : begin + room], strict=False))
@@ -195,15 +199,26 @@ class LlamaCppSpeaker:
             bases = [base for base, _, _ in group]
             answers = self.word_probabilities({s: last[s] for s in asked if s not in bases},
                                               ("yes", "no"))
-            scores = self.scores({base: last[base] for base in bases}, {
-                base: self.continuations([*history, item.naming], item.stem, item.values)
-                for base, history, item in group})
+            scores = self._named({base: last[base] for base in bases}, group)
             under.asked(context, range(len(group) * widest))
             for base, _, item in group:
                 pairs = np.array([answers[base + 1 + x] for x in range(len(item.values))])
                 logs = scores[base]
-                found.append((pairs, np.exp(logs - np.logaddexp.reduce(logs))))
+                total = np.logaddexp.reduce(logs)
+                found.append((pairs, np.exp(logs - total), float(np.exp(total))))
         return found
+
+    def _named(self, last: Mapping[int, np.ndarray],
+               group: Sequence[tuple[int, Turns, ForkItem]]) -> dict[int, np.ndarray]:
+        """log P(value | what is it?) behind each base, said in any of the item's ways."""
+        scores: dict[int, np.ndarray] = {}
+        for way in range(len(group[0][2].ways)):
+            said = self.scores(last, {
+                base: self.continuations([*history, item.naming], item.stem, item.ways[way])
+                for base, history, item in group})
+            scores = said if not way else {base: np.logaddexp(scores[base], logs)
+                                           for base, logs in said.items()}
+        return scores
 
     def read(self, texts: Sequence[Turns], under: Injection) -> list[np.ndarray]:
         """As `Speaker.read`, the last token included."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 RANGES = ("all", "last quarter", "first quarter", "layer 0")
+"""Ranges that every model has; ``last 8`` and the like name layers by their number."""
 
 
 class NamedRow(NamedTuple):
@@ -47,12 +49,18 @@ from memory, the table was not at hand: trust it to a factor of two or three, no
 
 
 def layer_range(name: str, layers: int) -> tuple[int, int]:
-    """A named range of a model's layers, 0-based and inclusive; a quarter is rounded up."""
+    """A named range of a model's layers, 0-based and inclusive; a quarter is rounded up.
+
+    Raises ValueError for another name, or more layers than the model has.
+    """
     quarter = math.ceil(layers / 4)
     ranges = {"all": (0, layers - 1), "last quarter": (layers - quarter, layers - 1),
               "first quarter": (0, quarter - 1), "layer 0": (0, 0)}
+    if (counted := re.fullmatch(r"last ([1-9]\d*)", name)) and int(counted[1]) <= layers:
+        return layers - int(counted[1]), layers - 1
     if name not in ranges:
-        raise ValueError(f"layer range {name!r}: expected one of {', '.join(RANGES)}")
+        raise ValueError(f"layer range {name!r}: expected one of {', '.join(RANGES)}, or last N "
+                         f"with N up to the model's {layers} layers")
     return ranges[name]
 
 

@@ -15,6 +15,10 @@ from lablog.commitment.log_experiments import RANGES, NamedRow
 from lablog.commitment.measures import LABELS
 from lablog.figures import COLOURS, GREY, MARKERS, Drawn
 
+WITHOUT = {"none": "unmodified", "text": "a line of text instead",
+           "system": "told by the system", "instruction": "asked to keep to it"}
+"""The controls that inject nothing, and what they are called."""
+
 
 def _columns(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     columns = ["control", "range", "span", "strength", "seeds", "word", "dose"]
@@ -60,7 +64,8 @@ def distinct(table: pd.DataFrame) -> pd.DataFrame:
 
 def named_rows(table: pd.DataFrame, named: Sequence[NamedRow]) -> Drawn:
     """The three probe families for named rows with their doses, controls and baselines."""
-    rows = [("unmodified", "none", "all", 0.0), ("a line of text instead", "text", "all", 0.0)]
+    rows = [(label, control, "all", 0.0) for control, label in WITHOUT.items()
+            if control in set(table["control"])]
     rows += [(row.english, "commitment", row.layers, row.strength) for row in named]
     rows += [(f"{row.english}: redrawn", "redrawn", row.layers, row.strength) for row in named]
     keyed = table.set_index(["control", "layers", "strength"])
@@ -74,11 +79,11 @@ def named_rows(table: pd.DataFrame, named: Sequence[NamedRow]) -> Drawn:
     labels = [f"{row} (dose {dose:.2g})" if dose else row
               for row, dose in zip(data["row"], data["dose"], strict=True)]
     for axes, name in zip(panels, names, strict=True):
-        for control, colour, marker in zip(("none", "text", "commitment", "redrawn"),
-                                           COLOURS[:4], MARKERS, strict=False):
+        for number, control in enumerate((*WITHOUT, "commitment", "redrawn")):
             chosen = np.array([row[1] == control for row in rows])
             axes.errorbar(data[name][chosen], position[chosen],
-                          xerr=_errors(data[chosen], name), fmt=marker, color=colour, capsize=2)
+                          xerr=_errors(data[chosen], name), fmt=MARKERS[number],
+                          color=COLOURS[number], capsize=2)
         axes.set(xlabel=LABELS[name], yticks=position, yticklabels=labels)
         if name == "yes_sum":
             axes.axvline(1, color=GREY, linestyle=":")

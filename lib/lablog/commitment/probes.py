@@ -18,13 +18,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from lablog.text.dialogues import DialogueSettings, Draw, Turn, named_value
+from lablog.text.dialogues import (
+    ChatSettings,
+    DialogueSettings,
+    Draw,
+    Turn,
+    article,
+    named_value,
+)
 
 ANSWER_TOKENS = 16
+Aid = Literal["note", "system", "instruction"]
+"""Help by text, in place of a commitment. note, system: what was said or chosen, in a private line
+of the model's at the head of the window or in the system's message; instruction: there, only the
+wish that it keeps to it."""
 STREAMS = {"recall": 101, "fork": 102}  # spawn keys apart from those of the dialogues' splits
 Turns = Sequence[Turn]
 Latents = TypeVar("Latents")
@@ -40,6 +51,18 @@ class RecallItem:
     distractors: tuple[Turn, ...]
     requestion: Turn
     uniforms: np.ndarray  # [ANSWER_TOKENS], picks the first answer
+    stem: str  # how the first answer begins
+    restem: str  # and the second
+    chat: ChatSettings
+
+    def head(self, aid: Aid | None, answer: Turn | None = None) -> list[Turn]:
+        """What a window begins with; `answer`: that which it does not hold any more."""
+        if aid == "instruction":
+            return [Turn("S", self.chat.keep, "keep")]
+        if aid is None or answer is None:
+            return []
+        return [answer if aid == "note" else Turn(
+            "S", self.chat.told_answer.format(answer=answer.text), "told_answer")]
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,14 @@ class ForkItem:
     stem: str  # how the answer begins, up to the value
     note: Turn  # the choice as a line of text, for the text-only baseline
     noted: int  # index of the value in `note`
+    ways: tuple[tuple[str, ...], ...]  # all values, in each form in which one may be said
+    told: Turn  # the choice as the system states it
+    keep: Turn  # the system's wish that it keeps to its choice
+
+    def head(self, aid: Aid | None) -> list[Turn]:
+        """What the window begins with."""
+        return [] if aid is None else [
+            {"note": self.note, "system": self.told, "instruction": self.keep}[aid]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +115,7 @@ def make_items(material: DialogueSettings | Material, seed: int, count: int) -> 
     if isinstance(material, DialogueSettings):
         material = Material(material)
     settings, recall, fork = material.settings, [], []
-    topics = list(material.topics or settings.topics)
+    topics, chat = list(material.topics or settings.topics), settings.chat
     spoken = settings.probe_gap if material.gap is None else (material.gap, material.gap)
     for index in range(count):
         draw = Draw(settings, seed, STREAMS["recall"], index)
@@ -94,6 +125,7 @@ def make_items(material: DialogueSettings | Material, seed: int, count: int) -> 
             tuple(draw.distractors(topic, draw.integer(*spoken))),
             draw.turn("U", "requestion", topic),
             np.array([draw.random() for _ in range(ANSWER_TOKENS)]),
+            chat.stem.format(topic=topic), chat.restem.format(topic=topic), chat,
         ))
         draw = Draw(settings, seed, STREAMS["fork"], index)
         topic = draw.pick(topics)
@@ -108,6 +140,11 @@ def make_items(material: DialogueSettings | Material, seed: int, count: int) -> 
             draw.turn("U", "what_is_it", topic),
             answer.split("{value}")[0].format(topic=topic).strip(),
             draw.turn("A", "private", topic, values[noted]), noted,
+            tuple(zip(*map(chat.said, values), strict=True)),
+            Turn("S", chat.told_choice.format(
+                topic=topic, a=article(topic), value=draw.spelled(topic, values[noted])),
+                "told_choice"),
+            Turn("S", chat.keep, "keep"),
         ))
     return Items(tuple(recall), tuple(fork))
 
@@ -144,6 +181,7 @@ class ForkResult:
     yes: np.ndarray
     named: np.ndarray
     answer_mass: np.ndarray  # [items]: mean over X of P(yes) + P(no) before normalisation
+    named_mass: np.ndarray  # [items]: P(any value | what is it?)
     noted: np.ndarray  # [items]: the index that the text note states
 
     @cached_property
@@ -183,11 +221,12 @@ class Speaker(Protocol[Under]):
     """
 
     def say(self, conversations: Sequence[Turns], under: Under, tokens: int, first: int = 0,
-            uniforms: np.ndarray | None = None) -> list[str]:
+            uniforms: np.ndarray | None = None, stems: Sequence[str] = ()) -> list[str]:
         """What it says, in at most `tokens` tokens, to the question that ends each conversation.
 
         first: number of the exchange with which the window begins. uniforms: float64
         [conversations, tokens] in [0, 1), which pick tokens at temperature 1; None is greedy.
+        stems: how each answer begins, which it then does in what is returned too.
         """
         ...
 
@@ -196,9 +235,10 @@ class Speaker(Protocol[Under]):
         ...
 
     def forks(self, histories: Sequence[Turns], items: Sequence[ForkItem],
-              under: Under) -> list[tuple[np.ndarray, np.ndarray]]:
+              under: Under) -> list[tuple[np.ndarray, np.ndarray, float]]:
         """The questions of each item behind its history, each question the only one: P(yes) and
-        P(no) to every guess, float64 [values, 2], and P(value | what is it?) among the values."""
+        P(no) to every guess, float64 [values, 2], P(value | what is it?) among the values, and
+        the probability of all values, said in any of the item's ways, together."""
         ...
 
     def read(self, texts: Sequence[Turns], under: Under) -> list[np.ndarray]:
@@ -209,59 +249,63 @@ class Speaker(Protocol[Under]):
 
 def recall(speaker: Speaker[Latents], items: Sequence[RecallItem], under: Latents,
            told: Callable[[list[Turns], np.ndarray], Latents] | None = None,
-           note: bool = False) -> RecallResult:
+           aid: Aid | None = None) -> RecallResult:
     """Recall in the window and after eviction.
 
     told: the latents once the first exchange was said, from these exchanges and the index of the
-    value that each names; None: as before. With `note` a line that repeats the first answer heads
+    value that each names; None: as before. aid: help by text; what repeats the first answer heads
     the evicted window: what a commitment would have to equal.
     """
     def named(texts: Sequence[str]) -> np.ndarray:
         return np.array([value_index(text, item.values)
                          for text, item in zip(texts, items, strict=True)])
 
-    said = speaker.say([[item.question] for item in items], under, ANSWER_TOKENS,
-                       uniforms=np.stack([item.uniforms for item in items]))
-    begun: list[Turns] = [[item.question, Turn("A", text, "answer")]
-                          for item, text in zip(items, said, strict=True)]
+    begin = [item.head(aid) for item in items]
+    said = speaker.say([[*head, item.question] for head, item in zip(begin, items, strict=True)],
+                       under, ANSWER_TOKENS, uniforms=np.stack([item.uniforms for item in items]),
+                       stems=[item.stem for item in items])
+    begun: list[Turns] = [[*head, item.question, Turn("A", text, "answer")]
+                          for head, item, text in zip(begin, items, said, strict=True)]
     first = named(said)
     if told is not None:
         under = told(begun, first)
     rest = [[*item.distractors, item.requestion] for item in items]
+    stems = [item.restem for item in items]
     again = speaker.say([[*opened, *turns] for opened, turns in zip(begun, rest, strict=True)],
-                        under, ANSWER_TOKENS)
+                        under, ANSWER_TOKENS, stems=stems)
     # The window after eviction starts behind the first exchange.
-    evicted = speaker.say([[*(opened[1:] if note else ()), *turns]
-                           for opened, turns in zip(begun, rest, strict=True)],
-                          under, ANSWER_TOKENS, first=1)
+    evicted = speaker.say([[*item.head(aid, opened[-1]), *turns]
+                           for item, opened, turns in zip(items, begun, rest, strict=True)],
+                          under, ANSWER_TOKENS, first=1, stems=stems)
     return RecallResult(first, named(again), named(evicted))
 
 
-def _histories(items: Sequence[ForkItem], note: bool) -> list[Turns]:
+def _histories(items: Sequence[ForkItem], aid: Aid | None) -> list[Turns]:
     """What the window of each hidden choice begins with."""
-    return [[*([item.note] if note else []), *item.opening] for item in items]
+    return [[*item.head(aid), *item.opening] for item in items]
 
 
 def fork(speaker: Speaker[Latents], items: Sequence[ForkItem], under: Latents,
-         note: bool = False) -> ForkResult:
-    """Every fork of every hidden choice; with `note` the choice heads the window."""
-    return _forked(speaker, _histories(items, note), items, under)
+         aid: Aid | None = None) -> ForkResult:
+    """Every fork of every hidden choice, with help by text or without."""
+    return _forked(speaker, _histories(items, aid), items, under)
 
 
 def _forked(speaker: Speaker[Latents], histories: Sequence[Turns], items: Sequence[ForkItem],
             under: Latents) -> ForkResult:
     widest = max(len(item.values) for item in items)
     yes, named = np.zeros((len(items), widest)), np.zeros((len(items), widest))
-    mass = np.zeros(len(items))
-    for row, (pairs, chances) in enumerate(speaker.forks(histories, items, under)):
+    mass, naming = np.zeros(len(items)), np.zeros(len(items))
+    for row, (pairs, chances, any_value) in enumerate(speaker.forks(histories, items, under)):
         yes[row, : len(pairs)] = pairs[:, 0] / pairs.sum(axis=1)
         mass[row] = pairs.sum(axis=1).mean()
         named[row, : len(chances)] = chances
-    return ForkResult(yes, named, mass, np.array([item.noted for item in items]))
+        naming[row] = any_value
+    return ForkResult(yes, named, mass, naming, np.array([item.noted for item in items]))
 
 
 def game(speaker: Speaker[Latents], items: Sequence[ForkItem], under: Latents,
-         guesses: np.ndarray, note: bool = False) -> np.ndarray:
+         guesses: np.ndarray, aid: Aid | None = None) -> np.ndarray:
     """Whether a game of several turns has exactly one answer, bool [items].
 
     After the fork protocol of Baldelli et al. (2026, arXiv 2601.06973): the model answers some
@@ -269,7 +313,7 @@ def game(speaker: Speaker[Latents], items: Sequence[ForkItem], under: Latents,
     it?" and "is it X?" for every X. Consistent: exactly the named value is confirmed in the forks,
     and the guesses before were answered as is true of it.
     """
-    histories = _histories(items, note)
+    histories = _histories(items, aid)
     confirmed = np.zeros(guesses.shape, bool)
     for turn, chosen in enumerate(guesses.T):
         asked = [[*history, item.guesses[guess]]

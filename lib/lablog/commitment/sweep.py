@@ -20,7 +20,9 @@ from lablog.keys import key
 from lablog.models.llama_cpp import Commitment, Model
 from lablog.progress import progress
 
-Control = Literal["commitment", "redrawn", "none", "text"]
+Control = Literal["commitment", "redrawn", "none", "text", "system", "instruction"]
+AIDS: dict[str, probes.Aid] = {"text": "note", "system": "system", "instruction": "instruction"}
+"""Controls that inject nothing and help by text instead."""
 REDRAWN = 1024
 """Directions of the redrawn control. More than a fork has questions; no multiple of 13 is one."""
 
@@ -57,7 +59,7 @@ class Conditions:
 
 def injection(task: Task, model: Model, k: int) -> Injection:
     """What a task injects; a redrawn direction has the norm of the commitment's."""
-    if task.control in ("none", "text"):
+    if task.control not in ("commitment", "redrawn"):
         return Injection()
     layers = layer_range(task.layers, model.layers)
     first = sampler.sample(task.seed, k, model.width)
@@ -74,7 +76,7 @@ def injection(task: Task, model: Model, k: int) -> Injection:
 
 def dose(task: Task, model: Model, k: int, residual_norms: np.ndarray) -> float:
     """λ · number of layers · ‖W_c z*‖ / mean ‖h‖ (lab log A1); 0 without a commitment."""
-    if task.control in ("none", "text"):
+    if task.control not in ("commitment", "redrawn"):
         return 0.0
     first, last = layer_range(task.layers, model.layers)
     norm = sampler.sample(task.seed, k, model.width).norm
@@ -84,16 +86,16 @@ def dose(task: Task, model: Model, k: int, residual_norms: np.ndarray) -> float:
 def evaluate(engine: Speakers, task: Task, conditions: Conditions) -> dict[str, Any]:
     """One row: the task, its dose, and all metrics; those of the probes item by item too."""
     injected, items = injection(task, engine.model, conditions.k), conditions.items
-    note = task.control == "text"
+    aid = AIDS.get(task.control)
     with engine.one() as speaker:
-        recall = _recall(speaker, items.recall, injected, note)
-        fork = probes.fork(speaker, items.fork, injected, note)
+        recall = _recall(speaker, items.recall, injected, aid)
+        fork = probes.fork(speaker, items.fork, injected, aid)
         language = coherence.coherence(speaker, conditions.material, injected,
                                        conditions.baseline) if task.language else None
     by_item = {
         "answered": recall.answered, "recall": recall.recalled,
         "eviction": recall.recalled_after_eviction, "same_choice": fork.same,
-        "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass,
+        "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass, "named_mass": fork.named_mass,
     }
     row = asdict(task) | {
         "dose": dose(task, engine.model, conditions.k, conditions.residual_norms),
@@ -107,11 +109,11 @@ def evaluate(engine: Speakers, task: Task, conditions: Conditions) -> dict[str, 
 
 
 def _recall(speaker: LlamaCppSpeaker, items: Sequence[probes.RecallItem], injected: Injection,
-            note: bool) -> probes.RecallResult:
+            aid: probes.Aid | None) -> probes.RecallResult:
     """Recall of as many items at a time as the context holds, so that the first exchange of each
     is still in its cache when it is asked again."""
     size = speaker.context.sequences
-    parts = [probes.recall(speaker, items[begin : begin + size], injected, note=note)
+    parts = [probes.recall(speaker, items[begin : begin + size], injected, aid=aid)
              for begin in range(0, len(items), size)]
     return probes.RecallResult(*(np.concatenate([getattr(part, name) for part in parts])
                                  for name in ("first", "again", "evicted")))
@@ -133,7 +135,7 @@ def sweep(engine: Speakers, tasks: Sequence[Task], conditions: Conditions,
     again after an interruption. Ranges that name the same layers of this model are computed once.
     """
     made_of = key(evaluate, conditions.k, conditions.items, conditions.material, engine.sequences,
-                  engine.window, engine.chat, engine.gguf)
+                  engine.window, engine.chat, engine.system, engine.gguf)
     artifacts.mkdir(parents=True, exist_ok=True)
     journal = artifacts / f"sweep-{made_of}.jsonl"
     layers = engine.model.layers

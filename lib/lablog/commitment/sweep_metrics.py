@@ -21,7 +21,7 @@ from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
 PROBES = ("recall", "eviction", "same_choice")
-BY_ITEM = (*PROBES, "answered", "yes_sum", "answer_mass")
+BY_ITEM = (*PROBES, "answered", "yes_sum", "answer_mass", "named_mass")
 LANGUAGE = ("perplexity", "kl_mean", "kl_p95", "own_kl_mean", "own_kl_p95", "same_top",
             "repeated_4grams", "distinct_1", "distinct_2")
 MEASURES = (*BY_ITEM, *LANGUAGE, "dose")
@@ -126,8 +126,9 @@ def of_named_rows(rows: pd.DataFrame, named: Sequence[NamedRow] = NAMED_ROWS) ->
 
     Raises ValueError when the sweep does not hold one of them.
     """
-    groups = {name: rows[rows["control"] == control]
-              for name, control in (("unmodified", "none"), ("text", "text"))}
+    groups = {"unmodified" if control == "none" else control: part
+              for control, part in rows.groupby("control", sort=False)
+              if control not in ("commitment", "redrawn")}
     for row in named:
         for control, prefix in (("commitment", ""), ("redrawn", "redrawn.")):
             part = _configuration(rows, control, row.layers, row.strength)

@@ -67,10 +67,14 @@ class TorchSpeaker:
             return self.model.posterior(ids.to(self.device), mask.to(self.device))
 
     def say(self, conversations: Sequence[Turns], under: Tensor | None, tokens: int,
-            first: int = 0, uniforms: np.ndarray | None = None) -> list[str]:
+            first: int = 0, uniforms: np.ndarray | None = None,
+            stems: Sequence[str] = ()) -> list[str]:
         """As `Speaker.say`."""
-        prompts = [self.prompt(turns, "", first) for turns in conversations]
-        return self.answers(prompts, under, tokens, uniforms)
+        begun = stems or [""] * len(conversations)
+        prompts = [self.prompt(turns, stem, first)
+                   for turns, stem in zip(conversations, begun, strict=True)]
+        return [f"{stem} {text}".strip() for stem, text in
+                zip(begun, self.answers(prompts, under, tokens, uniforms), strict=True)]
 
     def agree(self, conversations: Sequence[Turns], under: Tensor | None) -> np.ndarray:
         """As `Speaker.agree`."""
@@ -79,7 +83,7 @@ class TorchSpeaker:
         return found
 
     def forks(self, histories: Sequence[Turns], items: Sequence[ForkItem],
-              under: Tensor | None) -> list[tuple[np.ndarray, np.ndarray]]:
+              under: Tensor | None) -> list[tuple[np.ndarray, np.ndarray, float]]:
         """As `Speaker.forks`; each question is an exchange of its own. All items must have equally
         many values."""
         rows = [(i, x, [*history, guess]) for i, (item, history) in
@@ -88,11 +92,13 @@ class TorchSpeaker:
         owner = [i for i, _, _ in rows]
         pairs = self.yes_no([asked_as(self.prompt(turns, ""), 1 + x) for _, x, turns in rows],
                             None if under is None else under[owner]).view(len(items), -1, 2)
-        named = name_values(self, [
-            (self.prompt([*history, item.naming], item.stem), item.values)
-            for item, history in zip(items, histories, strict=True)
-        ], under)
-        return list(zip(pairs.numpy(), named.numpy(), strict=True))
+        named = [(self.prompt([*history, item.naming], item.stem), item.ways)
+                 for item, history in zip(items, histories, strict=True)]
+        logs = torch.stack([
+            value_scores(self, [(prompt, ways[way]) for prompt, ways in named], under)
+            for way in range(len(items[0].ways))]).logsumexp(0)
+        return [(pair, chances, float(mass)) for pair, chances, mass in
+                zip(pairs.numpy(), logs.softmax(-1).numpy(), logs.exp().sum(-1), strict=True)]
 
     def read(self, texts: Sequence[Turns], under: Tensor | None) -> list[np.ndarray]:
         """As `Speaker.read`, without the last token of each text."""
@@ -310,11 +316,18 @@ def asked_as(prompt: Prompt, number: int) -> Prompt:
 
 def name_values(speaker: TorchSpeaker, asked: Sequence[tuple[Prompt, Sequence[str]]],
                 z: Tensor | None) -> Tensor:
-    """P(value | what is it?) among the values, float64 [prompts, values].
+    """P(value | what is it?) among the values, float64 [prompts, values]; ValueError as in
+    :func:`value_scores`."""
+    return value_scores(speaker, asked, z).softmax(-1)
+
+
+def value_scores(speaker: TorchSpeaker, asked: Sequence[tuple[Prompt, Sequence[str]]],
+                 z: Tensor | None) -> Tensor:
+    """log P(value | what is it?), float64 [prompts, values].
 
     Raises ValueError naming two values that the tokenizer cannot tell apart.
     """
     logs, tokens = speaker.log_likelihoods(asked, z)
     for (_, values), found in zip(asked, tokens, strict=True):
         check_distinct(values, found)
-    return logs.softmax(-1)
+    return logs

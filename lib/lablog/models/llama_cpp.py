@@ -189,8 +189,8 @@ class Model:
         """Messages, (role, text) each, as the text in the model's own chat template; with `answer`
         up to where the assistant speaks.
 
-        By llama.cpp's own function, which recognises the usual templates and runs no code of theirs.
-        Raises EngineError for a model without a template, or with one that llama.cpp does not know.
+        By llama.cpp's own function, which recognises the usual templates and runs none of their
+        code. Raises EngineError for a model without a template, or with one that is not known.
         """
         if self.chat_template is None:
             raise EngineError(f"{self.path} holds no chat template: choose chat=plain or "
@@ -204,7 +204,7 @@ class Model:
             used = engine.llama_chat_apply_template(self.chat_template.encode(), array,
                                                     len(messages), answer, buffer, size)
             if used < 0:
-                raise EngineError(f"{self.path}: llama.cpp does not know this model's chat template "
+                raise EngineError(f"{self.path}: llama.cpp does not know this chat template "
                                   f"({self.chat_template[:60]!r}…): choose chat=plain or "
                                   "chat=llama2")
             if used <= size:

@@ -78,6 +78,25 @@ class HeldOut(Strict):
     topics: Annotated[list[Word], Len(1)]
 
 
+class ChatSettings(Strict):
+    """What only a model that was taught to chat is told: by the system (`system` always, the
+    others in the controls that help by text), and how its answers begin and may name a value."""
+
+    names: tuple[str, ...] = ()  # topics whose values are written with a capital
+    system: str = ""
+    keep: str = ""  # asks it to keep to what it said
+    told_answer: str = ""  # repeats the {answer} that it gave
+    told_choice: str = ""  # states its choice: {topic}, {a} (its article), {value}
+    stem: str = ""  # of the answer that states a favourite: {topic}
+    restem: str = ""  # of the answer that repeats it: {topic}
+    forms: Annotated[tuple[str, ...], Len(1)] = ("{value}",)  # {value}, {Value}; {a}: its article
+
+    def said(self, value: str) -> tuple[str, ...]:
+        """The ways in which an answer may name `value`."""
+        return tuple(form.format(value=value, Value=value.capitalize(), a=article(value))
+                     for form in self.forms)
+
+
 class DialogueSettings(Strict):
     """Contents of ``data/dialogues.yaml``; each field is explained there."""
 
@@ -107,6 +126,7 @@ class DialogueSettings(Strict):
     announced: Share
     held_out: HeldOut
     recipes: dict[str, dict[str, Any]]  # read by lablog.models.offline
+    chat: ChatSettings = ChatSettings()
 
     @property
     def personas(self) -> int:
@@ -118,7 +138,7 @@ class DialogueSettings(Strict):
         values = list(chain.from_iterable(self.topics.values()))
         if twice := {value for value in values if values.count(value) > 1}:
             raise ValueError(f"topics: {sorted(twice)} occur twice; every value must be unique")
-        usual = {"topic", "a", "value"}
+        usual = {"topic", "a", "value", "values"}
         for name, needed in PHRASES.items():
             for phrase in getattr(self, name):
                 slots = _slots(phrase)
@@ -187,6 +207,11 @@ def _slots(phrase: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(phrase) if name is not None}
 
 
+def settings_for(chat: str) -> DialogueSettings:
+    """What a model is asked that is spoken to in this way."""
+    return load_settings(data_file("questions.yaml") if chat == "auto" else None)
+
+
 def load_settings(path: Path | None = None) -> DialogueSettings:
     """Read and validate a settings file; by default ``data/dialogues.yaml``, which is read once.
 
@@ -239,9 +264,15 @@ def prompt(turns: Iterable[Turn]) -> str:
     return render(turns) + "A:"
 
 
+def article(word: str) -> str:
+    """The indefinite article of a word."""
+    return "an" if word[:1] in "aeiou" else "a"
+
+
 def named_value(text: str, values: Sequence[str]) -> str | None:
-    """The value that comes first in `text` as a whole word, or None."""
-    found = re.search(rf"\b({'|'.join(map(re.escape, values))})\b", text.lower())
+    """The value that comes first in `text` as a whole word, in whatever case, singular or plural;
+    None if none does."""
+    found = re.search(rf"\b({'|'.join(map(re.escape, values))})(?:e?s)?\b", text.lower())
     return found.group(1) if found else None
 
 
@@ -275,8 +306,15 @@ class Draw:
         """A line from the phrasings named `role`: the one numbered `phrasing`, or a random one."""
         phrases = getattr(self.settings, role)
         phrase = self.pick(phrases) if phrasing is None else phrases[phrasing]
-        article = "an" if topic[:1] in "aeiou" else "a"
-        return Turn(speaker, phrase.format(topic=topic, a=article, value=value), role)
+        slots = {"topic": topic, "a": article(topic), "value": self.spelled(topic, value)}
+        if "{values}" in phrase:
+            slots["values"] = ", ".join(self.spelled(topic, each)
+                                        for each in self.settings.topics[topic])
+        return Turn(speaker, phrase.format(**slots), role)
+
+    def spelled(self, topic: str, value: str) -> str:
+        """A value as it is written in a sentence."""
+        return value.capitalize() if topic in self.settings.chat.names else value
 
     def exchange(self, asked: str, answered: str, topic: str, value: str = "",
                  phrasing: int | None = None) -> list[Turn]:
@@ -293,7 +331,9 @@ class Draw:
             user, answers = self.pick(self.settings.distractors)
             slots: Mapping[str, str] = {n: self.pick(f) for n, f in self.settings.fillers.items()}
             if others := [t for t in self.settings.topics if t != topic]:
-                slots = {**slots, "other": self.pick(self.settings.topics[self.pick(others)])}
+                other = self.pick(others)
+                named = self.spelled(other, self.pick(self.settings.topics[other]))
+                slots = {**slots, "other": named}
             answer = self.pick(self.settings.ack if answers == "ack" else answers)
             turns.append(Turn("U", user.format(**slots), "distractor"))
             turns.append(Turn("A", answer.format(**slots), "distractor"))
