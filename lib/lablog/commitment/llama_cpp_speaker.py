@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -365,6 +366,9 @@ class Speakers:
         self.chat, self.system = chat, system
         self._stack = ExitStack()
         self.model = self._stack.enter_context(Model(gguf, gpu_layers))
+        if chat == "plain" and self.model.chat_template is not None:
+            warnings.warn(f"{gguf.name} was taught to chat in a template of its own and is spoken "
+                          "to in plain lines; chat=auto uses its template", stacklevel=2)
         small = self.model.parameters <= SMALL
         self.workers = usable_threads() if small else 1
         self._idle: queue.SimpleQueue[LlamaCppSpeaker] = queue.SimpleQueue()

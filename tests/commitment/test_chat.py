@@ -1,0 +1,214 @@
+"""Models that were taught to chat: their own template, and probes in their words."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from lablog import layout
+from lablog.commitment import probes, rendering
+from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.sweep import AIDS
+from lablog.files import data_file
+from lablog.models import convert
+from lablog.models.llama_cpp import Context, EngineError, Model
+from lablog.text.dialogues import (
+    Turn,
+    generate,
+    load_settings,
+    named_value,
+    settings_for,
+)
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}")
+TOLD = [("system", "Be brief."), ("user", "What is it?"), ("assistant", "Teal."), ("user", "Why?")]
+
+
+def with_template(folder: Path, template: str, path: Path) -> Path:
+    """The model of `folder` as GGUF, with a chat template."""
+    shutil.copytree(folder, path)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = template
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return convert.to_gguf(path, path.with_suffix(".gguf"))
+
+
+@pytest.fixture(scope="module")
+def chatting(folder, tmp_path_factory) -> Path:
+    return with_template(folder, CHATML, tmp_path_factory.mktemp("chat") / "chatml")
+
+
+@pytest.fixture(scope="module")
+def chat_model(chatting):
+    with Model(chatting) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def chat_speech(chat_model):
+    with Context(chat_model, sequences=26, window=512) as context:
+        yield LlamaCppSpeaker(context, "auto", "Be brief.")
+
+
+@pytest.fixture(scope="module")
+def asked() -> probes.Items:
+    return probes.make_items(settings_for("auto"), seed=3, count=4)
+
+
+@pytest.fixture(scope="module")
+def reference(chatting):
+    """The Hugging Face tokenizer of the same folder."""
+    return AutoTokenizer.from_pretrained(chatting.with_suffix(""))
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=40)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), words), min_size=1, max_size=5),
+       words, st.booleans())
+def test_the_template_gives_the_text_that_transformers_gives(
+    chat_model, reference, talk, system, answer
+):
+    messages = [("system", system), *talk]
+    assert chat_model.chat(messages, answer) == reference.apply_chat_template(
+        [{"role": role, "content": text} for role, text in messages], tokenize=False,
+        add_generation_prompt=answer)
+
+
+@pytest.mark.skipif(
+    not list(layout.fetched().glob("*/SmolLM2*.gguf")), reason="SmolLM2 is not fetched")
+def test_a_real_models_prompt_is_the_same_tokens_to_both_engines():
+    (path,) = layout.fetched().glob("*/SmolLM2*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    talk = [generate(settings_for("auto"), 0, index).turns for index in range(20)]
+    with Model(path) as model:
+        for turns in talk:
+            messages = rendering.messages(turns, "Be brief.")
+            theirs = tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in messages],
+                add_generation_prompt=True, return_dict=False)
+            assert model.tokenize(model.chat(messages, True), bos=True, special=True) == theirs
+
+
+def test_a_model_without_a_template_is_refused(model):
+    with pytest.raises(EngineError, match="holds no chat template: choose chat=plain"):
+        model.chat(TOLD)
+
+
+def test_a_template_that_the_engine_does_not_know_is_refused(folder, tmp_path):
+    strange = with_template(folder, "{{ messages | length }}", tmp_path / "strange")
+    with Model(strange) as opened, pytest.raises(EngineError, match="does not know"):
+        opened.chat(TOLD)
+
+
+def test_long_messages_are_not_cut(chat_model):
+    text = chat_model.chat([("user", "é" * 5000)])
+    assert text.count("é") == 5000
+
+
+def test_a_model_that_chats_but_is_spoken_to_in_lines_is_said(chatting):
+    with pytest.warns(UserWarning, match="chat=auto uses its template"), \
+            Speakers(chatting, 2, 64):
+        pass
+
+
+def test_a_window_too_small_for_template_and_prompt_names_the_remedy(chat_model, asked):
+    with Context(chat_model, sequences=13, window=32) as context, \
+            pytest.raises(ValueError, match="raise `window`"):
+        probes.fork(LlamaCppSpeaker(context, "auto"), asked.fork, Injection())
+
+
+def test_the_system_speaks_first_and_once():
+    turns = [Turn("S", "Keep to it.", "keep"), Turn("U", "hi", ""), Turn("A", "hello", "")]
+    assert rendering.messages(turns, "Be brief.") == [
+        ("system", "Be brief. Keep to it."), ("user", "hi"), ("assistant", "hello")]
+    assert rendering.messages(turns[1:]) == [("user", "hi"), ("assistant", "hello")]
+
+
+def test_a_history_is_the_beginning_of_what_is_asked_behind_it(chat_speech, asked):
+    for item in asked.fork:
+        history = chat_speech.render(item.opening)
+        assert chat_speech.render([*item.opening, item.naming]).startswith(history)
+
+
+def test_a_value_counts_in_each_way_of_saying_it(chat_speech, chat_model, torch_model, asked):
+    """Naming against PyTorch, one continuation at a time."""
+    found = probes.fork(chat_speech, asked.fork[:2], Injection())
+    for row, item in enumerate(asked.fork[:2]):
+        prompt = chat_model.chat(
+            [("system", "Be brief."), *rendering.messages([*item.opening, item.naming])], True)
+        prompt += item.stem
+        ids = chat_model.tokenize(prompt, bos=True, special=True)
+        chances = np.zeros(len(item.values))
+        for x, value in enumerate(item.values):
+            article = "an" if value[0] in "aeiou" else "a"
+            for said in (value, value.capitalize(), f"the {value}", f"{article} {value}"):
+                longer = chat_model.tokenize(f"{prompt} {said}", bos=True, special=True)
+                with torch.inference_mode():
+                    logs = torch_model(torch.tensor([longer])).logits[0].double().log_softmax(-1)
+                chances[x] += np.exp(sum(
+                    float(logs[at - 1, longer[at]]) for at in range(len(ids), len(longer))))
+        np.testing.assert_allclose(found.named_mass[row], chances.sum(), rtol=5e-3)
+        np.testing.assert_allclose(found.named[row], chances / chances.sum(), atol=5e-3)
+
+
+def test_answers_begin_with_their_stem(chat_speech, asked):
+    said = chat_speech.say([[item.question] for item in asked.recall], Injection(), 4,
+                           stems=[item.stem for item in asked.recall])
+    for item, text in zip(asked.recall, said, strict=True):
+        assert text.startswith(item.stem)
+
+
+def test_help_by_text_stands_where_it_says(asked):
+    item, answer = asked.recall[0], Turn("A", "It is teal.", "answer")
+    assert item.head(None, answer) == []
+    assert item.head("note", answer) == [answer]
+    assert item.head("system") == []  # nothing was said yet
+    (told,) = item.head("system", answer)
+    assert told.speaker == "S"
+    assert "It is teal." in told.text
+    assert item.head("instruction") == item.head("instruction", answer)
+    hidden = asked.fork[0]
+    value = hidden.values[hidden.noted]
+    assert [turn.speaker for aid in AIDS.values() for turn in hidden.head(aid)] == ["A", "S", "S"]
+    assert named_value(hidden.head("system")[0].text, hidden.values) == value
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("Teal.", "teal"), ("TEAL!", "teal"), ("the Foxes", "fox"), ("I like foxes, not teal", "fox"),
+    ("steal", None), ("tealish", None), ("", None),
+])
+def test_answers_are_read_tolerantly(text, value):
+    assert named_value(text, ["teal", "fox"]) == value
+
+
+def test_every_way_of_saying_a_value_is_read_as_that_value():
+    settings = settings_for("auto")
+    for values in settings.topics.values():
+        for value in values:
+            for said in settings.chat.said(value):
+                assert named_value(f"It is {said}.", values) == value
+
+
+def test_both_sets_of_questions_have_the_same_topics():
+    assert settings_for("auto").topics == settings_for("plain").topics
+    assert settings_for("llama2") is load_settings()
+    assert settings_for("auto") == load_settings(data_file("questions.yaml"))
+
+
+def test_names_are_written_with_a_capital():
+    settings = settings_for("auto")
+    texts = " ".join(turn.text for index in range(300)
+                     for turn in generate(settings, 0, index).turns)
+    assert "Paris" in texts
+    assert "paris" not in texts
+    assert "teal" in texts
