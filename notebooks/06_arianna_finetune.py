@@ -43,6 +43,7 @@ all_turns: bool = False  # all exchanges of a dialogue instead of the first
 folds: int = 2  # parts of the dialogues, each held out once
 
 # Model
+base_model: str = ""  # from elsewhere (path, hub:, pypi: or npm:); none: the base run's
 width: int = 64  # numbers of a token's state
 layers: int = 2  # blocks of attention and feed-forward
 heads: int = 2  # attention heads of a layer
@@ -91,11 +92,12 @@ from lablog import figures
 from lablog.arianna import chat, dialogues, exports, finetuning, plots
 from lablog.arianna.bits_per_byte import byte_sizes, estimate, evenly, gap, read_bits, text_items
 from lablog.files import repository
-from lablog.models import convert
+from lablog.models import convert, locate
 from lablog.models.shape import ModelShape
 from lablog.models.training import TrainingSettings
 from lablog.text.corpora import base_documents
 from lablog.text.packing import pack, refuse_overlap, split
+from lablog.text.tokenizer import Tokenizer
 from lablog.run import begin
 
 figures.use_style()
@@ -128,9 +130,13 @@ refuse_overlap(training, held_out)
 
 # %%
 with run.stage("tokenizer"):
-    path = runs / "tokenizer" / "tokenizer.model"
-    tokenizer = finetuning.base_tokenizer(training, vocabulary, path, tokenizer_megabytes)
-    run.file(path)
+    if base_model:
+        adopted = locate.hugging_face_folder(base_model, run.artifacts)
+        tokenizer = Tokenizer(run.file(adopted / "tokenizer.model"))
+    else:
+        path = runs / "tokenizer" / "tokenizer.model"
+        tokenizer = finetuning.base_tokenizer(training, vocabulary, path, tokenizer_megabytes)
+        run.file(path)
 with run.stage("packing"):
     stream = pack(training, tokenizer, runs / "corpus")
 run.file(stream.folder / "manifest.json")
@@ -209,6 +215,9 @@ run.say("""
 # The shape is Llama's: every head has keys of its own, the output matrix is the embedding, and the
 # feed-forward width follows from the width by Llama's rule. A run logs its loss a hundred times,
 # and keeps a checkpoint every 200 steps.
+#
+# A `base_model` from elsewhere takes the place of all that: its shape and its tokenizer count, and
+# what it was trained on is its maker's to say. Fine-tunings then start from it in the same way.
 
 # %%
 shape = ModelShape(
@@ -230,12 +239,14 @@ settings = TrainingSettings(
 
 # %%
 with run.stage("base training"):
-    base = finetuning.train_base(shape, settings, stream, tokenizer, runs)
+    base = (finetuning.adopt_base(adopted, context, settings, runs) if base_model else
+            finetuning.train_base(shape, settings, stream, tokenizer, runs))
 log = finetuning.training_log(base.folder)
 run.metric("base.parameters", log["parameters"], "count")
-run.metric("base.tokens", log["tokens"], "count")
-run.metric("base.steps", base_steps, "count")
-run.metric("base.checkpoint.bytes", log["checkpoint_bytes"], "count")
+elsewhere = "trained elsewhere" if base_model else None
+for name, value in (("tokens", log.get("tokens")), ("steps", base_steps),
+                    ("checkpoint.bytes", log.get("checkpoint_bytes"))):
+    run.metric(f"base.{name}", None if base_model else value, "count", undefined=elsewhere)
 run.file(base.folder / "model.safetensors")
 
 # %% [markdown]
@@ -426,10 +437,11 @@ run.say("\n".join(
 # dialogues that were held out.
 
 # %%
-folders = {"base": base.folder, main.name: tuned[0]}
+folders = {} if base_model else {"base": base.folder}
+folders[main.name] = tuned[0]
 folders |= {arm.name: folder for arm, folder in models.items()}
-run.figure("losses", *plots.loss_curves(folders), "Training loss and learning rate of the base run "
-           "and of the fine-tunings on the first fold.")
+run.figure("losses", *plots.loss_curves(folders), "Training loss and learning rate of the base "
+           "run, if it was made here, and of the fine-tunings on the first fold.")
 
 # %% [markdown]
 # ## In all formats

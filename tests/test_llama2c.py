@@ -240,6 +240,17 @@ def test_tokens_of_a_random_tokenizer_are_those_of_run_c(random_model: Path, art
             assert engine.detokenize(engine.tokenize(sample)).removeprefix(" ") == sample
 
 
+def test_a_tokenizer_of_the_older_layout_is_the_same_tokenizer(tiny: Path):
+    """llama2.c once wrote a byte token as that byte, as a Latin-1 character in UTF-8."""
+    path = tiny.with_name("tokenizer.bin")
+    pieces = read_pieces(path)
+    write_pieces(path, [(chr(i - 3).encode() if 3 <= i < 259 else piece, score)
+                        for i, (piece, score) in enumerate(pieces)])
+    older = llama2c.read_tokenizer(path, len(pieces))
+    assert [piece for piece, _ in older] != [piece for piece, _ in pieces]
+    assert llama2c.sentencepiece_model(older) == llama2c.sentencepiece_model(pieces)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -1,17 +1,20 @@
 """Fine-tuning in miniature: the guards are in its way, and its intervals are paired."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lablog.arianna.bits_per_byte import BitsPerByte, estimate, evenly, gap, read_bits, text_items
 from lablog.arianna.dialogues import Dialogue, folds, load_dialogues, sides
 from lablog.arianna.finetuning import (
     Base,
     Tuning,
+    adopt_base,
     base_tokenizer,
     feed_forward_width,
     train_base,
@@ -61,6 +64,40 @@ def test_a_training_is_made_once(base: Base, tokenizer: Tokenizer):
     assert train_base(SHAPE, PLAN, stream, tokenizer, runs) == base
     assert (base.folder / "model.safetensors").stat().st_mtime_ns == before
     assert training_log(base.folder)["tokens"] == 20 * 4 * 48
+
+
+def test_a_base_from_elsewhere_is_tuned_like_one_of_its_own(
+    base: Base, known: list[Dialogue], tmp_path: Path
+):
+    """The same weights, once trained here and once adopted, give the same fine-tuning."""
+    texts, arm = sides(known, np.arange(12)), Tuning(1e-2, 4, 4)
+    adopted = adopt_base(base.folder, SHAPE.context, PLAN, tmp_path)
+    assert adopted.shape == base.shape
+    ours, theirs = (load_file(tune(which, arm, texts, 0) / "model.safetensors")
+                    for which in (base, adopted))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        np.testing.assert_array_equal(weight, theirs[name])
+    assert adopt_base(base.folder, SHAPE.context, PLAN, tmp_path).folder == adopted.folder
+    with pytest.raises(ValueError, match="batch_size is 8, but 4 in the base run"):
+        tune(adopted, Tuning(1e-3, 8, 4), texts, 0)
+
+
+def test_a_shorter_window_than_the_base_model_has(
+    base: Base, known: list[Dialogue], tmp_path: Path
+):
+    adopted = adopt_base(base.folder, 24, PLAN, tmp_path)
+    tuned = tune(adopted, Tuning(1e-3, 4, 3), sides(known, np.arange(12)), 0)
+    assert training_log(tuned)["tokens"] == 3 * 4 * 24
+
+
+def test_what_cannot_be_a_base_model_is_refused(base: Base, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"context = 49: .* has a window of 48 tokens"):
+        adopt_base(base.folder, 49, PLAN, tmp_path)
+    copy = shutil.copytree(base.folder, tmp_path / "copy")
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.model: choose"):
+        adopt_base(copy, 48, PLAN, tmp_path)
 
 
 def test_fine_tuning_refuses_another_batch_size_unless_asked(base: Base, known: list[Dialogue]):

@@ -14,6 +14,7 @@ from pathlib import Path
 from lablog import layout
 from lablog.arianna.chat import Chat, prompt, write
 from lablog.arianna.exports import default_model
+from lablog.files import repository
 from lablog.models import locate
 from lablog.models.llama_cpp import Context, Model, Sampling
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 def _context(options: argparse.Namespace) -> Iterator[Context]:
     if options.model is None:
         path = default_model()
+        print(f"({path.relative_to(repository())})", file=sys.stderr)
     else:  # paths are told from here, or from the root of the clone as in profiles
         here = Path(options.model).expanduser()
         name = str(here.resolve()) if here.exists() else options.model

@@ -17,6 +17,9 @@ FILES = {
 }
 """Names of the exports below ``<artifacts>/arianna``; llama2.c's ``run`` reads the last two."""
 
+PROFILES = ("full", "pretrained", "laptop")
+"""Those whose model is worth hearing, by what it has read before the dialogues, most first."""
+
 
 def export(folder: Path, artifacts: Path) -> dict[str, Path]:
     """Write the model in the Hugging Face folder `folder` to ``<artifacts>/arianna`` as `FILES`.
@@ -44,11 +47,14 @@ def sizes(exported: Mapping[str, Path]) -> dict[str, int]:
 
 
 def default_model() -> Path:
-    """The GGUF file of the laptop profile; FileNotFoundError says which command makes it."""
-    path = layout.artifacts(layout.results("laptop")) / "arianna" / FILES["f32"]
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there yet: `make reproduce NOTEBOOKS=06` trains and exports it, "
-            "or name another model with --model"
-        )
-    return path
+    """The GGUF file of the best profile of `PROFILES` that was run; FileNotFoundError says which
+    command makes one."""
+    paths = [layout.artifacts(layout.results(profile)) / "arianna" / FILES["f32"]
+             for profile in PROFILES]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{paths[-1]} is not there yet: `make reproduce NOTEBOOKS=06` trains and exports it, "
+        "or name another model with --model"
+    )

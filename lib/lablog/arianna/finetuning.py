@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 from lablog.arianna import guards
+from lablog.files import atomic_folder, atomic_write, sha256
 from lablog.keys import key
 from lablog.models.shape import ModelShape
 from lablog.models.training import TrainingSettings, train_causal_lm
@@ -33,7 +37,8 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Base:
-    """A trained base model: its folder, and what its fine-tunings must share with it."""
+    """A base model, trained here or elsewhere: its folder, and what its fine-tunings must share
+    with it."""
 
     folder: Path
     shape: ModelShape
@@ -87,6 +92,39 @@ def train_base(shape: ModelShape, settings: TrainingSettings, stream: Stream,
     """
     folder = _train("base", shape, shape, settings, stream, tokenizer, runs)
     return Base(folder, shape, settings, tokenizer)
+
+
+def adopt_base(model: Path, context: int, settings: TrainingSettings, runs: Path) -> Base:
+    """Take the Hugging Face folder `model` for a base model, with `settings` for its tunings, in
+    windows of `context` tokens.
+
+    A folder of `runs` like that of a base run, but without its history. ValueError where the model
+    is no Llama of safetensors in one file with a SentencePiece tokenizer, or has a smaller window.
+    """
+    needed = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+    if missing := [name for name in needed if not (model / name).is_file()]:
+        raise ValueError(f"{model} cannot be fine-tuned here, it has no {', '.join(missing)}: "
+                         "choose a llama2.c model or a Llama with a SentencePiece tokenizer")
+    shape, tokenizer = ModelShape.of(model), Tokenizer(model / "tokenizer.model")
+    if context > shape.context:
+        raise ValueError(f"context = {context}: {model.name} has a window of "
+                         f"{shape.context} tokens")
+    shape = shape.model_copy(update={"context": context})
+    made_of = key(adopt_base, context, settings, *(sha256(model / name) for name in needed))
+    folder = runs / f"adopted-{made_of}"
+    if not folder.is_dir():
+        with atomic_folder(folder) as scratch:
+            for name in needed:
+                shutil.copyfile(model / name, scratch / name)
+            config = json.loads((model / "config.json").read_text())
+            config["max_position_embeddings"] = context
+            atomic_write(scratch / "config.json", json.dumps(config, indent=1) + "\n")
+            weights = load_file(model / "model.safetensors")
+            log = {"key": made_of, "tokenizer_sha256": tokenizer.hash,
+                   "settings": settings.model_dump(), "history": [],
+                   "parameters": sum(each.size for each in weights.values())}
+            atomic_write(scratch / "training.json", json.dumps(log, indent=1) + "\n")
+    return Base(folder, shape, settings, Tokenizer(folder / "tokenizer.model"))
 
 
 def tune(base: Base, tuning: Tuning, texts: tuple[Sequence[str], Sequence[str]], fold: int,

@@ -13,24 +13,26 @@ from lablog.figures import COLOURS, GREY, MARKERS, Drawn
 
 
 def loss_curves(folders: Mapping[str, Path]) -> Drawn:
-    """Training loss and learning rate against tokens seen, a line for each training."""
+    """Training loss and learning rate against tokens seen, a line for each training; that of the
+    base run, if there is one, in a column of its own."""
     frames = []
     for run, folder in folders.items():
         history = pd.DataFrame(training_log(folder)["history"])
         columns = ["step", "num_input_tokens_seen", "loss", "learning_rate"]
         frames.append(history[columns].assign(run=run))
     data = pd.concat(frames).rename(columns={"num_input_tokens_seen": "tokens"})
-    figure, axes = plt.subplots(2, 2, figsize=(8.4, 5.4), sharex="col")
+    titles = ["base", "fine-tuning"] if "base" in folders else ["fine-tuning"]
+    figure, axes = plt.subplots(2, len(titles), figsize=(8.4, 5.4), sharex="col", squeeze=False)
     for i, (name, rows) in enumerate(data.groupby("run", sort=False)):
-        column = min(i, 1)
+        column = 0 if name == "base" else len(titles) - 1
         style = {"color": COLOURS[i % 6], "linestyle": "-" if i < 6 else "--", "label": name}
         axes[0, column].plot(rows["tokens"] / 1000, rows["loss"], **style)
         warm = rows[rows["learning_rate"] > 0]
         axes[1, column].plot(warm["tokens"] / 1000, warm["learning_rate"], **style)
-    for column, title in enumerate(("base", "fine-tuning")):
+    for column, title in enumerate(titles):
         axes[0, column].set(title=title, ylabel="loss / nat per token")
         axes[1, column].set(xlabel="thousand tokens seen", ylabel="learning rate", yscale="log")
-    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure, data
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from sentencepiece import sentencepiece_model_pb2
 
 from lablog.files import atomic_folder, atomic_write
+from lablog.text.tokenizer import write_settings
 
 sentencepiece_proto: Any = sentencepiece_model_pb2  # generated code without type stubs
 HEADER = struct.Struct("<7i")
@@ -234,6 +235,7 @@ def to_hugging_face(model: Path, tokenizer: Path, folder: Path) -> Path:
         save_file(arrays, scratch / "model.safetensors", metadata={"format": "pt"})
         atomic_write(scratch / "config.json", json.dumps(config, indent=1) + "\n")
         atomic_write(scratch / "tokenizer.model", sentencepiece_model(pieces))
+        write_settings(scratch, add_prefix_space=True)
     return folder
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from pydantic import Field, model_validator
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lablog.strict import Strict
 
@@ -31,6 +33,20 @@ class ModelShape(Strict):
                 f"mimetic needs kv_heads = heads, got {self.kv_heads} and {self.heads}"
             )
         return self
+
+    @classmethod
+    def of(cls, folder: Path) -> ModelShape:
+        """The shape of the Llama in a Hugging Face folder; ValueError for another architecture."""
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, LlamaConfig):
+            raise ValueError(f"{folder} holds a {config.model_type!r} model, expected a llama")
+        return cls(
+            layers=config.num_hidden_layers, width=config.hidden_size,
+            heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+            feed_forward=config.intermediate_size, context=config.max_position_embeddings,
+            rope_theta=config.rope_parameters["rope_theta"], norm_eps=config.rms_norm_eps,
+            tied_embeddings=config.tie_word_embeddings, initializer_range=config.initializer_range,
+        )
 
     def model(self, vocabulary: int) -> LlamaForCausalLM:
         """A model of this shape with random weights from PyTorch's generator.

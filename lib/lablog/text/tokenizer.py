@@ -118,7 +118,13 @@ def train_tokenizer(
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocabulary} pieces: {error}") from error
     atomic_write(path, buffer.getvalue())
-    # The Hugging Face and llama.cpp loaders learn from this file what the model file implies.
+    write_settings(path.parent, add_prefix_space)
+    return Tokenizer(path)
+
+
+def write_settings(folder: Path, add_prefix_space: bool) -> None:
+    """Write ``tokenizer_config.json`` beside a ``tokenizer.model`` of the project's kind: the
+    Hugging Face and llama.cpp loaders learn from it what the model file implies."""
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "add_prefix_space": add_prefix_space,
@@ -130,5 +136,4 @@ def train_tokenizer(
         "clean_up_tokenization_spaces": False,
         "legacy": False,
     }
-    atomic_write(path.parent / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-    return Tokenizer(path)
+    atomic_write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
