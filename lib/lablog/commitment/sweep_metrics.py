@@ -126,9 +126,8 @@ def of_named_rows(rows: pd.DataFrame, named: Sequence[NamedRow] = NAMED_ROWS) ->
 
     Raises ValueError when the sweep does not hold one of them.
     """
-    groups = {"unmodified" if control == "none" else control: part
-              for control, part in rows.groupby("control", sort=False)
-              if control not in ("commitment", "redrawn")}
+    groups = {"unmodified" if control == "none" else control: rows[rows["control"] == control]
+              for control in rows["control"].unique() if control not in ("commitment", "redrawn")}
     for row in named:
         for control, prefix in (("commitment", ""), ("redrawn", "redrawn.")):
             part = _configuration(rows, control, row.layers, row.strength)

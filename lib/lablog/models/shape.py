@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -40,12 +41,13 @@ class ModelShape(Strict):
         config = AutoConfig.from_pretrained(folder)
         if not isinstance(config, LlamaConfig):
             raise ValueError(f"{folder} holds a {config.model_type!r} model, expected a llama")
+        found = cast(Any, config)  # its numbers are typed as optional
         return cls(
-            layers=config.num_hidden_layers, width=config.hidden_size,
-            heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-            feed_forward=config.intermediate_size, context=config.max_position_embeddings,
-            rope_theta=config.rope_parameters["rope_theta"], norm_eps=config.rms_norm_eps,
-            tied_embeddings=config.tie_word_embeddings, initializer_range=config.initializer_range,
+            layers=found.num_hidden_layers, width=found.hidden_size,
+            heads=found.num_attention_heads, kv_heads=found.num_key_value_heads,
+            feed_forward=found.intermediate_size, context=found.max_position_embeddings,
+            rope_theta=found.rope_parameters["rope_theta"], norm_eps=found.rms_norm_eps,
+            tied_embeddings=found.tie_word_embeddings, initializer_range=found.initializer_range,
         )
 
     def model(self, vocabulary: int) -> LlamaForCausalLM:
