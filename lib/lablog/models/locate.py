@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from lablog.files import repository, sha256
 from lablog.keys import key
-from lablog.models import convert, hub, llama2c, packages
+from lablog.models import convert, gguf_import, hub, llama2c, packages
 
 CONVERTED = (".safetensors", ".json", ".model", ".txt", ".jinja")
 """Suffixes of the files of a folder that its GGUF is made of: weights, settings, tokenizer."""
@@ -33,7 +33,7 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
     """The model as a Hugging Face folder (safetensors); converted or trained if need be.
 
     seed: of an offline model, instead of its recipe's.
-    Raises ValueError when the name is of no known form or names a GGUF file.
+    Raises ValueError when the name is of no known form, or a model that cannot be converted.
     """
     if model.startswith("offline:"):
         from lablog.models.offline import offline_model
@@ -51,6 +51,12 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
         with FileLock(artifacts / f".{name}.lock"):
             if not (artifacts / name).is_dir():
                 llama2c.to_hugging_face(path, tokenizer, artifacts / name)
+        return artifacts / name
+    if path.suffix == ".gguf":
+        name = f"{path.stem}-{key(gguf_import.to_hugging_face, path)}"
+        with FileLock(artifacts / f".{name}.lock"):
+            if not (artifacts / name).is_dir():
+                gguf_import.to_hugging_face(path, artifacts / name)
         return artifacts / name
     if not (path / "config.json").is_file():
         raise ValueError(
