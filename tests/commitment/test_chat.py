@@ -1,6 +1,7 @@
 """Models that were taught to chat: their own template, and probes in their words."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,15 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tiny_gguf import CHATML, write_tiny
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lablog import layout
 from lablog.commitment import probes, rendering
 from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.qlora import CommittedModel
 from lablog.commitment.sweep import AIDS
+from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.files import data_file
-from lablog.models import convert
+from lablog.models import convert, locate
 from lablog.models.llama_cpp import Context, EngineError, Model
+from lablog.text.chat_tokenizer import ChatTokenizer
+from lablog.text.datasets import decisive_words
 from lablog.text.dialogues import (
     Turn,
     generate,
@@ -25,11 +31,8 @@ from lablog.text.dialogues import (
     named_value,
     settings_for,
 )
+from lablog.text.tokenizer import Tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}")
 TOLD = [("system", "Be brief."), ("user", "What is it?"), ("assistant", "Teal."), ("user", "Why?")]
 
 
@@ -159,6 +162,88 @@ def test_a_value_counts_in_each_way_of_saying_it(chat_speech, chat_model, torch_
                     float(logs[at - 1, longer[at]]) for at in range(len(ids), len(longer))))
         np.testing.assert_allclose(found.named_mass[row], chances.sum(), rtol=5e-3)
         np.testing.assert_allclose(found.named[row], chances / chances.sum(), atol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """One model in both engines, spoken to in its template."""
+    gguf = write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+    folder = locate.hugging_face_folder(str(gguf), gguf.parent)
+    network = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = TorchSpeaker(CommittedModel(network), ChatTokenizer(folder), "auto")
+    with Model(gguf) as model, Context(model, 26, 512) as context:
+        yield LlamaCppSpeaker(context, "auto", settings_for("auto").chat.system), theirs
+
+
+def test_both_engines_give_one_answer_to_every_probe(engines, asked):
+    ours, theirs = engines
+    orders = np.random.default_rng(0).permuted(np.tile(np.arange(12), (4, 1)), axis=1)[:, :2]
+    for aid in (None, *AIDS.values()):
+        recall, other = (probes.recall(speaker, asked.recall, nothing, aid=aid)
+                         for speaker, nothing in ((ours, Injection()), (theirs, None)))
+        for name in ("first", "again", "evicted"):
+            np.testing.assert_array_equal(getattr(recall, name), getattr(other, name))
+        fork, forked = (probes.fork(speaker, asked.fork, nothing, aid)
+                        for speaker, nothing in ((ours, Injection()), (theirs, None)))
+        for name in ("yes", "named", "answer_mass", "named_mass"):
+            np.testing.assert_allclose(getattr(fork, name), getattr(forked, name), atol=2e-3)
+        np.testing.assert_array_equal(
+            probes.game(ours, asked.fork, Injection(), orders, aid),
+            probes.game(theirs, asked.fork, None, orders, aid))
+
+
+def test_prompts_are_the_same_tokens_to_both_engines(engines):
+    ours, theirs = engines
+    for index in range(40):
+        turns = generate(settings_for("auto"), 1, index).turns
+        assert ours.history(turns) == theirs.prompt(turns).ids.tolist()
+        for stem in ("", "My favorite color is"):
+            assert ours.prompt(turns, stem) == theirs.prompt(turns, stem).ids.tolist()
+
+
+def test_what_the_model_said_is_what_is_learnt(engines):
+    """Of a conversation: the assistant's words and the end of its turn, values among them most."""
+    rendering_of = engines[1].rendering
+    settings = settings_for("auto")
+    known = {value for values in settings.topics.values() for value in values} | {"yes", "no"}
+    for index in range(30):
+        turns = generate(settings, 0, index, kind="compare").turns
+        ids, kinds = rendering_of.tokens(turns, decisive_words(settings), bos=False)
+        said = rendering_of.tokenizer.decode(ids[kinds > rendering.HEARD].tolist())
+        assert said.split() == " ".join(
+            turn.text for turn in turns if turn.speaker == "A").split()
+        ends = ids == rendering_of.tokenizer.eos
+        assert ends.sum() == len(turns)
+        runs = np.split(ids, np.flatnonzero(np.diff(kinds == rendering.DECISIVE)) + 1)
+        marked = np.split(kinds, np.flatnonzero(np.diff(kinds == rendering.DECISIVE)) + 1)
+        found = [rendering_of.tokenizer.decode(run.tolist()).strip().lower()
+                 for run, kind in zip(runs, marked, strict=True) if kind[0] == rendering.DECISIVE]
+        words = [word for turn in turns if turn.speaker == "A"
+                 for word in re.findall(r"[a-z]+", turn.text.lower())]
+        assert found == [word for word in words if word in known]
+
+
+def test_windows_and_forks_are_put_together_from_pieces(engines):
+    """A fork behind its stem is what the whole conversation would have been."""
+    speech = engines[1].rendering
+    turns = generate(settings_for("auto"), 0, 3, kind="hidden").turns
+    whole, _ = speech.tokens(turns)
+    stem, _ = speech.tokens(turns[:2])
+    fork, _ = speech.tokens(turns[2:], bos=False)
+    np.testing.assert_array_equal(whole, np.concatenate([stem, fork]))
+
+
+def test_a_template_that_looks_back_is_refused(tmp_path):
+    template = CHATML.replace("{% for message", "{{ messages | length }}{% for message")
+    gguf = write_tiny(tmp_path / "back.gguf", template=template)
+    folder = locate.hugging_face_folder(str(gguf), tmp_path)
+    with pytest.raises(ValueError, match="differently depending on the turns before it"):
+        rendering.Rendering(ChatTokenizer(folder), "auto")
+
+
+def test_a_sentencepiece_model_has_no_template(folder):
+    with pytest.raises(ValueError, match="chat = auto needs a model with a chat template"):
+        rendering.Rendering(Tokenizer(folder / "tokenizer.model"), "auto")
 
 
 def test_answers_begin_with_their_stem(chat_speech, asked):

@@ -40,8 +40,8 @@ from lablog.determinism import seed_everything
 from lablog.files import atomic_write
 from lablog.keys import key
 from lablog.progress import progress
-from lablog.text.dialogues import ASKED, load_settings, new_phrasings, things
-from lablog.text.tokenizer import Tokenizer
+from lablog.text.chat_tokenizer import tokenizer_of
+from lablog.text.dialogues import ASKED, load_settings, new_phrasings, settings_for, things
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,14 @@ class Experiment:
         ``hub:NAME`` or a local folder of chats, of which the held-out ones are the split ``test``.
         """
         plan = self.plan_of(base, seed, name)
-        tokenizer = Tokenizer(self.bases[base] / "tokenizer.model")
+        tokenizer = tokenizer_of(self.bases[base])
         if self.data != "dialogues":
             chats = from_hub(self.data.removeprefix("hub:"), tokenizer, plan.window,
                              "test" if held_out else "train", plan.chat)
             return Subset(chats, range(min(count or len(chats), len(chats))))
         made, run = conversations(TRAININGS[name], self.settings), plan.training
         if held_out:
-            new = new_phrasings(load_settings())
+            new = new_phrasings(settings_for(plan.chat))
             made = replace(made, dialogues=made.dialogues.model_copy(
                 update={name: getattr(new, name) for name in ASKED}))
         size = count or run.steps * run.batch_size * run.gradient_accumulation
@@ -232,12 +232,12 @@ class Experiment:
             found: dict[str, list[float]] = json.loads(kept.read_text())
             return found
         seed_everything(seed, threads=1)
-        tokenizer = Tokenizer(self.bases[base] / "tokenizer.model")
+        tokenizer = tokenizer_of(self.bases[base])
         speaker = TorchSpeaker(self.model(base, seed, arm), tokenizer, self.plan.chat)
         training = TRAININGS.get(arm.training, Training(""))
         values, independent = training.values, training.conversations.get("independent", 0)
         probes = probe_set(asked.seed, asked.items, asked.texts, asked.kind, asked.gap, values,
-                           independent)
+                           independent, self.plan.chat)
         found = _measures(speaker, arm.source, probes, asked, lambda: TorchSpeaker(
             CommittedModel(load_to_read(self.bases[base], self.plan)), tokenizer, self.plan.chat))
         if arm.source == "prior" and "fork" in asked.families and not values:

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 
 from lablog.commitment.conversations import Conversation, conversation
 from lablog.commitment.rendering import SAID, Rendering
+from lablog.text.chat_tokenizer import AnyTokenizer
 from lablog.text.datasets import Item
 from lablog.text.dialogues import Turn
-from lablog.text.tokenizer import Tokenizer
 
 TURN = re.compile(r"### (Human|Assistant):|(<s>)?\s*\[INST\]|\[/INST\]|</s>")
 
@@ -38,7 +38,7 @@ class Chats(Dataset[Conversation]):
     fit `window` tokens are left out; ValueError when none is left.
     """
 
-    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, window: int,
+    def __init__(self, texts: Iterable[str], tokenizer: AnyTokenizer, window: int,
                  chat: str = "llama2") -> None:
         self.rendering = Rendering(tokenizer, chat)
         chats = (exchanges(text) for text in texts)
@@ -64,7 +64,7 @@ class Chats(Dataset[Conversation]):
         return conversation(prefix, [rest])
 
 
-def from_hub(name: str, tokenizer: Tokenizer, window: int, split: str,
+def from_hub(name: str, tokenizer: AnyTokenizer, window: int, split: str,
              chat: str = "llama2") -> Chats:
     """The column ``text`` of a data set on the Hub, or of a local folder of Parquet or JSON files.
 

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lablog.commitment.rendering import Rendering
+from lablog.text.chat_tokenizer import AnyTokenizer
 from lablog.text.datasets import Item, decisive_words
 from lablog.text.dialogues import Dialogue, DialogueSettings, Draw, Turn, generate
-from lablog.text.tokenizer import Tokenizer
 
 IN_WINDOW = 0.5  # share of recall conversations with a statement of another in the window
 OTHERS = 1 << 30  # number of the first dialogue of another persona
@@ -87,11 +87,12 @@ class Conversations(Dataset[Conversation]):
     where twelve guesses are, weighs `named_weight`.
     """
 
-    def __init__(self, settings: ConversationSettings, tokenizer: Tokenizer, seed: int, size: int,
-                 batch: int, chat: str = "plain") -> None:
+    def __init__(self, settings: ConversationSettings, tokenizer: AnyTokenizer, seed: int,
+                 size: int, batch: int, chat: str = "plain") -> None:
         self.settings, self.seed, self.size, self.batch = settings, seed, size, batch
         self.dialogues, self.word_weight = settings.dialogues, settings.word_weight
-        self.rendering, self.decisive = Rendering(tokenizer, chat), decisive_words(self.dialogues)
+        self.rendering = Rendering(tokenizer, chat, self.dialogues.chat.system)
+        self.decisive = decisive_words(self.dialogues)
 
     def __len__(self) -> int:
         return self.size

@@ -13,7 +13,7 @@ from lablog.commitment import novelty
 from lablog.commitment.conversations import Conversation
 from lablog.commitment.qlora import ACTIVE, CommittedModel
 from lablog.commitment.torch_speaker import TorchSpeaker, name_values
-from lablog.text.dialogues import Draw, load_settings, trained_part
+from lablog.text.dialogues import Draw, settings_for, trained_part
 
 CHOICES = 106  # a spawn key, apart from those of dialogues, probes, conversations
 
@@ -21,7 +21,7 @@ CHOICES = 106  # a spawn key, apart from those of dialogues, probes, conversatio
 def choices(speaker: TorchSpeaker, draws: int, seed: int) -> tuple[Tensor, np.ndarray]:
     """z* from the prior [draws, k] and, for each topic of which nothing is held out, the value
     that each draw names (int [topics, draws]); the same draws in every topic."""
-    settings = load_settings()
+    settings = settings_for(speaker.chat)
     assert speaker.model.commitment is not None
     z = speaker.model.commitment.prior(draws, torch.Generator().manual_seed(seed))
     named = []

@@ -22,7 +22,7 @@ from lablog.intervals import hierarchical
 from lablog.models.llama_cpp import Commitment, Context, Model, generate_tokens
 from lablog.provenance import usable_threads
 from lablog.record import Metric
-from lablog.text.tokenizer import Tokenizer
+from lablog.text.chat_tokenizer import tokenizer_of
 
 
 class ExportedSpeaker(TorchSpeaker):
@@ -165,7 +165,7 @@ def compare(exported: Export, base: Path, asked: ProbeSet, device: str = "cpu",
     that the engine reads together, of at most `window` tokens each.
     """
     model = load_committed(base, exported.folder, exact=True).to(device)
-    reference = TorchSpeaker(model, Tokenizer(base / "tokenizer.model"),
+    reference = TorchSpeaker(model, tokenizer_of(base),
                              plan_of(exported.folder).chat)
     layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
     with (Model(exported.base, layers, exported.lora) as engine,

@@ -129,7 +129,7 @@ def write_dequantised(base: Path, plan: Plan, output: Path, adapter: Path | None
             network = PeftModel.from_pretrained(network, adapter).merge_and_unload()
     with atomic_folder(output) as room:
         network.save_pretrained(room)
-        for path in base.glob("tokenizer*"):
+        for path in (*base.glob("tokenizer*"), *base.glob("chat_template*")):
             shutil.copyfile(path, room / path.name)
     return output
 

@@ -20,7 +20,6 @@ from lablog.models.sampling import log_softmax
 from lablog.provenance import usable_threads
 from lablog.text.dialogues import Turn
 
-CHATS = (*rendering.CHATS, "auto")
 SMALL = 50_000_000
 """Parameters up to which one thread a context is faster than many threads in one."""
 
@@ -76,7 +75,7 @@ class LlamaCppSpeaker:
     """
 
     def __init__(self, context: Context, chat: str = "plain", system: str = "") -> None:
-        rendering.check_chat(chat, CHATS)
+        rendering.check_chat(chat)
         self.context, self.model, self.chat = context, context.model, chat
         self.system = system
         self._encode = lru_cache(maxsize=65536)(self._encode_uncached)

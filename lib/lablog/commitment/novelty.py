@@ -25,8 +25,8 @@ from lablog.text.dialogues import (
     Draw,
     Turn,
     generate,
-    load_settings,
     new_phrasings,
+    settings_for,
     things,
     trained_part,
 )
@@ -88,13 +88,14 @@ class ProbeSet:
 
 
 def probe_set(seed: int, items: int, texts: int, kind: str = HEADLINE, gap: int | None = None,
-              values: int = 0, independent: int = 0) -> ProbeSet:
-    """As many `items` of each family and `texts`; a pure function of its arguments.
+              values: int = 0, independent: int = 0, chat: str = "plain") -> ProbeSet:
+    """As many `items` of each family and `texts`; a pure function of its arguments. chat: how the
+    model is spoken to, which decides in whose words it is asked.
 
     values: as many things to choose from in one topic, instead of the topics. independent: so many
     topics are asked about, and a prefix states a value of each, as in the training that has them.
     """
-    settings = load_settings()
+    settings = settings_for(chat)
     of_kind = material(settings, kind, gap)
     if values:
         whole = of_kind.settings.model_copy(update={"topics": settings.topics})

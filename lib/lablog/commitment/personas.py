@@ -32,10 +32,10 @@ from lablog.commitment.qlora import (
 from lablog.intervals import t_interval
 from lablog.keys import key
 from lablog.record import Metric
+from lablog.text.chat_tokenizer import AnyTokenizer, tokenizer_of
 from lablog.text.datasets import Item
-from lablog.text.dialogues import load_settings
+from lablog.text.dialogues import settings_for
 from lablog.text.personas import PersonaDialogue, read_personas
-from lablog.text.tokenizer import Tokenizer
 
 
 class PersonaConversations(Dataset[Conversation]):
@@ -45,9 +45,9 @@ class PersonaConversations(Dataset[Conversation]):
     dialogues, and for one in whose window the second speaker says nothing.
     """
 
-    def __init__(self, dialogues: Sequence[PersonaDialogue], tokenizer: Tokenizer, seed: int,
+    def __init__(self, dialogues: Sequence[PersonaDialogue], tokenizer: AnyTokenizer, seed: int,
                  count: int, window: int, chat: str = "plain") -> None:
-        settings = ConversationSettings(load_settings(), word_weight=1.0)
+        settings = ConversationSettings(settings_for(chat), word_weight=1.0)
         encode = Conversations(settings, tokenizer, seed, 0, 1, chat).item
         self.seed, self.count = seed, count
         self.conversations = []
@@ -94,7 +94,7 @@ def measure_personas(path: Path, leave_out: Sequence[int], base: Path, plan: Pla
     """
     plan = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"cells": 0.0})})
     dialogues = read_personas(path, leave_out)
-    tokenizer, seed = Tokenizer(base / "tokenizer.model"), plan.training.seed
+    tokenizer, seed = tokenizer_of(base), plan.training.seed
     count = plan.training.steps * plan.training.batch_size * plan.training.gradient_accumulation
     split = [PersonaConversations([d for d in dialogues if d.split == name], tokenizer, seed,
                                   count, plan.window, plan.chat) for name in ("train", "held_out")]

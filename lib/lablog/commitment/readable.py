@@ -10,8 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from lablog.commitment import probes
 from lablog.commitment.qlora import Plan, layers_of
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct
+from lablog.text.chat_tokenizer import tokenizer_of
 from lablog.text.dialogues import DialogueSettings, Draw, Turn
-from lablog.text.tokenizer import Tokenizer
 
 ENDS = 8  # tokens that begin and end a turn, at most
 
@@ -23,7 +23,7 @@ def check_readable(base: Path, plan: Plan, settings: DialogueSettings, items: pr
     Every value of a topic, and yes and no, must be tokens of their own behind the question; the
     longest probe must fit the model's window with its answer; k and layers must exist.
     """
-    rendering = Rendering(Tokenizer(base / "tokenizer.model"), plan.chat)
+    rendering = Rendering(tokenizer_of(base), plan.chat, settings.chat.system)
     config: PreTrainedConfig = AutoConfig.from_pretrained(base)
     problems = [*_misfits(plan, config, len(rendering.tokenizer)), *_alike(rendering, settings)]
     longest = longest_probe(rendering, items, texts)
@@ -61,7 +61,7 @@ def _misfits(plan: Plan, config: PreTrainedConfig, vocabulary: int) -> Iterator[
         yield (f"first_layer = {first}, last_layer = {last}: the model has layers 0 to "
                f"{config.num_hidden_layers - 1}")
     if vocabulary > config.vocab_size:
-        yield (f"tokenizer.model has {vocabulary} tokens, the model only {config.vocab_size}: give "
+        yield (f"the tokenizer has {vocabulary} tokens, the model only {config.vocab_size}: give "
                "the tokenizer that belongs to it")
 
 

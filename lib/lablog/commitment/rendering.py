@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lablog.text import dialogues
+from lablog.text.chat_tokenizer import AnyTokenizer, ChatTokenizer
 from lablog.text.dialogues import Turn
-from lablog.text.tokenizer import Tokenizer
 
-Chat = Literal["plain", "llama2"]
-CHATS = ("plain", "llama2")
+Chat = Literal["plain", "llama2", "auto"]
+CHATS = ("plain", "llama2", "auto")
 ROLES = {"S": "system", "U": "user", "A": "assistant"}
 
 # What a token is to the loss.
@@ -33,10 +33,10 @@ HEARD, SAID, DECISIVE = 0, 1, 2
 Part = tuple[str, int, int]  # text, what it is to the loss, number of its turn in the fragment
 
 
-def check_chat(chat: str, known: Sequence[str] = CHATS) -> None:
+def check_chat(chat: str) -> None:
     """ValueError unless `chat` is a way of speaking."""
-    if chat not in known:
-        raise ValueError(f"chat = {chat!r}: expected one of {', '.join(known)}")
+    if chat not in CHATS:
+        raise ValueError(f"chat = {chat!r}: expected one of {', '.join(CHATS)}")
 
 
 def messages(turns: Sequence[Turn], system: str = "") -> list[tuple[str, str]]:
@@ -96,7 +96,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 class Prompt:
     """Token ids, the number of the exchange that each belongs to, and whether the model said it.
 
-    tail: the text of the tokens from number `start` on, which an answer is encoded with.
+    tail: the text of the tokens from number `start` on, which an answer is encoded with; joint:
+    what stands between the two.
     """
 
     ids: np.ndarray
@@ -104,6 +105,7 @@ class Prompt:
     own: np.ndarray
     tail: str = ""
     start: int = 0
+    joint: str = " "
 
     def to(self, length: int, more: Sequence[int] = ()) -> Prompt:
         """The first `length` tokens, then `more`, which the model says in the same exchange."""
@@ -137,15 +139,74 @@ class Fragment:
     first: int = field(default=0, compare=False)
 
 
+class Template:
+    """A model's chat template, as the pieces that it makes of turns.
+
+    Of a turn: what stands before its text, and what stands behind. That these do not depend on
+    the turns around is asked of the template once (ValueError if they do): forks and windows are
+    put together from pieces.
+    """
+
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
+        if not isinstance(tokenizer, ChatTokenizer):
+            raise ValueError("chat = auto needs a model with a chat template and tokenizer.json: "
+                             "choose chat=plain or chat=llama2")
+        mark, tell = "\u241f", tokenizer.chat
+        self.pieces: dict[str, tuple[str, str]] = {}
+        told = [("system", mark)]
+        self.system = _around(tell(told), mark)
+        for speaker in ("U", "A", "U", "A"):
+            before, whole = tell(told), tell([*told, (ROLES[speaker], mark)])
+            piece = _around(whole.removeprefix(before), mark)
+            if not whole.startswith(before) or self.pieces.setdefault(speaker, piece) != piece:
+                raise ValueError("this model's chat template writes a turn differently depending "
+                                 "on the turns before it: choose chat=plain")
+            told.append((ROLES[speaker], mark))
+        asked = [("system", mark), ("user", mark)]
+        self.answer = tell(asked, answer=True).removeprefix(tell(asked))
+        if self.answer != self.pieces["A"][0]:
+            raise ValueError("this model's chat template begins an answer differently from a turn "
+                             "of the assistant: choose chat=plain")
+
+    def fragments(self, turns: Sequence[Turn], decisive: re.Pattern[str] | None,
+                  stem: str | None, system: str | None) -> list[Fragment]:
+        """A fragment for each turn; before them the system's (None: it does not speak here), behind
+        them the beginning of an answer with `stem` (None: none)."""
+        said = " ".join(filter(None, [system, *(t.text for t in turns if t.speaker == "S")]))
+        found = []
+        if system is not None and said:
+            found.append(Fragment((("".join((self.system[0], said, self.system[1])), HEARD, 0),),
+                                  False))
+        for number, turn in enumerate(turns):
+            if turn.speaker == "U":
+                begin, end = self.pieces["U"]
+                found.append(Fragment(((f"{begin}{turn.text}{end}", HEARD, 0),), False, number))
+            elif turn.speaker == "A":
+                begin, end = self.pieces["A"]
+                found.append(Fragment(
+                    ((begin, HEARD, 0), *_said(turn.text, end, 0, decisive)), False, number))
+        if stem is not None:
+            parts: tuple[Part, ...] = ((self.answer, HEARD, 0),)
+            found.append(Fragment(parts + (((stem, SAID, 0),) if stem else ()), False, len(turns)))
+        return found
+
+
+def _around(text: str, mark: str) -> tuple[str, str]:
+    begin, _, end = text.partition(mark)
+    return begin, end
+
+
 class Rendering:
     """A tokenizer together with the way in which its model is spoken to.
 
-    A token that spans the border between two speakers belongs to the second.
+    A token that spans the border between two speakers belongs to the second. system: what the
+    system says at the head of every window, if `chat` has a system.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: str = "plain") -> None:
+    def __init__(self, tokenizer: AnyTokenizer, chat: str = "plain", system: str = "") -> None:
         check_chat(chat)
-        self.tokenizer, self.chat = tokenizer, chat
+        self.tokenizer, self.chat, self.system = tokenizer, chat, system
+        self.template = Template(tokenizer) if chat == "auto" else None
         self._encode = lru_cache(maxsize=1 << 16)(self._encode_uncached)
 
     @cached_property
@@ -153,7 +214,7 @@ class Rendering:
         """Tokens that end an answer: those that hold a line end, and in ``llama2`` EOS."""
         lines = {token for token in range(len(self.tokenizer))
                  if "\n" in self.tokenizer.decode([token])}
-        return frozenset(lines | ({self.tokenizer.eos} if self.chat == "llama2" else set()))
+        return frozenset(lines | (set() if self.chat == "plain" else {self.tokenizer.eos}))
 
     def tokens(self, turns: Sequence[Turn], decisive: re.Pattern[str] | None = None,
                bos: bool = True, last: bool = False,
@@ -162,7 +223,7 @@ class Rendering:
 
         bos: whether BOS begins them. last: nothing follows, so no BOS of a next exchange either.
         """
-        ids, kinds, _ = self._joined(self._fragments(turns, decisive), bos)
+        ids, kinds, _ = self._joined(self._fragments(turns, decisive, head=bos), bos)
         if last and turns and self.chat == "llama2" and ids[-1] == self.tokenizer.bos:
             ids, kinds = ids[:-1], kinds[:-1]
         return ids, kinds
@@ -172,7 +233,7 @@ class Rendering:
 
         `first` numbers the first exchange; every user's turn but the first begins the next.
         """
-        fragments = self._fragments(turns, None, stem)
+        fragments = self._fragments(turns, None, stem, head=True)
         ids, kinds, turn = self._joined(fragments, bos=True)
         speaks = [index > 0 and each.speaker == "U" for index, each in enumerate(turns)]
         number = first + np.cumsum([*speaks, False])
@@ -183,13 +244,14 @@ class Rendering:
         elif fragments and not fragments[-1].closed:
             tail = "".join(text for text, _, _ in fragments[-1].parts)
             start -= len(self._encode(fragments[-1])[0])
-        return Prompt(ids.astype(np.int64), number[turn], kinds > HEARD, tail, start)
+        joint = "" if self.chat == "auto" and not stem else " "
+        return Prompt(ids.astype(np.int64), number[turn], kinds > HEARD, tail, start, joint)
 
     def continuations(self, prompt: Prompt,
                       words: Sequence[str]) -> tuple[int, list[list[int]]]:
         """How much of `prompt` stays when it is continued by any of `words`, and the tokens that
         then follow in each case; the prompt ends where the model speaks."""
-        behind = f"{prompt.tail} " if prompt.tail else ""
+        behind = prompt.tail + prompt.joint if prompt.tail else ""
         kept = prompt.ids[: prompt.start].tolist()
         return continuations(prompt.ids.tolist(), [
             kept + self._encode(Fragment(((f"{behind}{word}", SAID, 0),), False))[0].tolist()
@@ -199,7 +261,7 @@ class Rendering:
                 ) -> tuple[NDArray[np.int32], NDArray[np.int8], NDArray[np.int64]]:
         """Ids, kinds, and number of the turn of each token; BOS belongs to the first turn."""
         found = [self._encode(fragment) for fragment in fragments]
-        head = int(bos)
+        head = int(bos and self.template is None)  # a template begins a text itself
         return (np.concatenate([np.full(head, self.tokenizer.bos, np.int32),
                                 *(ids for ids, _, _ in found)]),
                 np.concatenate([np.full(head, HEARD, np.int8), *(kinds for _, kinds, _ in found)]),
@@ -208,8 +270,11 @@ class Rendering:
                                   in zip(found, fragments, strict=True))]))
 
     def _fragments(self, turns: Sequence[Turn], decisive: re.Pattern[str] | None,
-                   stem: str | None = None) -> list[Fragment]:
-        """What is encoded as one: in ``plain`` a line, else an exchange."""
+                   stem: str | None = None, head: bool = False) -> list[Fragment]:
+        """What is encoded as one: in ``plain`` a line, in ``llama2`` an exchange, else a turn;
+        with `head` the system's before."""
+        if self.template is not None:
+            return self.template.fragments(turns, decisive, stem, self.system if head else None)
         fragments: list[Fragment] = []
         parts: list[Part] = []
         first = 0

@@ -17,8 +17,8 @@ from lablog.commitment.probes import ForkItem, Turns
 from lablog.commitment.qlora import CommittedModel
 from lablog.commitment.rendering import Prompt, Rendering, check_distinct
 from lablog.models.sampling import chosen_tokens
-from lablog.text.dialogues import Turn
-from lablog.text.tokenizer import Tokenizer
+from lablog.text.chat_tokenizer import AnyTokenizer
+from lablog.text.dialogues import Turn, settings_for
 
 TOKENS = 16384  # in one batch, about; keeps logits and caches small
 STEM = 8  # tokens from which a common beginning is worth a row of forks
@@ -44,12 +44,13 @@ class TorchSpeaker:
     Exchange t is read under ``z[:, t % exchanges]``, so one column is a commitment and several are
     redrawn every turn. What is asked in turns becomes prompts, which are read in batches.
 
-    chat: how the model is spoken to, ``plain`` or ``llama2``, as it was trained.
+    chat: how the model is spoken to (`rendering`), as it was trained.
     """
 
-    def __init__(self, model: CommittedModel, tokenizer: Tokenizer, chat: str = "plain") -> None:
+    def __init__(self, model: CommittedModel, tokenizer: AnyTokenizer,
+                 chat: str = "plain") -> None:
         self.model, self.tokenizer, self.chat = model.eval(), tokenizer, chat
-        self.rendering = Rendering(tokenizer, chat)
+        self.rendering = Rendering(tokenizer, chat, settings_for(chat).chat.system)
         self.device = model.base.device
 
     def prompt(self, turns: Sequence[Turn], stem: str | None = None, first: int = 0) -> Prompt:

@@ -25,9 +25,13 @@ class Item:
 
 
 def decisive_words(settings: DialogueSettings) -> re.Pattern[str]:
-    """What weighs more than other words: every value, yes and no, with the space before it."""
+    """What weighs more than other words: every value, yes and no, with the space before it; to a
+    model that was taught to chat also with a capital, and at the beginning."""
     values = {value for names in settings.topics.values() for value in names}
-    return re.compile(rf" (?:{'|'.join(sorted(values | {'yes', 'no'}))})\b")
+    words = "|".join(sorted(values | {"yes", "no"}))
+    if settings.chat.system:
+        return re.compile(rf"(?:^| )(?:{words})\b", re.IGNORECASE)
+    return re.compile(rf" (?:{words})\b")
 
 
 class DialogueDataset(Dataset[Item]):

@@ -1,0 +1,76 @@
+"""Tokenizers of models that were taught to chat: ``tokenizer.json``, and the model's template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from lablog.files import sha256_of
+from lablog.text.tokenizer import Tokenizer
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class ChatTokenizer:
+    """The tokenizer of a Hugging Face folder, with the operations of `Tokenizer`, and its template.
+
+    bos and eos are those of the folder; in most chat models they begin and end a turn.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Load it; FileNotFoundError without ``tokenizer.json``. No code of the folder is run."""
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no tokenizer.json")
+        self.folder = folder
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def __len__(self) -> int:
+        """Number of token ids."""
+        return len(self._tokenizer)
+
+    @property
+    def bos(self) -> int:
+        """Id of the token that begins every text."""
+        return int(self._tokenizer.bos_token_id)
+
+    @property
+    def eos(self) -> int:
+        """Id of the token that ends a text."""
+        return int(self._tokenizer.eos_token_id)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over the files: equal hashes tokenise equally."""
+        files = [self.folder / name for name in FILES if (self.folder / name).is_file()]
+        return sha256_of(files, self.folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of any text, in which control tokens may be written out."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[tuple[str, str]], answer: bool = False) -> str:
+        """Messages, (role, text) each, in the model's template; with `answer` up to where the
+        assistant speaks. ValueError if the model has no template."""
+        if self._tokenizer.chat_template is None:
+            raise ValueError(f"{self.folder} holds no chat template: choose chat=plain or "
+                             "chat=llama2, or a model that was taught to chat")
+        return str(self._tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in messages], tokenize=False,
+            add_generation_prompt=answer))
+
+
+AnyTokenizer = Tokenizer | ChatTokenizer
+
+
+def tokenizer_of(folder: Path) -> AnyTokenizer:
+    """The tokenizer of a model's folder, SentencePiece's if it has one."""
+    if (folder / "tokenizer.model").is_file():
+        return Tokenizer(folder / "tokenizer.model")
+    return ChatTokenizer(folder)
