@@ -82,7 +82,7 @@ import pandas as pd
 import torch
 
 from lablog import figures
-from lablog.cvfp import convergence, lyapunov, memory, passes, phase1, plots, results
+from lablog.cvfp import contraction, convergence, lyapunov, memory, passes, phase1, plots, results
 from lablog.cvfp.checks import effective_rank
 from lablog.cvfp.data import prepare, shuffled
 from lablog.cvfp.model import CVFPBlock, ModelConfig
@@ -229,16 +229,42 @@ cases += [("true.", true_pass, first, w) for w in true_pass_other_weights]
 # of the text until nothing changes any more, within a tolerance; where that does not happen, the
 # loop reads. That changes how long a pass takes, not what it is.
 
+# %% [markdown]
+# Contraction is learnt or it is not, and that can be watched. Of two trainings of the first seed,
+# on parallel passes and on true ones, and of the network before them, three numbers are taken
+# behind every pass, on the first tokens of the text: the largest Lyapunov exponent (below zero two
+# contexts that read the same text come together; it is explained further down), the largest factor
+# by which one layer's weights can stretch a context, and how far back a changed token is seen.
+# Taking them changes no weight.
+
+# %%
+main = f"w{diversity_weight:g}.seed{first}"
+truly = f"true.w{true_pass_weight:g}.seed{first}"
+part = training[:lyapunov_tokens]
+watch = contraction.observer(part, memory_distance, 10, first)
+untaught = contraction.measure(blocks[bare], part, memory_distance, 10, first)
+watched = []
+
 # %%
 for variant, settings_of, seed, w in cases:
     name = f"{variant}w{w:g}.seed{seed}"
     start = contexts[f"untrained.seed{seed}"]["training"]
     config = replace(settings_of, seed=seed, diversity_weight=w)
     with run.stage(f"train {name}"):
-        blocks[name], result = phase1.trained(folder, shape, config, training, start)
+        blocks[name], result = phase1.trained(
+            folder, shape, config, training, start, watch if name in (main, truly) else None)
+    if name in (main, truly):
+        watched.append(results.observed(result, name, untaught))
     contexts[name] = {"training": result.contexts}
     histories.append(results.iterations(result, name))
     run.metrics(results.phase1_training(result), under=name)
+
+# %%
+for rows in watched:
+    run.metrics(results.learnt_contraction(rows), under=f"{rows.network.iloc[0]}.learnt")
+run.figure("contraction", *plots.contraction(pd.concat(watched)),
+           "What two trainings do to the recurrence, pass by pass; iteration 0 is the network "
+           "before them, and below the dotted line contexts come together.")
 
 # %% [markdown]
 # What the log counts on validation text is the same loop with frozen weights. In the parallel
@@ -250,9 +276,7 @@ for variant, settings_of, seed, w in cases:
 # smallest, true passes, and the network that was not trained.
 
 # %%
-main = f"w{diversity_weight:g}.seed{seeds[0]}"
 low = f"w{min([diversity_weight, *other_weights]):g}.seed{seeds[0]}"
-truly = f"true.w{true_pass_weight:g}.seed{seeds[0]}"
 compared = list(dict.fromkeys([main, low, truly, bare]))
 
 # %%

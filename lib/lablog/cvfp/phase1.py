@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,8 @@ from lablog.keys import key
 from lablog.progress import progress as progress_bar
 
 Variant = Literal["parallel", "sequential", "true_pass"]
+Observer = Callable[[CVFPBlock], dict[str, Any]]
+"""Measures a network behind every pass, by names and plain values; it must change nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +102,13 @@ class Phase1Result:
     """History of iterations 1..., and the contexts [n, context_dim] of the last one.
 
     These are the contexts that the log evaluates: computed before the last optimiser step.
+    observed: what the observer, if there was one, measured behind each of these iterations.
     """
 
     history: list[Iteration]
     contexts: Tensor
     planned: int
+    observed: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def iterations_done(self) -> int:
@@ -290,12 +294,14 @@ def train(
     checkpoint: Path | None = None,
     initial: Tensor | None = None,
     progress: bool = False,
+    observe: Observer | None = None,
 ) -> Phase1Result:
     """Train `block` in place on normalised embeddings [n, embed_dim]; see the module.
 
     `initial`: contexts of iteration 0 where they are known already (they do not depend on w).
     With `checkpoint`, state is written there after every iteration and a later call continues
-    from it to bit-identical weights; a finished one is only read. Raises ValueError when the
+    from it to bit-identical weights; a finished one is only read. What `observe` measures does not
+    tell trainings apart: one that went on without it is done again. Raises ValueError when the
     checkpoint belongs to another configuration, text, source or thread count, and
     FloatingPointError when a loss is not finite.
     """
@@ -306,14 +312,19 @@ def train(
     zeros = tokens.new_zeros(block.config.context_dim)
     tracker = DiversityTracker(zeros.clone(), zeros.clone(), config.ema_decay)
     history: list[Iteration] = []
+    observed: list[dict[str, Any]] = []
     contexts = initial
+    state = None
     if checkpoint is not None and checkpoint.is_file():
         state = load_checkpoint(checkpoint, identity, tokens.device)
+        if observe is not None and len(state["observed"]) < len(state["history"]):
+            state = None
+    if state is not None:
         block.load_state_dict(state["block"])
         history = [Iteration(**row) for row in state["history"]]
-        contexts = state["contexts"]
+        contexts, observed = state["contexts"], state["observed"]
         if state["done"]:
-            return Phase1Result(history, contexts, config.iterations)
+            return Phase1Result(history, contexts, config.iterations, observed)
         optimizer.load_state_dict(state["optimizer"])
         tracker.mean, tracker.variance = state["tracker"]
     elif contexts is None:
@@ -340,6 +351,8 @@ def train(
                 f"lower learning_rate = {config.learning_rate} or check the embeddings for NaN"
             )
         history.append(Iteration(iteration, loss, cvfp, diversity, int(converged), len(tokens)))
+        if observe is not None:
+            observed.append(observe(block))
         enough = converged >= config.early_stop_fraction * len(tokens)
         done = iteration + 1 == config.iterations or (
             enough and iteration >= config.early_stop_from
@@ -347,7 +360,7 @@ def train(
         if checkpoint is not None:
             state = {
                 "identity": identity, "block": block.state_dict(), "contexts": contexts,
-                "history": [asdict(row) for row in history], "done": done,
+                "history": [asdict(row) for row in history], "done": done, "observed": observed,
                 "tracker": (tracker.mean, tracker.variance),
             }
             if not done:
@@ -358,22 +371,22 @@ def train(
         if done:
             break
     bar.close()
-    return Phase1Result(history, contexts, config.iterations)
+    return Phase1Result(history, contexts, config.iterations, observed)
 
 
 def trained(
     folder: Path, shape: ModelConfig, config: Phase1Config, tokens: Tensor,
-    initial: Tensor | None = None,
+    initial: Tensor | None = None, observe: Observer | None = None,
 ) -> tuple[CVFPBlock, Phase1Result]:
     """The network of `config.seed`, trained on `tokens` [n, embed_dim], and how it went.
 
     Its checkpoint lies in `folder` under a name that holds a hash of all it depends on: what one
     notebook has trained, another finds, and what was cut off goes on. `initial` [n, context_dim]
-    as in :func:`train`, which says what is refused.
+    and `observe` as in :func:`train`, which says what is refused.
     """
     block = CVFPBlock(shape, config.seed).to(tokens.device)
     path = _stored(folder, "phase1", _identity(block, tokens, config), ".pt")
-    return block, train(block, tokens, config, path, initial, progress=True)
+    return block, train(block, tokens, config, path, initial, True, observe)
 
 
 def contexts_of(folder: Path, block: CVFPBlock, tokens: Tensor) -> Tensor:

@@ -170,6 +170,24 @@ def memory(curves: Mapping[str, Tensor]) -> Drawn:
     return figure, pd.concat(frames)
 
 
+def contraction(observed: pd.DataFrame) -> Drawn:
+    """Exponent, spectral norm and memory behind every iteration of training (0: before it).
+
+    observed: rows of network, iteration, exponent, spectral_norm, memory (none: beyond what was
+    looked at).
+    """
+    figure, axes = _axes(3, 3.4)
+    for i, (name, rows) in enumerate(observed.groupby("network", sort=False)):
+        for axis, column in zip(axes, ("exponent", "spectral_norm", "memory"), strict=True):
+            axis.plot(rows["iteration"], rows[column], label=name, marker=MARKERS[i % 6])
+    axes[0].axhline(0, color=GREY, linestyle=":")
+    for axis, label in zip(axes, ("Lyapunov exponent per token", "largest spectral norm",
+                                  "memory / tokens"), strict=True):
+        axis.set(xlabel="iteration of training", ylabel=label)
+    _legend_below(figure, axes[0])
+    return figure, observed
+
+
 def perplexity(trainings: Mapping[str, Phase2Result], levels: Mapping[str, float]) -> Drawn:
     """Training and validation perplexity per epoch for each arm; n-grams as dotted lines."""
     curves = pd.DataFrame([

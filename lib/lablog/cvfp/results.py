@@ -10,6 +10,7 @@ import pandas as pd
 from torch import Tensor
 
 from lablog.cvfp import checks
+from lablog.cvfp.contraction import Contraction
 from lablog.cvfp.convergence import Trials
 from lablog.cvfp.lyapunov import batch_means
 from lablog.cvfp.memory import memory_length
@@ -86,6 +87,22 @@ def iterations(result: Phase1Result, network: str) -> pd.DataFrame:
     """A row for each iteration of a training, with the share of tokens that converged."""
     frame = pd.DataFrame([asdict(iteration) for iteration in result.history])
     return frame.assign(network=network, share=frame["converged"] / frame["tokens"])
+
+
+def observed(result: Phase1Result, network: str, before: Contraction) -> pd.DataFrame:
+    """A row for each iteration of a watched training, and one for the network `before` it."""
+    frame = pd.DataFrame([asdict(before), *result.observed])
+    numbers = [0, *(row.iteration for row in result.history)]
+    return frame.assign(network=network, iteration=numbers)
+
+
+def learnt_contraction(rows: pd.DataFrame) -> list[Metric]:
+    """Exponent and spectral norm of the last row of `observed`, and their change in all."""
+    first, last = rows.iloc[0], rows.iloc[-1]
+    return [Metric.of(f"{name}{end}", value, unit) for name, unit in
+            (("exponent", "per token"), ("spectral_norm", ""))
+            for end, value in (("", float(last[name])),
+                               (".change", float(last[name] - first[name])))]
 
 
 def check_3(passes: Passes) -> list[Metric]:
