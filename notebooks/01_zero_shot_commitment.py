@@ -236,6 +236,18 @@ for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
         print(f"{shown}: {sweep.continuation(engine, task, conditions)!r}")
 
 # %% [markdown]
+# The log had one probe, read by eye: a favourite language, asked for and a little later asked for
+# again. Here are the answers to its own words, greedily, so that they are the same whenever this
+# runs: the first, the second, and the second when the first exchange has left the window. One
+# prompt decides nothing, which is why it is not counted above.
+
+# %%
+for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
+    if task.control == "commitment" or task == tasks[0]:
+        answers = " / ".join(sweep.log_prompt(engine, task, conditions))
+        print(f"λ = {task.strength:.3g}, {task.layers}: {answers}")
+
+# %% [markdown]
 # ## Report
 
 # %%

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from tiny_gguf import CHATML, write_tiny
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lablog import layout
-from lablog.commitment import probes, rendering
+from lablog.commitment import probes, rendering, sweep
 from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.log_experiments import PROMPT, layer_range
 from lablog.commitment.qlora import CommittedModel
 from lablog.commitment.sweep import AIDS
 from lablog.commitment.torch_speaker import TorchSpeaker
@@ -297,3 +300,42 @@ def test_names_are_written_with_a_capital():
     assert "Paris" in texts
     assert "paris" not in texts
     assert "teal" in texts
+
+
+def test_the_logs_own_prompt_is_asked_in_its_own_words(engines):
+    """Both exchanges stand in the second window, and only the second question in the last."""
+    ours, _ = engines
+    heard = []
+
+    class Listener:
+        chat = "auto"
+
+        def say(self, conversations, under, tokens, first=0):
+            heard.append([turn.text for turn in conversations[0]])
+            return [f"answer {len(heard)}"]
+
+    class Engine:
+        chat, model = "auto", ours.model
+
+        @contextmanager
+        def one(self):
+            yield Listener()
+
+    answers = sweep.log_prompt(Engine(), sweep.Task("none"), SimpleNamespace(k=4))
+    assert answers == ("answer 1", "answer 2", "answer 3")
+    question, again = PROMPT
+    assert heard == [[question], [question, "answer 1", again], [again]]
+
+
+@pytest.mark.parametrize(("name", "layers", "expected"), [
+    ("last 8", 32, (24, 31)), ("last 8", 30, (22, 29)), ("last quarter", 30, (22, 29)),
+    ("last 1", 3, (2, 2)), ("last 3", 3, (0, 2)),
+])
+def test_layers_are_counted_from_the_end(name, layers, expected):
+    assert layer_range(name, layers) == expected
+
+
+@pytest.mark.parametrize("name", ["last 8", "last 0", "last", "last -1"])
+def test_more_layers_than_there_are_is_refused(name):
+    with pytest.raises(ValueError, match="last N with N up to the model's 3 layers"):
+        layer_range(name, 3)

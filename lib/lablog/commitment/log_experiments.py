@@ -34,6 +34,9 @@ AT_LOG_DOSE = tuple(
     for row in NAMED_ROWS
 )
 """The same four with the dose, not the λ, that they had in the log; λ depends on the model."""
+PROMPT = ("What is your favorite language?",
+          "What did you say your favorite language was again?")
+"""The log's only probe: asked, and a little later asked again."""
 LOG_WIDTH, LOG_LAYERS, LOG_K = 4096, 32, 64
 """The log's model, Llama-2-7B, and the dimension of its z*."""
 LOG_RESIDUAL_NORM = 23.0

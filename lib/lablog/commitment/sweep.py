@@ -15,14 +15,16 @@ import pandas as pd
 
 from lablog.commitment import coherence, probes, sampler
 from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
-from lablog.commitment.log_experiments import layer_range, span
+from lablog.commitment.log_experiments import PROMPT, layer_range, span
 from lablog.keys import key
 from lablog.models.llama_cpp import Commitment, Model
 from lablog.progress import progress
+from lablog.text.dialogues import Turn
 
 Control = Literal["commitment", "redrawn", "none", "text", "system", "instruction"]
 AIDS: dict[str, probes.Aid] = {"text": "note", "system": "system", "instruction": "instruction"}
 """Controls that inject nothing and help by text instead."""
+LOG_TOKENS = 32  # of an answer to the log's own prompt
 REDRAWN = 1024
 """Directions of the redrawn control. More than a fork has questions; no multiple of 13 is one."""
 
@@ -125,6 +127,20 @@ def continuation(engine: Speakers, task: Task, conditions: Conditions) -> str:
     with engine.one() as speaker:
         (tokens,) = speaker.write(material.openings[:1], injected, material.uniforms[:1])
     return engine.model.detokenize(tokens)
+
+
+def log_prompt(engine: Speakers, task: Task, conditions: Conditions) -> tuple[str, str, str]:
+    """What the model answers greedily to the log's own prompt under a task: first, again, and again
+    when the first exchange has left the window. In lower case, unless it was taught to chat."""
+    injected = injection(task, engine.model, conditions.k)
+    question, again = (Turn("U", text if engine.chat == "auto" else text.lower(), "log")
+                       for text in PROMPT)
+    with engine.one() as speaker:
+        (first,) = speaker.say([[question]], injected, LOG_TOKENS)
+        told = [question, Turn("A", first, "answer"), again]
+        (second,) = speaker.say([told], injected, LOG_TOKENS)
+        (evicted,) = speaker.say([[again]], injected, LOG_TOKENS, first=1)
+    return first, second, evicted
 
 
 def sweep(engine: Speakers, tasks: Sequence[Task], conditions: Conditions,
