@@ -37,6 +37,7 @@ tokens: int = 24  # length of a continuation, tokens
 sequences: int = 65  # sequences that are evaluated together
 window: int = 256  # tokens that a sequence may hold
 gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
+parity: bool = False  # compare the engine's logits with PyTorch's; a Llama only, in f32
 
 # %% [markdown]
 # The run below collects every number that this chapter shows. It ends in one record, and the
@@ -46,8 +47,9 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 from lablog import figures
 from lablog.commitment import coherence, log_experiments, plots, probes, sampler, sweep
 from lablog.commitment import sweep_metrics as metrics
+from lablog.commitment.engine_comparison import logit_differences
 from lablog.commitment.llama_cpp_speaker import Speakers
-from lablog.commitment.log_experiments import AT_LOG_DOSE, NAMED_ROWS
+from lablog.commitment.log_experiments import AT_LOG_DOSE, NAMED_ROWS, RANGES
 from lablog.models import locate
 from lablog.run import begin
 from lablog.text.dialogues import settings_for
@@ -114,6 +116,27 @@ _, initialisations = sampler.sample_once(seeds[0], k, engine.model.width)
 run.metric("direction_norm", sample.norm, "", seeds=(seeds[0],))
 run.metric("residual_norm", float(norms.mean()), "")
 run.metric("initialisations", initialisations, "count")
+
+# %% [markdown]
+# Is it the same mechanism in another engine? PyTorch adds the vector by a hook behind each layer,
+# on the same weights in single precision; a model that is quantised is dequantised for both. Shown
+# is the largest difference of a logit, over the tokens of one text and the whole vocabulary,
+# without a commitment and with $\lambda = 1$ in each range. What quantised arithmetic changes is no
+# part of it.
+
+# %%
+if parity:
+    with run.stage("parity"):
+        folder = locate.hugging_face_folder(model, run.artifacts)
+        with engine.one() as speaker:
+            ids = speaker.history(material.texts[0])
+        spans = {name: log_experiments.layer_range(name, engine.model.layers) for name in RANGES}
+        exact = locate.gguf_file(str(folder), run.artifacts)
+        differences = logit_differences(
+            folder, exact, ids, sample.direction, 1.0, spans)
+    for name, value in differences.items():
+        run.metric(f"parity.{name.replace(' ', '_')}", value, "", n=len(ids))
+run.metrics_table("parity")
 
 # %% [markdown]
 # The figure compares the two lengths. Each layer adds the vector anew, so by layer $\ell$ the

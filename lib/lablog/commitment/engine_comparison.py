@@ -11,12 +11,14 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lablog.commitment import latent_sources, probes
 from lablog.commitment.export import Export
 from lablog.commitment.novelty import ProbeSet
 from lablog.commitment.qlora import load_committed, plan_of
 from lablog.commitment.rendering import Prompt
+from lablog.commitment.torch_injection import injected
 from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.intervals import hierarchical
 from lablog.models.llama_cpp import Commitment, Context, Model, generate_tokens
@@ -205,3 +207,23 @@ def of_agreement(found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> li
                 Metric.of(f"{name}.yes_sum", float(np.mean([f.yes_sum.mean() for f in fork])), "",
                           n=len(results[0].fork[number].yes_sum), seeds=tuple(seeds))]
     return metrics
+
+
+def logit_differences(folder: Path, gguf: Path, ids: Sequence[int], direction: np.ndarray,
+                      strength: float, ranges: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """Largest difference of a logit behind any of `ids` between PyTorch, with hooks, on the model
+    in `folder` and the patched llama.cpp on `gguf`, both in f32: without a commitment (``none``),
+    and with λ = `strength` times `direction` in each of the ranges."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens, found = torch.tensor([list(ids)]), {}
+    with Model(gguf) as model, Context(model, 1, len(ids), usable_threads()) as context:
+        for name, layers in {"none": (0, 0), **ranges}.items():
+            scale = 0.0 if name == "none" else strength
+            addition = scale * torch.from_numpy(direction).expand(1, len(ids), len(direction))
+            with torch.inference_mode(), injected(network, addition, layers):
+                theirs = network(tokens).logits[0].numpy()
+            context.clear()
+            context.commit(Commitment(direction, scale, layers))
+            ours = context.prefill({0: list(ids)}, "all")[0]
+            found[name] = float(np.abs(ours - theirs).max())
+    return found
