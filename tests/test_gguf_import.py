@@ -1,7 +1,6 @@
 """A GGUF model in PyTorch: the weights and the tokens of llama.cpp."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,8 +139,7 @@ def test_what_cannot_be_read_exactly_is_refused(
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_import.psutil, "virtual_memory",
-                        lambda: SimpleNamespace(available=1 << 20))
+    monkeypatch.setattr(gguf_import, "available_memory_bytes", lambda: 1 << 20)
     with pytest.raises(MemoryError, match=r"tiny\.gguf needs 0\.\d GiB .* choose a smaller model"):
         gguf_import.to_hugging_face(tiny, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()

@@ -108,6 +108,16 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_memory_bytes() -> int:
+    """Memory that a process can still have without swapping; all there is where nothing says."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def machine() -> Machine:
     """Describe this machine and the versions of the packages that numbers depend on."""
     import torch

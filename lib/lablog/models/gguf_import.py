@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import psutil
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 
 from lablog.files import atomic_folder
 from lablog.models.llama_cpp import check_gguf
+from lablog.provenance import available_memory_bytes
 
 CONTROL = 3  # GGUF's type of a token that is no text
 PRE_TOKENIZERS = {
@@ -46,7 +46,7 @@ def to_hugging_face(source: Path, folder: Path) -> Path:
     if kind != "llama":
         raise ValueError(f"{source} holds a {kind!r} model; only llama is read for training")
     needed = COPIES * 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
-    free = psutil.virtual_memory().available
+    free = available_memory_bytes()
     if needed > free:
         raise MemoryError(f"{source.name} needs {needed / 2**30:.1f} GiB when its weights are "
                           f"dequantised, {free / 2**30:.1f} are free: choose a smaller model")
