@@ -63,8 +63,8 @@ def test_training_lowers_loss_stops_early_and_keeps_the_best(network, phase2, te
     assert result.history[-1].train_perplexity < result.history[0].train_perplexity
     assert result.history[-1].epoch - result.best.epoch == 2 < 60
     best = p2.predict(result.model, other)
-    assert best.perplexity == result.best.validation_perplexity
-    assert result.best == min(result.history, key=lambda e: e.validation_perplexity)
+    assert best.perplexity == result.best.watched_perplexity
+    assert result.best == min(result.history, key=lambda e: e.watched_perplexity)
     again = p2.train_phase2(network(dtype=torch.float32), 7, single, other, config)
     assert again.history == result.history
 
@@ -108,3 +108,52 @@ def test_shapes_of_predictions(network, phase2, text):
     assert whole.nll.shape == (9,)
     assert torch.allclose(whole.nll, parts.nll, atol=1e-6)
     assert 0 <= whole.accuracy <= 1
+
+
+def test_the_rate_is_the_one_that_the_watched_text_likes_best(network, phase2, text):
+    single = p2.FixedText(text.ids, text.tokens.float(), text.contexts.float())
+    other = p2.FixedText(single.ids.flip(0), single.tokens, single.contexts)
+    block, rates = network(dtype=torch.float32), [1e-6, 1e-2, 1e3]
+    alone = [p2.train_phase2(block, 7, single, other, replace(phase2, learning_rate=rate))
+             for rate in rates]
+    found = p2.train_at_best_rate(block, 7, single, other, phase2, rates)
+    expected = min(alone, key=lambda result: result.best.watched_perplexity)
+    assert found.config.learning_rate == expected.config.learning_rate
+    assert found.history == expected.history
+
+
+def test_no_rate_is_an_error(network, phase2, text):
+    with pytest.raises(ValueError, match="rates is empty"):
+        p2.train_at_best_rate(network(), 7, text, text, phase2, [])
+
+
+def test_a_rate_that_explodes_is_passed_over_unless_it_is_the_only_one(
+    network, phase2, text, monkeypatch
+):
+    train = p2.train_phase2
+
+    def explodes(block, vocabulary, training, watched, config, label, progress):
+        if config.learning_rate > 1:
+            raise FloatingPointError("loss nan")
+        return train(block, vocabulary, training, watched, config, label, progress)
+
+    monkeypatch.setattr(p2, "train_phase2", explodes)
+    single = p2.FixedText(text.ids, text.tokens.float(), text.contexts.float())
+    block = network(dtype=torch.float32)
+    found = p2.train_at_best_rate(block, 7, single, single, phase2, [5.0, 1e-3])
+    assert found.config.learning_rate == 1e-3
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        p2.train_at_best_rate(block, 7, single, single, phase2, [5.0])
+
+
+def test_the_embeddings_norm_is_trained_only_when_asked(network, phase2, text):
+    """It starts as the frozen one, to the last bit, and then moves."""
+    single = p2.FixedText(text.ids, text.tokens.float(), text.contexts.float())
+    block = network(dtype=torch.float32)
+    config = replace(phase2, train_norm=True)
+    frozen, free = p2.Phase2Model(block, 7, phase2), p2.Phase2Model(block, 7, config)
+    assert torch.equal(p2.predict(frozen, single).nll, p2.predict(free, single).nll)
+    assert not hasattr(frozen, "gain")
+    trained = p2.train_phase2(block, 7, single, single, config).model
+    assert (trained.gain - 1).abs().max() > 0
+    assert trained.bias.abs().max() > 0

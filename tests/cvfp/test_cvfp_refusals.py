@@ -324,8 +324,11 @@ def prepared(tmp_path_factory):
 def test_prepared_texts(prepared):
     config, _, texts = prepared
     assert {name: len(ids) for name, ids in texts.ids.items()} == {
-        "training": 400, "validation": 80, "test": 80,
+        "training": 400, "validation": 80, "test": 80, "dev": 80,
     }
+    pieces = {name: set(map(tuple, ids.view(-1, 40).tolist())) for name, ids in texts.ids.items()}
+    assert not pieces["dev"] & (pieces["test"] | pieces["training"])
+    assert not pieces["test"] & pieces["training"]
     assert texts.ids["validation"].tolist() == texts.ids["training"][-80:].tolist()
     assert texts.tokens["training"].shape == (400, 32)
     assert texts.vocabulary == len(texts.embedding.table)

@@ -153,7 +153,7 @@ def test_a_users_text_is_split_and_read_by_both_chapters_like_any_other(tmp_path
         val_data_source="text_file", seed=0, device="cpu",
     )
     assert {name: len(ids) for name, ids in found.ids.items()} == {
-        "training": 160, "validation": 32, "test": 32}
+        "training": 160, "validation": 32, "test": 32, "dev": 32}
     assert found.files["text"] == path
 
 

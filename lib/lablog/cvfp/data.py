@@ -129,7 +129,7 @@ def shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Ids [n] and normalised embeddings of the three texts, and the files they came from."""
+    """Ids [n] and normalised embeddings of the four texts, and the files they came from."""
 
     embedding: TokenEmbedding
     ids: dict[str, Tensor]
@@ -155,8 +155,9 @@ def prepare(
     `tokenizer`: "project" trains one of `vocabulary` pieces on the training documents, anything
     else is the path of a ``.model`` or ``.gguf``, relative to the repository. `embedding`: "ppmi"
     (co-occurrences at most `window` apart in the first `corpus_documents` training documents),
-    "gaussian", or GPT-2's (a ``.safetensors`` or a Hub name). Validation and test have a fifth of
-    the training tokens each. A `text_source` that is a file is one of the `files`.
+    "gaussian", or GPT-2's (a ``.safetensors`` or a Hub name). Validation, test and dev have a fifth
+    of the training tokens each; the last two are of dialogues that occur nowhere else. A
+    `text_source` that is a file is one of the `files`.
     """
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",
@@ -190,7 +191,9 @@ def prepare(
     validation = read_validation(
         val_data_source, files["validation"], encoder, flat, held_out * dialogue_tokens
     )
-    test = cut(documents(text_source, "test", seed), encoder, held_out, dialogue_tokens)
-    texts = {"training": flat, "validation": validation, "test": [i for t in test for i in t]}
+    unseen = cut(documents(text_source, "test", seed), encoder, 2 * held_out, dialogue_tokens)
+    test, dev = ([i for ids in part for i in ids]
+                 for part in (unseen[:held_out], unseen[held_out:]))
+    texts = {"training": flat, "validation": validation, "test": test, "dev": dev}
     ids = {name: torch.tensor(text, device=device) for name, text in texts.items()}
     return Prepared(module, ids, {name: module(i) for name, i in ids.items()}, files)

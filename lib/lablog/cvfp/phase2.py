@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,8 +24,9 @@ from lablog.progress import progress as progress_bar
 
 @dataclass(frozen=True, kw_only=True)
 class Phase2Config:
-    """Settings of Phase 2: `patience` counts epochs without a lower validation loss (3);
-    `context_weight` multiplies v1.0's MSE; `head_std` is the head's initial deviation."""
+    """Settings of Phase 2: `patience` counts epochs without a lower loss on the watched text (3);
+    `context_weight` multiplies v1.0's MSE; `head_std` is the head's initial deviation;
+    `train_norm` trains gain and bias of the embedding's norm, which otherwise stay 1 and 0."""
 
     version: Literal["v2.0", "v1.0"]
     epochs: int
@@ -36,6 +37,7 @@ class Phase2Config:
     context_weight: float
     head_std: float
     seed: int
+    train_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.version not in ("v2.0", "v1.0"):
@@ -76,9 +78,15 @@ class Phase2Model(nn.Module):
         generator = torch.Generator().manual_seed(config.seed)
         nn.init.normal_(self.head.weight, std=config.head_std, generator=generator)
         nn.init.zeros_(self.head.bias)
+        self.train_norm = config.train_norm
+        if config.train_norm:
+            width = block.config.embed_dim
+            self.gain, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, before: Context, token: Token, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [n, vocabulary] and the block's context output [n, context_dim]."""
+        if self.train_norm:
+            token = Token(token * self.gain + self.bias)
         context_out, token_out = self.block(before, token)
         context = fixed if self.version == "v2.0" else context_out
         return self.head(torch.cat([context, token_out], dim=1)), context_out
@@ -106,13 +114,20 @@ class Predictions:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean nll)."""
-        return math.exp(float(self.nll.double().mean()))
+        """exp(mean nll); infinite where that is beyond a float."""
+        return _exp(float(self.nll.double().mean()))
 
     @property
     def accuracy(self) -> float:
         """Share of predictions whose most probable token is the next one."""
         return float(self.correct.double().mean())
+
+
+def _exp(mean: float) -> float:
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
 
 
 @torch.no_grad()
@@ -128,33 +143,34 @@ def predict(model: Phase2Model, text: FixedText, rows: int = 1024) -> Prediction
 
 @dataclass(frozen=True)
 class Epoch:
-    """Training as met during the epoch, validation after it."""
+    """Training as met during the epoch, the watched text after it."""
 
     epoch: int
     train_perplexity: float
     train_accuracy: float
-    validation_perplexity: float
+    watched_perplexity: float
 
 
 @dataclass
 class Phase2Result:
-    """The model of the best epoch, by validation loss, and the history of all."""
+    """The model of the best epoch, by the loss on the watched text, and the history of all."""
 
     model: Phase2Model
     history: list[Epoch]
     best: Epoch
+    config: Phase2Config
 
 
 def train_phase2(
     block: CVFPBlock,
     vocabulary: int,
     training: FixedText,
-    validation: FixedText,
+    watched: FixedText,
     config: Phase2Config,
     label: str = "",
     progress: bool = False,
 ) -> Phase2Result:
-    """Train a copy of `block` and a new head; early stopping on validation.
+    """Train a copy of `block` and a new head; early stopping on the text that is `watched`.
 
     Positions are drawn in a new order each epoch (the contexts are constants, so every position
     is an independent sample). Raises FloatingPointError when a loss is not finite.
@@ -183,19 +199,44 @@ def train_phase2(
                     f"{label or config.version}: loss {loss} in epoch {epoch}: lower "
                     f"learning_rate = {config.learning_rate} or check the contexts for NaN"
                 )
-            seen = predict(model, validation)
-            now = Epoch(epoch, math.exp(entropy), accuracy, seen.perplexity)
+            seen = predict(model, watched)
+            now = Epoch(epoch, _exp(entropy), accuracy, seen.perplexity)
             history.append(now)
-            if best is None or now.validation_perplexity < best.validation_perplexity:
+            if best is None or now.watched_perplexity < best.watched_perplexity:
                 best, weights = now, copy.deepcopy(model.state_dict())
-            reached = f"validation perplexity {history[-1].validation_perplexity:.1f}"
+            reached = f"perplexity {history[-1].watched_perplexity:.1f}"
             bar.set_postfix_str(reached, refresh=False)
             bar.update()
             if epoch - best.epoch >= config.patience:
                 break
     assert best is not None  # epochs >= 1
     model.load_state_dict(weights)
-    return Phase2Result(model, history, best)
+    return Phase2Result(model, history, best, config)
+
+
+def train_at_best_rate(
+    block: CVFPBlock, vocabulary: int, training: FixedText, watched: FixedText,
+    config: Phase2Config, rates: Sequence[float], label: str = "", progress: bool = False,
+) -> Phase2Result:
+    """:func:`train_phase2` at each learning rate; the result with the lowest watched perplexity.
+
+    A rate at which the loss is not finite is out of the question; FloatingPointError where all are.
+    """
+    best: Phase2Result | None = None
+    for rate in rates:
+        named = f"{label}, rate {rate:g}"
+        try:
+            found = train_phase2(block, vocabulary, training, watched,
+                                 replace(config, learning_rate=rate), named, progress)
+        except FloatingPointError:
+            if best is None and rate == rates[-1]:
+                raise
+            continue
+        if best is None or found.best.watched_perplexity < best.best.watched_perplexity:
+            best = found
+    if best is None:
+        raise ValueError("rates is empty: expected at least one learning rate")
+    return best
 
 
 def window_contexts(table: Tensor, ids: Tensor, width: int, size: int) -> Tensor:

@@ -189,14 +189,14 @@ def contraction(observed: pd.DataFrame) -> Drawn:
 
 
 def perplexity(trainings: Mapping[str, Phase2Result], levels: Mapping[str, float]) -> Drawn:
-    """Training and validation perplexity per epoch for each arm; n-grams as dotted lines."""
+    """Training and dev perplexity per epoch for each arm; n-grams as dotted lines."""
     curves = pd.DataFrame([
         {"arm": name, "epoch": e.epoch, "training": e.train_perplexity,
-         "validation": e.validation_perplexity}
+         "dev": e.watched_perplexity}
         for name, found in trainings.items() for e in found.history
     ])
     figure, axes = _axes(2, 3.4)
-    for axis, split in zip(axes, ("training", "validation"), strict=True):
+    for axis, split in zip(axes, ("training", "dev"), strict=True):
         for i, (name, rows) in enumerate(curves.groupby("arm", sort=False)):
             axis.plot(rows["epoch"], rows[split], label=name, marker=MARKERS[i % 6],
                       linestyle="-" if i < 6 else "--")

@@ -183,6 +183,7 @@ def phase2_training(result: Phase2Result) -> list[Metric]:
     return [
         Metric(name="best_epoch", value=best.epoch, unit="count", numerator=best.epoch,
                denominator=len(result.history)),
+        Metric(name="learning_rate", value=result.config.learning_rate, unit=""),
         Metric(name="training.perplexity", value=best.train_perplexity, unit=""),
         Metric(name="training.accuracy", value=best.train_accuracy, unit="fraction"),
     ]
