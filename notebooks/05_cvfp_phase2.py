@@ -285,9 +285,9 @@ run.table(list(seen), ["validation.perplexity", "test.perplexity", "test.accurac
 
 # %% [markdown]
 # The three arms that were trained with every seed also have a mean over seeds. It is the mean of
-# the logarithm, the cross-entropy, turned back into a perplexity, and so is its $t$ interval. A mean of
-# perplexities would follow the worst seed, since a perplexity is an exponential. These means have
-# names of their own, `<arm>.seeds.<text>.perplexity`.
+# the logarithm, the cross-entropy, turned back into a perplexity, and so is its $t$ interval. A
+# mean of perplexities would follow the worst seed, since a perplexity is an exponential. These
+# means have names of their own, `<arm>.seeds.<text>.perplexity`.
 
 # %%
 for arm in ("v2.0", "true", "zeros"):

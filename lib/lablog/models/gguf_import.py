@@ -25,7 +25,7 @@ from lablog.models.llama_cpp import check_gguf
 from lablog.provenance import available_memory_bytes
 
 CONTROL = 3  # GGUF's type of a token that is no text
-PRE_TOKENIZERS = {
+PRE_TOKENIZERS: dict[str, list[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(individual_digits=True),
                pre_tokenizers.ByteLevel(add_prefix_space=False)],
