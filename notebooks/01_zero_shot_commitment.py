@@ -22,7 +22,7 @@
 #
 # Everything below runs on any model that llama.cpp can read. The default is a small Llama that
 # the project trains in minutes on dialogues that it generates; `model` in the next cell takes a
-# path or a Hub address instead.
+# path, a Hub address or a package's name instead.
 
 # %% tags=["parameters"]
 model: str = "offline:smoke"  # offline:RECIPE, a path (.gguf, .bin, folder), hub:, pypi: or npm:
@@ -45,9 +45,9 @@ parity: bool = False  # compare the engine's logits with PyTorch's; a Llama only
 
 # %%
 from lablog import figures
-from lablog.commitment import coherence, log_experiments, plots, probes, sampler, sweep
+from lablog.commitment import coherence, engine_comparison, log_experiments, plots
+from lablog.commitment import probes, sampler, sweep
 from lablog.commitment import sweep_metrics as metrics
-from lablog.commitment.engine_comparison import logit_differences
 from lablog.commitment.llama_cpp_speaker import Speakers
 from lablog.commitment.log_experiments import AT_LOG_DOSE, NAMED_ROWS, RANGES
 from lablog.models import locate
@@ -122,20 +122,16 @@ run.metric("initialisations", initialisations, "count")
 # on the same weights in single precision; a model that is quantised is dequantised for both. Shown
 # is the largest difference of a logit, over the tokens of one text and the whole vocabulary,
 # without a commitment and with $\lambda = 1$ in each range. What quantised arithmetic changes is no
-# part of it.
+# part of it. A model that PyTorch cannot read exactly, or that does not fit twice, has none.
 
 # %%
 if parity:
+    spans = {name: log_experiments.layer_range(name, engine.model.layers) for name in RANGES}
+    with engine.one() as speaker:
+        ids = speaker.history(material.texts[0])
     with run.stage("parity"):
-        folder = locate.hugging_face_folder(model, run.artifacts)
-        with engine.one() as speaker:
-            ids = speaker.history(material.texts[0])
-        spans = {name: log_experiments.layer_range(name, engine.model.layers) for name in RANGES}
-        exact = locate.gguf_file(str(folder), run.artifacts)
-        differences = logit_differences(
-            folder, exact, ids, sample.direction, 1.0, spans)
-    for name, value in differences.items():
-        run.metric(f"parity.{name.replace(' ', '_')}", value, "", n=len(ids))
+        found = engine_comparison.parity(model, run.artifacts, ids, sample.direction, spans)
+    run.metrics(found, under="parity")
 run.metrics_table("parity")
 
 # %% [markdown]

@@ -27,7 +27,7 @@ chat: str = "plain"  # how the model is spoken to: plain, llama2, or auto (its o
 k: int = 64  # latent dimension of z*
 strengths: list[float] = [0.0, 0.01, 0.1, 1.0]  # λ grid; the log's 0.01, 0.1 and 1 must be in it
 seeds: list[int] = [1, 2]  # seeds of the commitments
-ranges: list[str] = ["all", "last quarter", "first quarter", "layer 0"]  # of layers; also: last N
+ranges: list[str] = ["all", "last quarter", "first quarter", "layer 0"]  # also "last N"; all needed
 kl_budget: float = 1.0  # nats: 95th percentile of KL per held-out token
 item_seed: int = 0  # seed of the probes and of the held-out texts
 items: int = 12  # probes of each family
@@ -108,6 +108,7 @@ print(coherence.Thresholds())
 # item. What remains is the luck of the direction, which is why every cell has several seeds.
 
 # %%
+metrics.check_named(ranges, strengths)
 for name in ranges:
     print(f"{name}: layers {log_experiments.span(name, engine.model.layers)}")
 tasks = [Task("none"), Task("text")]

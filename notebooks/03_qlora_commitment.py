@@ -189,10 +189,11 @@ plan = Plan(
 # What a prefix fixes is a *persona*: persona number $i$ holds value number $i$ of every topic, so
 # that $z^*$ has one of twelve things to carry, about $\log 12 \approx 2.5$ nats.
 #
-# Training meets only a part of `data/dialogues.yaml`. Held out are the last phrasings of every
-# question and private line, four values of one topic, and one topic whole. So a probe can be new
-# in one of five ways. The base has read all of it, as a pretrained model has read English; what is
-# new, is new to everything that was trained here.
+# Training meets only a part of `data/dialogues.yaml` (with `chat=auto`, of `data/questions.yaml`).
+# Held out are the last phrasings of every question and private line, four values of one topic, and
+# one topic whole. So a probe can be new in one of five ways. The project's own base has read all of
+# it, as a pretrained model has read English; what is new, is new to everything that was trained
+# here.
 
 # %%
 settings = settings_for(chat)

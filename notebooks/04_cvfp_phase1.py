@@ -234,14 +234,14 @@ cases += [("true.", true_pass, first, w) for w in true_pass_other_weights]
 # on parallel passes and on true ones, and of the network before them, three numbers are taken
 # behind every pass, on the first tokens of the text: the largest Lyapunov exponent (below zero two
 # contexts that read the same text come together; it is explained further down), the largest factor
-# by which one layer's weights can stretch a context, and how far back a changed token is seen.
-# Taking them changes no weight.
+# by which one layer's weights, taken alone, can stretch a context, and how far back a changed token
+# is seen. Taking them changes no weight.
 
 # %%
 main = f"w{diversity_weight:g}.seed{first}"
 truly = f"true.w{true_pass_weight:g}.seed{first}"
-part = training[:lyapunov_tokens]
-watch = contraction.observer(part, memory_distance, 10, first)
+part = training[:max(lyapunov_tokens, memory_distance + 20)]
+watch = contraction.ContractionObserver(part, memory_distance, 10, first)
 untaught = contraction.measure(blocks[bare], part, memory_distance, 10, first)
 watched = []
 
@@ -264,7 +264,8 @@ for rows in watched:
     run.metrics(results.learnt_contraction(rows), under=f"{rows.network.iloc[0]}.learnt")
 run.figure("contraction", *plots.contraction(pd.concat(watched)),
            "What two trainings do to the recurrence, pass by pass; iteration 0 is the network "
-           "before them, and below the dotted line contexts come together.")
+           "before them, and below the dotted line contexts come together. No point of memory: a "
+           "changed token is seen as far as was looked.")
 
 # %% [markdown]
 # What the log counts on validation text is the same loop with frozen weights. In the parallel
@@ -549,7 +550,7 @@ run.figure("jacobi", *plots.exactness(curves, len(part)),
 # the same text.
 
 # %%
-threshold, curves = 0.01, {}
+threshold, curves = contraction.FORGOTTEN, {}
 last = len(validation) - memory_distance - 1
 changed = torch.linspace(1, last, 40).long().to(device).unique()
 for name in compared:

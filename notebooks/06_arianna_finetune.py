@@ -97,7 +97,6 @@ from lablog.models.shape import ModelShape
 from lablog.models.training import TrainingSettings
 from lablog.text.corpora import base_documents
 from lablog.text.packing import pack, refuse_overlap, split
-from lablog.text.tokenizer import Tokenizer
 from lablog.run import begin
 
 figures.use_style()
@@ -132,11 +131,11 @@ refuse_overlap(training, held_out)
 with run.stage("tokenizer"):
     if base_model:
         adopted = locate.hugging_face_folder(base_model, run.artifacts)
-        tokenizer = Tokenizer(run.file(adopted / "tokenizer.model"))
+        tokenizer = finetuning.adoptable(adopted)
     else:
         path = runs / "tokenizer" / "tokenizer.model"
         tokenizer = finetuning.base_tokenizer(training, vocabulary, path, tokenizer_megabytes)
-        run.file(path)
+    run.file(tokenizer.path)
 with run.stage("packing"):
     stream = pack(training, tokenizer, runs / "corpus")
 run.file(stream.folder / "manifest.json")
@@ -550,5 +549,6 @@ run.finish(arms=[arm.name for _, arm in arms])
 # - The learning rate of the main fine-tuning was chosen on short runs with these dialogues.
 # - Bits per byte measure prediction. Whether an answer is worth reading is for the reader of the
 #   samples to say.
-# - Outside the full profile the base model has seen a small part of the log's tokens; what
-#   fine-tuning does to a better base model may differ, and so may the effect of the batch size.
+# - A base model that is trained here has, outside the full profile, seen a small part of the log's
+#   tokens; what fine-tuning does to a better one may differ, and so may the effect of the batch
+#   size. Profile `pretrained` asks that of a model that others have trained.

@@ -16,7 +16,8 @@ from clone import contents
 from filelock import FileLock, Timeout
 
 from lablog import book, figures, layout, speed
-from lablog.book import BookError
+from lablog.book import BookError, models_page
+from lablog.model_list import listed
 from lablog.provenance import Machine, Source
 from lablog.record import FigureFile, Metric, Record, ReportText
 from lablog.report import ReportError
@@ -298,3 +299,13 @@ def test_a_chapter_that_judges_makes_the_book_fail(copy: tuple[Path, Path]):
     with pytest.raises(ReportError, match="EXCELLENT"):
         book.build(folder, html)
     assert contents(html) == before
+
+
+def test_the_models_of_others_are_told_with_maker_licence_and_hash():
+    page = models_page()
+    for package in listed().values():
+        for told in (package.name, package.by, package.licence, package.package):
+            assert told in page
+        for name, part in package.files.items():
+            assert f"`{package.package}:{name}`" in page
+            assert part.sha256 in page

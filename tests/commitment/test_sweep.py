@@ -165,7 +165,8 @@ def test_rows_hold_their_items(laboratory):
         fork = probes.fork(speaker, laboratory.conditions.items.fork, injection)
     expected = {"answered": recall.answered, "recall": recall.recalled,
                 "eviction": recall.recalled_after_eviction, "same_choice": fork.same,
-                "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass}
+                "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass,
+                "named_mass": fork.named_mass}
     rows = pd.DataFrame([row, row])
     assert set(sweep_metrics.BY_ITEM) == set(expected)
     for name, values in expected.items():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,7 +32,7 @@ def row(control, strength, layers, seed, shares, word="coherent", language=True)
     for name in ("recall", "eviction", "same_choice", "answered"):
         hits = rng.random(ITEMS) < shares.get(name, 0.5)
         entry |= {name: hits.mean(), f"{name}_items": "".join("01"[int(hit)] for hit in hits)}
-    for name in ("yes_sum", "answer_mass"):
+    for name in ("yes_sum", "answer_mass", "named_mass"):
         values = rng.random(ITEMS)
         entry |= {name: values.mean(), f"{name}_items": " ".join(f"{v:.6g}" for v in values)}
     return entry
@@ -250,3 +251,41 @@ def test_the_journal_can_hold_what_a_row_holds():
     for name in results.BY_ITEM:
         np.testing.assert_array_equal(results.by_item(pd.DataFrame([again]), name),
                                       results.by_item(pd.DataFrame([entry]), name))
+
+
+def test_controls_that_help_by_text_are_recorded_and_drawn_under_their_names(tmp_path):
+    named = log_experiments.NAMED_ROWS[:1]
+    rows = pd.concat([made_up(), pd.DataFrame([
+        row(aid, 0.0, "all", 0, {"same_choice": share}, language=False)
+        for aid, share in (("system", 0.9), ("instruction", 0.2))])], ignore_index=True)
+    run = opened(tmp_path)
+    run.metrics(results.of_named_rows(rows, named))
+    record = run.record()
+    for aid in ("unmodified", "text", "system", "instruction"):
+        assert record.metric(f"{aid}.same_choice").denominator == ITEMS
+    told, wished = (record.metric(f"{aid}.same_choice").value for aid in ("system", "instruction"))
+    assert told > wished
+    assert "system.perplexity" not in {metric.name for metric in record.metrics}
+    figure, data = plots.named_rows(results.summarise(rows), named)
+    assert list(data["row"][:4]) == ["unmodified", "a line of text instead", "told by the system",
+                                     "asked to keep to it"]
+    plt.close(figure)
+
+
+def test_a_grid_without_the_logs_rows_is_refused_before_anything_is_swept():
+    strengths, ranges = [0.0, 0.01, 0.1, 1.0], ["all", "last quarter", "last 8"]
+    results.check_named(ranges, strengths)
+    with pytest.raises(ValueError, match="needs 'last quarter': add it"):
+        results.check_named(["all"], strengths)
+    with pytest.raises(ValueError, match=r"strengths = .* needs 0\.1: add it"):
+        results.check_named(ranges, [0.01, 1.0])
+
+
+def test_the_budget_is_drawn_for_the_ranges_that_were_solved():
+    solutions = [Solution(1.0, 1.0, 5), Solution(2.0, 1.0, 5)]
+    table = pd.concat([results.budget_table(name, solutions, (1, 2), (0.1, 0.1))
+                       for name in ("all", "last 8", "last 1")])
+    figure, _ = plots.budget(table, 1.0)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all", "last 8", "last 1"]
+    plt.close(figure)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lablog.cvfp.contraction import measure, observer, spectral_norm
+from lablog.cvfp.contraction import ContractionObserver, measure, spectral_norm
 from lablog.cvfp.phase1 import train
 
 VARIANTS = ("parallel", "sequential", "true_pass")
@@ -17,7 +17,7 @@ def weights(block):
 
 
 def watching(tokens):
-    return observer(tokens, distance=8, changed=4, seed=3)
+    return ContractionObserver(tokens, distance=8, changed=4, seed=3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -35,15 +35,18 @@ def test_observations_survive_an_interruption(network, embeddings, phase1, tmp_p
     whole = train(network(), tokens, phase1, observe=watch)
     seen = []
 
-    def stops(block):
-        seen.append(block)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return watch(block)
+    class Stops:
+        key = watch.key
+
+        def __call__(self, block):
+            seen.append(block)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return watch(block)
 
     path = tmp_path / "phase1.pt"
     with pytest.raises(KeyboardInterrupt):
-        train(network(), tokens, phase1, path, observe=stops)
+        train(network(), tokens, phase1, path, observe=Stops())
     went_on = train(network(), tokens, phase1, path, observe=watch)
     assert went_on.observed == whole.observed
     assert went_on.history == whole.history
@@ -59,6 +62,17 @@ def test_a_training_that_nobody_watched_is_done_again_when_asked(
     result = train(again, tokens, phase1, path, observe=watching(tokens))
     assert len(result.observed) == len(result.history)
     assert torch.equal(weights(first), weights(again))
+
+
+def test_what_another_has_measured_is_not_taken_for_ones_own(
+    network, embeddings, phase1, tmp_path
+):
+    tokens, path = embeddings(30), tmp_path / "phase1.pt"
+    near, far = (ContractionObserver(tokens, distance, 4, 3) for distance in (2, 8))
+    train(network(), tokens, phase1, path, observe=near)
+    found = train(network(), tokens, phase1, path, observe=far)
+    assert found.observed == train(network(), tokens, phase1, observe=far).observed
+    assert near.key != far.key
 
 
 def test_the_spectral_norm_is_what_a_layer_does_to_a_context_at_most(network):
@@ -83,7 +97,7 @@ def test_true_passes_learn_to_contract(network, embeddings, phase1):
                      learning_rate=0.02, early_stop_from=30)
     block = network(weight_std=0.6)
     before = measure(block, tokens, 10, 5, 3)
-    observed = train(block, tokens, config, observe=observer(tokens, 10, 5, 3)).observed
+    observed = train(block, tokens, config, observe=ContractionObserver(tokens, 10, 5, 3)).observed
     assert before.exponent > observed[-1]["exponent"]
     assert observed[-1]["exponent"] < 0
 

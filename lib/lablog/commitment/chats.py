@@ -13,7 +13,7 @@ from lablog.commitment.conversations import Conversation, conversation
 from lablog.commitment.rendering import SAID, Rendering
 from lablog.text.chat_tokenizer import AnyTokenizer
 from lablog.text.datasets import Item
-from lablog.text.dialogues import Turn
+from lablog.text.dialogues import Turn, settings_for
 
 TURN = re.compile(r"### (Human|Assistant):|(<s>)?\s*\[INST\]|\[/INST\]|</s>")
 
@@ -40,7 +40,7 @@ class Chats(Dataset[Conversation]):
 
     def __init__(self, texts: Iterable[str], tokenizer: AnyTokenizer, window: int,
                  chat: str = "llama2") -> None:
-        self.rendering = Rendering(tokenizer, chat)
+        self.rendering = Rendering(tokenizer, chat, settings_for(chat).chat.system)
         chats = (exchanges(text) for text in texts)
         made = [(self.item(told[:1]), self.item(told[1:])) for told in chats if len(told) > 1]
         self.chats = [pair for pair in made if max(len(item.ids) for item in pair) <= window]

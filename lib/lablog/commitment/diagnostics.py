@@ -29,7 +29,8 @@ def choices(speaker: TorchSpeaker, draws: int, seed: int) -> tuple[Tensor, np.nd
         draw = Draw(trained_part(settings), seed, CHOICES, number)
         turns = [*draw.exchange("opening", "chosen", topic), draw.turn("U", "what_is_it", topic)]
         prompt = speaker.prompt(turns, settings.it_is[0].split(" {value}")[0])
-        asked = [(prompt, settings.topics[topic])] * draws
+        values = [draw.spelled(topic, value) for value in settings.topics[topic]]
+        asked = [(prompt, values)] * draws
         named.append(name_values(speaker, asked, z[:, None]).argmax(dim=1))
     return z, torch.stack(named).numpy()
 

@@ -21,10 +21,13 @@ from lablog.commitment.rendering import Prompt
 from lablog.commitment.torch_injection import injected
 from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.intervals import hierarchical
+from lablog.models import locate
 from lablog.models.llama_cpp import Commitment, Context, Model, generate_tokens
-from lablog.provenance import usable_threads
+from lablog.provenance import available_memory_bytes, usable_threads
 from lablog.record import Metric
 from lablog.text.chat_tokenizer import tokenizer_of
+
+TWICE = 4  # times the stored weights, if these are in bf16: f32 in PyTorch and in llama.cpp
 
 
 class ExportedSpeaker(TorchSpeaker):
@@ -207,6 +210,24 @@ def of_agreement(found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> li
                 Metric.of(f"{name}.yes_sum", float(np.mean([f.yes_sum.mean() for f in fork])), "",
                           n=len(results[0].fork[number].yes_sum), seeds=tuple(seeds))]
     return metrics
+
+
+def parity(model: str, artifacts: Path, ids: Sequence[int], direction: np.ndarray,
+           ranges: Mapping[str, tuple[int, int]]) -> list[Metric]:
+    """:func:`logit_differences` at λ = 1 of a model as the notebooks name it, or why there are
+    none: a model that PyTorch cannot read exactly, or one that does not fit into memory twice."""
+    try:
+        folder = locate.hugging_face_folder(model, artifacts)
+        stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if TWICE * stored > available_memory_bytes():
+            raise MemoryError(f"{folder.name} has {stored / 2**30:.1f} GiB of weights, too many "
+                              "for two engines at a time")
+        exact = locate.gguf_file(str(folder), artifacts)
+    except (ValueError, MemoryError) as error:
+        return [Metric.of("none", None, "", undefined=str(error))]
+    found = logit_differences(folder, exact, ids, direction, 1.0, ranges)
+    return [Metric.of(name.replace(" ", "_"), value, "", n=len(ids))
+            for name, value in found.items()]
 
 
 def logit_differences(folder: Path, gguf: Path, ids: Sequence[int], direction: np.ndarray,

@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lablog.commitment.log_experiments import RANGES, NamedRow
+from lablog.commitment.log_experiments import NamedRow
 from lablog.commitment.measures import LABELS
 from lablog.figures import COLOURS, GREY, MARKERS, Drawn
 
 WITHOUT = {"none": "unmodified", "text": "a line of text instead",
            "system": "told by the system", "instruction": "asked to keep to it"}
 """The controls that inject nothing, and what they are called."""
+AIDED = ("system", "instruction")
 
 
 def _columns(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -79,7 +80,7 @@ def named_rows(table: pd.DataFrame, named: Sequence[NamedRow]) -> Drawn:
     labels = [f"{row} (dose {dose:.2g})" if dose else row
               for row, dose in zip(data["row"], data["dose"], strict=True)]
     for axes, name in zip(panels, names, strict=True):
-        for number, control in enumerate((*WITHOUT, "commitment", "redrawn")):
+        for number, control in enumerate(("none", "text", "commitment", "redrawn", *AIDED)):
             chosen = np.array([row[1] == control for row in rows])
             axes.errorbar(data[name][chosen], position[chosen],
                           xerr=_errors(data[chosen], name), fmt=MARKERS[number],
@@ -103,7 +104,7 @@ def _curves(axes: Axes, table: pd.DataFrame, name: str) -> None:
             part = part.dropna(subset=name).sort_values("dose")
             if len(part):
                 axes.errorbar(part["dose"], part[name], yerr=_errors(part, name), label=label,
-                              color=COLOURS[number], marker=MARKERS[number], linestyle=line,
+                              color=COLOURS[number % 6], marker=MARKERS[number % 6], linestyle=line,
                               capsize=2, fillstyle="full" if line == "-" else "none")
     for value in table[table["control"] == "none"][name]:
         axes.axhline(value, color=GREY, linewidth=1, label="unmodified")
@@ -178,15 +179,16 @@ def heat(table: pd.DataFrame) -> Drawn:
 def budget(table: pd.DataFrame, nats: float) -> Drawn:
     """λ that spends the KL budget, per layer range: each seed, and mean with interval."""
     figure, axes = plt.subplots(figsize=(6.4, 2.8))
-    for number, layers in enumerate(RANGES):
+    ranges = list(table["layers"].unique())
+    for number, layers in enumerate(ranges):
         part = table[table["layers"] == layers]
         seeds = part.dropna(subset="strength")
         axes.plot(seeds["strength"], [number] * len(seeds), "|", color=GREY, markersize=10)
         if len(part) and np.isfinite(part["low"].iloc[0]):
-            mean = part["mean"].iloc[0]
-            axes.errorbar(mean, number, color=COLOURS[number], marker=MARKERS[number], capsize=3,
-                          xerr=[[mean - part["low"].iloc[0]], [part["high"].iloc[0] - mean]])
-    axes.set(xscale="log", yticks=range(len(RANGES)), yticklabels=RANGES,
+            mean, low, high = (part[name].iloc[0] for name in ("mean", "low", "high"))
+            axes.errorbar(mean, number, color=COLOURS[number % 6], marker=MARKERS[number % 6],
+                          capsize=3, xerr=[[mean - low], [high - mean]])
+    axes.set(xscale="log", yticks=range(len(ranges)), yticklabels=ranges,
              xlabel=f"λ at which the 95th percentile of KL is {nats:g} nat")
     axes.invert_yaxis()
     return figure, table

@@ -30,7 +30,8 @@ def check_readable(base: Path, plan: Plan, settings: DialogueSettings, items: pr
     if longest > config.max_position_embeddings:
         problems.append(f"the longest probe has {longest} tokens with its answer, the model's "
                         f"window only {config.max_position_embeddings}: lower probe_gap in "
-                        "data/dialogues.yaml, or choose a model with a longer window")
+                        "data/dialogues.yaml (questions.yaml for chat=auto), or choose a model "
+                        "with a longer window")
     if problems:
         raise ValueError(f"{base.name} (chat = {plan.chat}) cannot be probed:\n"
                          + "\n".join(problems))
@@ -74,7 +75,8 @@ def _alike(rendering: Rendering, settings: DialogueSettings) -> Iterator[str]:
         for stem in stems:
             prompt = rendering.prompt([asked], stem.format(topic=topic).strip())
             try:
-                check_distinct(values, rendering.continuations(prompt, values)[1])
+                for said in zip(*map(settings.chat.said, values), strict=True):
+                    check_distinct(said, rendering.continuations(prompt, said)[1])
             except ValueError as error:
                 yield f"{topic}: {error}"
                 break

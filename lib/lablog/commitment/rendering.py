@@ -2,7 +2,8 @@
 
 Three ways of speaking exist. ``plain``: one turn a line, ``U: …`` and ``A: …``, for any model.
 ``llama2``: the instruction format of Llama-2-Chat, ``<s>[INST] … [/INST] … </s>`` an exchange.
-``auto``: the model's own chat template, applied by the engine (:func:`messages`).
+``auto``: the model's own chat template, which llama.cpp applies to :func:`messages` and
+:class:`Template` takes apart into turns.
 
 A tokenizer may encode a word by itself and the same word behind other text in different tokens
 (Llama 2's puts a space in front of everything). So nothing is ever encoded by itself: the tokens
@@ -211,7 +212,7 @@ class Rendering:
 
     @cached_property
     def stops(self) -> frozenset[int]:
-        """Tokens that end an answer: those that hold a line end, and in ``llama2`` EOS."""
+        """Tokens that end an answer: those that hold a line end, and EOS, but in ``plain``."""
         lines = {token for token in range(len(self.tokenizer))
                  if "\n" in self.tokenizer.decode([token])}
         return frozenset(lines | (set() if self.chat == "plain" else {self.tokenizer.eos}))
@@ -262,7 +263,7 @@ class Rendering:
         """Ids, kinds, and number of the turn of each token; BOS belongs to the first turn."""
         found = [self._encode(fragment) for fragment in fragments]
         head = int(bos and self.template is None)  # a template begins a text itself
-        return (np.concatenate([np.full(head, self.tokenizer.bos, np.int32),
+        return (np.concatenate([np.array([self.tokenizer.bos] * head, np.int32),
                                 *(ids for ids, _, _ in found)]),
                 np.concatenate([np.full(head, HEARD, np.int8), *(kinds for _, kinds, _ in found)]),
                 np.concatenate([np.zeros(head, np.int64),

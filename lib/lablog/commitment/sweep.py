@@ -131,9 +131,9 @@ def continuation(engine: Speakers, task: Task, conditions: Conditions) -> str:
 
 def log_prompt(engine: Speakers, task: Task, conditions: Conditions) -> tuple[str, str, str]:
     """What the model answers greedily to the log's own prompt under a task: first, again, and again
-    when the first exchange has left the window. In lower case, unless it was taught to chat."""
+    when the first exchange has left the window. In lower case where turns are plain lines."""
     injected = injection(task, engine.model, conditions.k)
-    question, again = (Turn("U", text if engine.chat == "auto" else text.lower(), "log")
+    question, again = (Turn("U", text.lower() if engine.chat == "plain" else text, "log")
                        for text in PROMPT)
     with engine.one() as speaker:
         (first,) = speaker.say([[question]], injected, LOG_TOKENS)

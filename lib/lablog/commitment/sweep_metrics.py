@@ -121,6 +121,17 @@ def _configuration(rows: pd.DataFrame, control: str, layers: str, strength: floa
                 & (rows["strength"] == strength)]
 
 
+def check_named(ranges: Sequence[str], strengths: Sequence[float]) -> None:
+    """ValueError, before anything is swept, where a grid does not hold the log's four rows."""
+    for row in NAMED_ROWS:
+        if row.layers not in ranges:
+            raise ValueError(f"ranges = {[*ranges]}: the log's experiment {row.english!r} needs "
+                             f"{row.layers!r}: add it")
+        if row.strength not in strengths:
+            raise ValueError(f"strengths = {[*strengths]}: the log's experiment {row.english!r} "
+                             f"needs {row.strength:g}: add it")
+
+
 def of_named_rows(rows: pd.DataFrame, named: Sequence[NamedRow] = NAMED_ROWS) -> list[Metric]:
     """Named rows (the log's four), each with its redrawn control, and the two baselines.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,6 +11,7 @@ from lablog.cvfp.lyapunov import lyapunov_exponent
 from lablog.cvfp.memory import memory_curve, memory_length
 from lablog.cvfp.model import CVFPBlock
 from lablog.cvfp.rollout import rollout
+from lablog.keys import key
 
 FORGOTTEN = 0.01  # median relative difference below which a changed token is forgotten
 
@@ -22,7 +22,8 @@ class Contraction:
 
     exponent: the largest Lyapunov exponent per token; below 0 two contexts that read the same text
     come together. spectral_norm: the largest singular value of the part of a layer's weights that
-    maps context to context, largest over layers: what one layer can stretch, wherever it is.
+    maps context to context, largest over layers; of the weights alone, without the path around them
+    and the norm behind.
     memory: last distance in tokens at which a changed token is seen; None: beyond all that was
     looked at.
     """
@@ -56,7 +57,20 @@ def measure(block: CVFPBlock, tokens: Tensor, distance: int, changed: int,
                        memory_length(curve, FORGOTTEN))
 
 
-def observer(tokens: Tensor, distance: int, changed: int,
-             seed: int) -> Callable[[CVFPBlock], dict[str, float | int | None]]:
+@dataclass(frozen=True)
+class ContractionObserver:
     """:func:`measure` as ``phase1.train`` calls it behind every pass."""
-    return lambda block: asdict(measure(block, tokens, distance, changed, seed))
+
+    tokens: Tensor
+    distance: int
+    changed: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Key of the measurement, its code and its text."""
+        return key(measure, self.tokens, self.distance, self.changed, self.seed)
+
+    def __call__(self, block: CVFPBlock) -> dict[str, float | int | None]:
+        """The network's contraction, by name."""
+        return asdict(measure(block, self.tokens, self.distance, self.changed, self.seed))

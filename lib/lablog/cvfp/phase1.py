@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from safetensors.torch import load_file, save
@@ -29,8 +29,23 @@ from lablog.keys import key
 from lablog.progress import progress as progress_bar
 
 Variant = Literal["parallel", "sequential", "true_pass"]
-Observer = Callable[[CVFPBlock], dict[str, Any]]
-"""Measures a network behind every pass, by names and plain values; it must change nothing."""
+
+
+class Observer(Protocol):
+    """Measures a network behind every pass, by names and plain values, and changes nothing.
+
+    key: tells it from every other; what another one measured is not taken for its own.
+    """
+
+    @property
+    def key(self) -> str:
+        """Key of all that decides what is measured."""
+        ...
+
+    def __call__(self, block: CVFPBlock) -> dict[str, Any]:
+        """What the network is like now."""
+        ...
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,8 +316,8 @@ def train(
     `initial`: contexts of iteration 0 where they are known already (they do not depend on w).
     With `checkpoint`, state is written there after every iteration and a later call continues
     from it to bit-identical weights; a finished one is only read. What `observe` measures does not
-    tell trainings apart: one that went on without it is done again. Raises ValueError when the
-    checkpoint belongs to another configuration, text, source or thread count, and
+    tell trainings apart: one that another or none has watched is done again. Raises ValueError when
+    the checkpoint belongs to another configuration, text, source or thread count, and
     FloatingPointError when a loss is not finite.
     """
     if len(tokens) < 2:
@@ -313,16 +328,16 @@ def train(
     tracker = DiversityTracker(zeros.clone(), zeros.clone(), config.ema_decay)
     history: list[Iteration] = []
     observed: list[dict[str, Any]] = []
-    contexts = initial
+    contexts, seen_by = initial, ""
     state = None
     if checkpoint is not None and checkpoint.is_file():
         state = load_checkpoint(checkpoint, identity, tokens.device)
-        if observe is not None and len(state["observed"]) < len(state["history"]):
+        if observe is not None and state["observer"] != observe.key:
             state = None
     if state is not None:
         block.load_state_dict(state["block"])
         history = [Iteration(**row) for row in state["history"]]
-        contexts, observed = state["contexts"], state["observed"]
+        contexts, observed, seen_by = state["contexts"], state["observed"], state["observer"]
         if state["done"]:
             return Phase1Result(history, contexts, config.iterations, observed)
         optimizer.load_state_dict(state["optimizer"])
@@ -361,6 +376,7 @@ def train(
             state = {
                 "identity": identity, "block": block.state_dict(), "contexts": contexts,
                 "history": [asdict(row) for row in history], "done": done, "observed": observed,
+                "observer": observe.key if observe is not None else seen_by,
                 "tracker": (tracker.mean, tracker.variance),
             }
             if not done:

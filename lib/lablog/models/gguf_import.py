@@ -24,7 +24,7 @@ from lablog.files import atomic_folder
 from lablog.models.llama_cpp import check_gguf
 from lablog.provenance import available_memory_bytes
 
-CONTROL = 3  # GGUF's type of a token that is no text
+CONTROL, USER_DEFINED = 3, 4  # GGUF's types of a token that is no text, and of one added to BPE
 PRE_TOKENIZERS: dict[str, list[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(individual_digits=True),
@@ -80,8 +80,10 @@ def _tokenizer(source: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizerFa
         merges=[tuple(merge.split(" ")) for merge in field("ggml.merges")]))
     engine.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[cut])
     engine.decoder = decoders.ByteLevel()
-    engine.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                               for token, of in zip(tokens, types, strict=True) if of == CONTROL])
+    added = [(token, of) for token, of in zip(tokens, types, strict=True)
+             if of in (CONTROL, USER_DEFINED)]  # never cut
+    engine.add_tokens([AddedToken(token, special=of == CONTROL, normalized=False)
+                       for token, of in added])
 
     def token(name: str) -> str | None:
         number = field(f"ggml.{name}_token_id")
@@ -90,4 +92,4 @@ def _tokenizer(source: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast(
         tokenizer_object=engine, bos_token=token("bos"), eos_token=token("eos"),
         unk_token=token("unknown"), chat_template=field("chat_template"),
-        clean_up_tokenization_spaces=False, add_bos_token=bool(field("ggml.add_bos_token", True)))
+        clean_up_tokenization_spaces=False, add_bos_token=bool(field("ggml.add_bos_token", False)))

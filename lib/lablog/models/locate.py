@@ -20,7 +20,7 @@ from typing import Literal
 
 from filelock import FileLock
 
-from lablog.files import repository, sha256
+from lablog.files import repository
 from lablog.keys import key
 from lablog.models import convert, gguf_import, hub, llama2c, packages
 
@@ -41,13 +41,16 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
         return offline_model(model.removeprefix("offline:"), artifacts, seed)
     if model.startswith("hub:"):
         match = HUB.match(model)
-        if not match or match["file"]:
-            raise ValueError(f"model {model!r} is not of the form hub:OWNER/NAME[@REVISION]")
-        return hub.download_model(match["repo"], match["revision"])
-    path = _local(model)
+        if not match:
+            raise ValueError(f"model {model!r} is not of the form hub:OWNER/NAME[@REVISION][:FILE]")
+        if not match["file"]:
+            return hub.download_model(match["repo"], match["revision"])
+        path = hub.download(match["repo"], match["file"], match["revision"])
+    else:
+        path = _local(model)
     if path.suffix == ".bin":
         tokenizer = llama2c.find_tokenizer(path, llama2c.read_model(path).vocabulary)
-        name = f"{path.stem}-{sha256(path)[:12]}-{sha256(tokenizer)[:12]}"
+        name = f"{path.stem}-{key(llama2c.to_hugging_face, path, tokenizer)}"
         with FileLock(artifacts / f".{name}.lock"):
             if not (artifacts / name).is_dir():
                 llama2c.to_hugging_face(path, tokenizer, artifacts / name)

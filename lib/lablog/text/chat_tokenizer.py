@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from lablog.files import sha256_of
@@ -33,13 +34,19 @@ class ChatTokenizer:
 
     @property
     def bos(self) -> int:
-        """Id of the token that begins every text."""
-        return int(self._tokenizer.bos_token_id)
+        """Id of the token that begins every text; ValueError if there is none."""
+        return self._known(self._tokenizer.bos_token_id, "bos_token")
 
     @property
     def eos(self) -> int:
-        """Id of the token that ends a text."""
-        return int(self._tokenizer.eos_token_id)
+        """Id of the token that ends a text; ValueError if there is none."""
+        return self._known(self._tokenizer.eos_token_id, "eos_token")
+
+    def _known(self, token: int | None, name: str) -> int:
+        if token is None:
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'} names no {name}: choose "
+                             "chat=auto, or add it there")
+        return int(token)
 
     @cached_property
     def hash(self) -> str:
@@ -61,9 +68,13 @@ class ChatTokenizer:
         if self._tokenizer.chat_template is None:
             raise ValueError(f"{self.folder} holds no chat template: choose chat=plain or "
                              "chat=llama2, or a model that was taught to chat")
-        return str(self._tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in messages], tokenize=False,
-            add_generation_prompt=answer))
+        try:
+            return str(self._tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in messages], tokenize=False,
+                add_generation_prompt=answer))
+        except TemplateError as error:
+            raise ValueError(f"the chat template of {self.folder} refuses {[*messages]!r:.120} "
+                             f"({error}): choose chat=plain") from error
 
 
 AnyTokenizer = Tokenizer | ChatTokenizer
