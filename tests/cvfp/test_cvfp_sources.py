@@ -14,12 +14,19 @@ import pytest
 import torch
 from dataset_hub import serve
 from safetensors.torch import save
+from tiny_gguf import write_tiny
 from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaForCausalLM
 
+from lablog import layout
 from lablog.cvfp.data import prepare
+from lablog.cvfp.model import ModelConfig
+from lablog.cvfp.phase2 import bigram
 from lablog.files import data_file, repository
+from lablog.models import convert, locate
+from lablog.text.bpe import GGUFTokenizer
 from lablog.text.corpora import conversation, documents, user_documents
-from lablog.text.gpt2 import GPT2Tokenizer, gpt2_embedding
+from lablog.text.pretrained import gguf_embedding, gpt2_embedding
 
 NAME = "models/ggml-vocab-gpt-2.gguf"
 
@@ -46,7 +53,7 @@ def test_gpt2_tokenizer_against_the_published_files(vocabulary):
     published = ByteLevelBPETokenizer(
         str(shared / "gpt2-encoder.json"), str(shared / "gpt2-vocab.bpe")
     )
-    ours = GPT2Tokenizer(vocabulary)
+    ours = GGUFTokenizer(vocabulary)
     assert len(ours) == 50257
     texts = ["Hello, world!", "  two  spaces\n\nand\t", "naïve café 日本語 🙂", "it is 3.14", ""]
     texts += list(islice(documents("arianna", "train", 0), 20))
@@ -57,12 +64,12 @@ def test_gpt2_tokenizer_against_the_published_files(vocabulary):
 
 
 def test_gpt2_tokenizer_refuses_other_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="GPT-2's vocabulary"):
-        GPT2Tokenizer(tmp_path / "none.gguf")
+    with pytest.raises(FileNotFoundError, match="a GGUF file with a vocabulary"):
+        GGUFTokenizer(tmp_path / "none.gguf")
     path = tmp_path / "text.gguf"
     path.write_bytes(b"not a GGUF file at all")
     with pytest.raises(ValueError, match="is not a GGUF file"):
-        GPT2Tokenizer(path)
+        GGUFTokenizer(path)
 
 
 @pytest.mark.parametrize("source", ["arianna", "self_consistency"])
@@ -109,7 +116,7 @@ def test_gpt2_matrix_comes_from_the_hub_or_a_file(tmp_path):
     table = torch.arange(12.0).reshape(4, 3)
     content = save({"wte.weight": table.half(), "wpe.weight": torch.zeros(2, 3)})
     program = """
-from lablog.text.gpt2 import gpt2_embedding
+from lablog.text.pretrained import gguf_embedding, gpt2_embedding
 print(json.dumps(gpt2_embedding({source!r}).tolist()))"""
     with serve("openai-community/gpt2", {"model.safetensors": content}) as endpoint:
         source = "openai-community/gpt2"
@@ -178,3 +185,34 @@ def test_a_users_file_is_refused_by_line(tmp_path, name, content, said):
 def test_conversation_puts_a_turn_on_a_line():
     messages = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": " c "}]
     assert conversation(messages) == "U: a b\nA: c\n"
+
+
+def test_the_embedding_of_a_model_is_that_of_pytorch(tmp_path):
+    """In f32 to the last bit, in eight bits nearly; a vocabulary alone has none."""
+    path = write_tiny(tmp_path / "tiny.gguf")
+    table = gguf_embedding(path)
+    folder = locate.hugging_face_folder(str(path), tmp_path)
+    network = LlamaForCausalLM.from_pretrained(folder)
+    assert torch.equal(table, network.get_input_embeddings().weight)
+    rounded = gguf_embedding(convert.quantize(path, tmp_path / "small.gguf", "q8_0"))
+    assert not torch.equal(rounded, table)
+    torch.testing.assert_close(rounded, table, atol=0.01, rtol=0)
+    alone = layout.native() / "llama.cpp" / "models" / "ggml-vocab-gpt-2.gguf"
+    with pytest.raises(ValueError, match="is it a vocabulary without a model"):
+        gguf_embedding(alone)
+
+
+def test_a_models_own_tokens_and_embedding_are_read_by_both_chapters(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf")
+    config = ModelConfig(context_dim=32, embed_dim=32, num_layers=2, layernorm_mix=1.0,
+                         weight_std=0.1, bias_std=0.01)
+    found = prepare(
+        tmp_path / "made", config, text_source="arianna", tokenizer=str(path), vocabulary=0,
+        embedding=str(path), window=2, corpus_documents=50, dialogues=5, dialogue_tokens=16,
+        val_data_source="text_file", seed=0, device="cpu")
+    assert found.vocabulary == 50257
+    expected = torch.nn.functional.layer_norm(gguf_embedding(path), (32,))
+    assert torch.equal(found.tokens["training"], expected[found.ids["training"]])
+    training, test = (found.ids[name].tolist() for name in ("training", "test"))
+    dense = bigram(training, test, found.vocabulary)
+    assert torch.isfinite(dense.nll).all()

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from lablog.cvfp.model import ModelConfig, Token, TokenEmbedding
 from lablog.files import atomic_write, repository
+from lablog.models import locate
+from lablog.text.bpe import GGUFTokenizer
 from lablog.text.corpora import SUFFIXES, documents
 from lablog.text.embeddings import gaussian_embedding, ppmi_embedding
-from lablog.text.gpt2 import GPT2Tokenizer, gpt2_embedding
+from lablog.text.pretrained import gguf_embedding, gpt2_embedding
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -35,9 +37,9 @@ class Encoder(Protocol):
 
 
 def tokenizer_from(path: Path) -> Encoder:
-    """The project's tokenizer from ``*.model``, GPT-2's from ``*.gguf``; else ValueError."""
+    """The project's tokenizer from ``*.model``, GPT-2's kind from ``*.gguf``; else ValueError."""
     if path.suffix == ".gguf":
-        return GPT2Tokenizer(path)
+        return GGUFTokenizer(path)
     if path.suffix == ".model":
         return Tokenizer(path)
     raise ValueError(f"{path}: expected a SentencePiece .model or a GGUF vocabulary .gguf")
@@ -153,9 +155,10 @@ def prepare(
     the other reads the old file or the new one.
 
     `tokenizer`: "project" trains one of `vocabulary` pieces on the training documents, anything
-    else is the path of a ``.model`` or ``.gguf``, relative to the repository. `embedding`: "ppmi"
-    (co-occurrences at most `window` apart in the first `corpus_documents` training documents),
-    "gaussian", or GPT-2's (a ``.safetensors`` or a Hub name). Validation, test and dev have a fifth
+    else is a ``.model`` or ``.gguf``, its path from the repository or its name in a package index.
+    `embedding`: "ppmi" (co-occurrences at most `window` apart in the first `corpus_documents`
+    training documents), "gaussian", that of a model in a ``.gguf``, named likewise, or GPT-2's (a
+    ``.safetensors`` or a Hub name). Validation, test and dev have a fifth
     of the training tokens each; the last two are of dialogues that occur nowhere else. A
     `text_source` that is a file is one of the `files`.
     """
@@ -168,13 +171,15 @@ def prepare(
         lines = sorted({line for document in documents_ for line in document.splitlines()})
         encoder: Encoder = train_tokenizer(lines, vocabulary, files["tokenizer"])
     else:
-        files["tokenizer"] = repository() / tokenizer
+        files["tokenizer"] = locate.local_file(tokenizer)
         encoder = tokenizer_from(files["tokenizer"])
     if embedding == "ppmi":
         encoded = [encoder.encode(document) for document in documents_]
         table = ppmi_embedding(encoded, len(encoder), config.embed_dim, window)
     elif embedding == "gaussian":
         table = gaussian_embedding(len(encoder), config.embed_dim, seed)
+    elif embedding.endswith(".gguf"):
+        table = gguf_embedding(locate.local_file(embedding))
     else:
         table = gpt2_embedding(embedding)
     if len(table) != len(encoder):

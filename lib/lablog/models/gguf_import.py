@@ -12,7 +12,6 @@ from typing import Any
 
 import gguf
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -23,14 +22,8 @@ from transformers import (
 from lablog.files import atomic_folder
 from lablog.models.llama_cpp import check_gguf
 from lablog.provenance import available_memory_bytes
+from lablog.text.bpe import byte_level
 
-CONTROL, USER_DEFINED = 3, 4  # GGUF's types of a token that is no text, and of one added to BPE
-PRE_TOKENIZERS: dict[str, list[Any]] = {
-    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True),
-               pre_tokenizers.ByteLevel(add_prefix_space=False)],
-}
-"""How a text is cut before merges, by GGUF's ``tokenizer.ggml.pre``."""
 COPIES = 2  # of the weights, in f32, that lie in memory while they are read
 
 
@@ -70,20 +63,7 @@ def _tokenizer(source: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizerFa
         found = fields.get(f"tokenizer.{name}")
         return default if found is None else found.contents()
 
-    kind, cut = field("ggml.model"), field("ggml.pre")
-    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-        raise ValueError(f"{source} has a tokenizer of kind {kind!r}, pre-tokenizer {cut!r}; read "
-                         f"for training are 'gpt2' with {', '.join(PRE_TOKENIZERS)}")
-    tokens, types = field("ggml.tokens"), field("ggml.token_type")
-    engine = Tokenizer(models.BPE(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ")) for merge in field("ggml.merges")]))
-    engine.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[cut])
-    engine.decoder = decoders.ByteLevel()
-    added = [(token, of) for token, of in zip(tokens, types, strict=True)
-             if of in (CONTROL, USER_DEFINED)]  # never cut
-    engine.add_tokens([AddedToken(token, special=of == CONTROL, normalized=False)
-                       for token, of in added])
+    engine, tokens = byte_level(source, fields), field("ggml.tokens")
 
     def token(name: str) -> str | None:
         number = field(f"ggml.{name}_token_id")

@@ -47,7 +47,7 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
             return hub.download_model(match["repo"], match["revision"])
         path = hub.download(match["repo"], match["file"], match["revision"])
     else:
-        path = _local(model)
+        path = local_file(model)
     if path.suffix == ".bin":
         tokenizer = llama2c.find_tokenizer(path, llama2c.read_model(path).vocabulary)
         name = f"{path.stem}-{key(llama2c.to_hugging_face, path, tokenizer)}"
@@ -79,7 +79,7 @@ def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32")
     if match and match["file"]:
         return hub.download(match["repo"], match["file"], match["revision"])
     if model.endswith(".gguf"):
-        path = _local(model)
+        path = local_file(model)
         if not path.is_file():
             raise FileNotFoundError(f"model {model!r}: there is no file {path}")
         return path
@@ -92,7 +92,7 @@ def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32")
         return output if output.is_file() else convert.to_gguf(folder, output, dtype)
 
 
-def _local(model: str) -> Path:
+def local_file(model: str) -> Path:
     """Where a path lies, or what a package index gave."""
     if packages.is_packaged(model):
         return packages.packaged(model)
