@@ -272,7 +272,7 @@ def test_help_teaches(run):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"examples:\n  arianna-{command}" in out
-        assert "what `make reproduce NOTEBOOKS=06` trains" in " ".join(out.split())
+        assert "the best that `make reproduce NOTEBOOKS=06` has trained" in " ".join(out.split())
 
 
 def test_the_installed_commands_exist():
