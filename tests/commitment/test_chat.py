@@ -256,6 +256,14 @@ def test_answers_begin_with_their_stem(chat_speech, asked):
         assert text.startswith(item.stem)
 
 
+def test_a_chat_model_goes_on_as_the_assistant(chat_speech, chat_model, speech):
+    turns = generate(settings_for("auto"), 0, 0).turns[:2]
+    ends = chat_model.detokenize(chat_speech.opening(turns))
+    assert ends.endswith("<|im_start|>assistant\n")
+    assert turns[1].text not in ends
+    assert speech.opening(turns) == speech.history(turns)
+
+
 def test_help_by_text_stands_where_it_says(asked):
     item, answer = asked.recall[0], Turn("A", "It is teal.", "answer")
     assert item.head(None, answer) == []

@@ -241,13 +241,18 @@ class LlamaCppSpeaker:
 
     # --- texts that go on by themselves -------------------------------------------------------
 
+    def opening(self, turns: Sequence[Turn]) -> list[int]:
+        """Tokens that a text goes on from: those of the turns, or of the first question alone if
+        turns are marked, for behind a marked turn nothing but the mark of the next can follow."""
+        return self.prompt(turns[:1]) if self.chat == "auto" else self.history(turns)
+
     def write(self, openings: Sequence[Turns], under: Injection,
               uniforms: np.ndarray) -> list[list[int]]:
         """Tokens that continue each opening at temperature 1, by `uniforms` [openings, tokens]."""
         texts: list[list[int]] = []
         for begin in range(0, len(openings), self.context.sequences):
             group = openings[begin : begin + self.context.sequences]
-            logits = self._reopened({s: self.history(turns) for s, turns in enumerate(group)},
+            logits = self._reopened({s: self.opening(turns) for s, turns in enumerate(group)},
                                     under, [[]] * len(group), "last")
             drawn = dict(enumerate(uniforms[begin:][: len(group)]))
             written = generate_tokens(self.context, logits, uniforms.shape[1], frozenset(), drawn)
@@ -261,7 +266,7 @@ class LlamaCppSpeaker:
         found: list[np.ndarray] = []
         for begin in range(0, len(openings), self.context.sequences):
             group = openings[begin : begin + self.context.sequences]
-            rows = self._reopened({s: self.history(turns) for s, turns in enumerate(group)},
+            rows = self._reopened({s: self.opening(turns) for s, turns in enumerate(group)},
                                   under, written[begin:][: len(group)], "all")
             found += [log_softmax(rows[s]) for s in range(len(group))]
         return found
