@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from lablog.commitment.log_experiments import NamedRow
 from lablog.commitment.measures import LABELS
@@ -53,7 +54,8 @@ def residual(norms: np.ndarray, direction_norm: float, strengths: Sequence[float
         data[f"added_at_{strength:g}"] = added
         axes.plot(layers, added, linestyle="--", marker=MARKERS[1 + number],
                   color=COLOURS[1 + number], label=f"added so far at λ = {strength:g}")
-    axes.set(yscale="log", xlabel="layer (0-based)", ylabel="Euclidean norm", xticks=layers)
+    axes.set(yscale="log", xlabel="layer (0-based)", ylabel="Euclidean norm")
+    axes.xaxis.set_major_locator(MaxNLocator(15, integer=True))
     figure.legend(loc="outside lower center", ncols=2)
     return figure, data
 
