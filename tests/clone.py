@@ -173,8 +173,9 @@ class Clone:
         self.python = str(root / "build/venv/bin/python")
         shutil.copytree(REPOSITORY / "lib", root / "lib",
                         ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        (root / "data").mkdir()
         for name in ("Makefile", "pyproject.toml", "requirements.lock", "environment.yml",
-                     "jupytext.toml"):
+                     "jupytext.toml", "data/models.yaml"):
             shutil.copyfile(REPOSITORY / name, root / name)
         files = {
             "notebooks/01_alpha.py": ALPHA, "notebooks/02_beta.py": BETA,

@@ -17,6 +17,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
+from tiny_gguf import write_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablog.models import hub, locate
@@ -403,10 +404,18 @@ def test_other_names_that_lead_nowhere_are_refused(
         locate.gguf_file(model, tmp_path / "artifacts")
 
 
-def test_a_gguf_name_has_no_hugging_face_folder(served: Hub, tmp_path: Path):
-    for model in ("hub:lab/gguf:tiny.Q5_K_M.gguf", str(tmp_path / "model.gguf")):
-        with pytest.raises(ValueError, match=r"GGUF|hub:OWNER"):
-            locate.hugging_face_folder(model, tmp_path)
+def test_a_gguf_file_that_is_not_there_or_none_becomes_no_folder(served: Hub, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*model\.gguf"):
+        locate.hugging_face_folder(str(tmp_path / "model.gguf"), tmp_path)
+    with pytest.raises(ValueError, match="not of the form hub:OWNER"):
+        locate.hugging_face_folder("hub:lab:tiny.gguf", tmp_path)
+
+
+def test_a_gguf_file_of_the_hub_becomes_a_folder(served: Hub, tmp_path: Path):
+    content = write_tiny(tmp_path / "tiny.gguf").read_bytes()
+    served.repositories["lab/chat"] = Repository({"tiny.gguf": content})
+    folder = locate.hugging_face_folder("hub:lab/chat:tiny.gguf", tmp_path / "artifacts")
+    assert LlamaForCausalLM.from_pretrained(folder).config.hidden_size == 32
 
 
 def test_a_local_gguf_file_is_taken_as_it_is(tmp_path: Path):

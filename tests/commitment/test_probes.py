@@ -196,7 +196,7 @@ def test_scores_count_what_they_say():
     assert recall.recalled.tolist() == [True, False, False, True]  # two blanks are no agreement
     assert recall.recalled_after_eviction.tolist() == [False, False, True, True]
     fork = probes.ForkResult(np.array([[0.9, 0.1], [0.6, 0.7]]), np.array([[0.8, 0.2], [0.9, 0.1]]),
-                             np.ones(2), np.zeros(2))
+                             np.ones(2), np.ones(2), np.zeros(2))
     assert fork.yes_sum.tolist() == pytest.approx([1.0, 1.3])
     assert fork.same.tolist() == [True, False]
 

@@ -46,6 +46,8 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
         if not match["file"]:
             return hub.download_model(match["repo"], match["revision"])
         path = hub.download(match["repo"], match["file"], match["revision"])
+    elif model.endswith(".gguf"):
+        path = _existing(model)
     else:
         path = local_file(model)
     if path.suffix == ".bin":
@@ -79,10 +81,7 @@ def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32")
     if match and match["file"]:
         return hub.download(match["repo"], match["file"], match["revision"])
     if model.endswith(".gguf"):
-        path = local_file(model)
-        if not path.is_file():
-            raise FileNotFoundError(f"model {model!r}: there is no file {path}")
-        return path
+        return _existing(model)
     artifacts.mkdir(parents=True, exist_ok=True)
     folder = hugging_face_folder(model, artifacts)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in CONVERTED]
@@ -97,3 +96,11 @@ def local_file(model: str) -> Path:
     if packages.is_packaged(model):
         return packages.packaged(model)
     return repository() / Path(model).expanduser()
+
+
+def _existing(model: str) -> Path:
+    """A GGUF file that must be there."""
+    path = local_file(model)
+    if not path.is_file():
+        raise FileNotFoundError(f"model {model!r}: there is no file {path}")
+    return path
