@@ -129,7 +129,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
         "npm_config_userconfig": str(tmp_path / "none"),
         "npm_config_registry": state.address, "npm_config_cache": str(tmp_path / "npm"),
         "npm_config_fetch_retry_mintimeout": "10", "npm_config_fetch_retry_maxtimeout": "10",
-        "npm_config_update_notifier": "false",
+        "npm_config_update_notifier": "false", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(layout, "fetched", lambda: tmp_path / "fetched")

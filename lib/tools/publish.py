@@ -11,7 +11,7 @@ from pathlib import Path
 
 SHOWN = {
     "02_lambda_calibration": ("heat",),
-    "03_qlora_commitment": ("arms", "kinds", "persistence", "ablations", "capacity"),
+    "03_qlora_commitment": ("training", "arms", "kinds", "persistence", "ablations", "capacity"),
 }
 """Figures that the README and the page of published results show, by notebook."""
 
