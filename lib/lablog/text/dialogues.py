@@ -207,6 +207,7 @@ def _slots(phrase: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(phrase) if name is not None}
 
 
+@cache
 def settings_for(chat: str) -> DialogueSettings:
     """What a model is asked that is spoken to in this way."""
     return load_settings(data_file("questions.yaml") if chat == "auto" else None)
