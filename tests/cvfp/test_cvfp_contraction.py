@@ -64,6 +64,29 @@ def test_a_training_that_nobody_watched_is_done_again_when_asked(
     assert torch.equal(weights(first), weights(again))
 
 
+def test_a_training_that_went_on_unwatched_counts_as_unwatched(
+    network, embeddings, phase1, tmp_path
+):
+    tokens, path, watch = embeddings(30), tmp_path / "phase1.pt", watching(embeddings(30))
+    calls = []
+
+    class Stops:
+        key = watch.key
+
+        def __call__(self, block):
+            calls.append(block)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return watch(block)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), tokens, phase1, path, observe=Stops())
+    train(network(), tokens, phase1, path)
+    found = train(network(), tokens, phase1, path, observe=watch)
+    assert len(found.observed) == len(found.history)
+    assert found.observed == train(network(), tokens, phase1, observe=watch).observed
+
+
 def test_what_another_has_measured_is_not_taken_for_ones_own(
     network, embeddings, phase1, tmp_path
 ):

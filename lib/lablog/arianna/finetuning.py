@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from lablog.arianna import guards
 from lablog.files import atomic_folder, atomic_write, sha256
@@ -130,7 +130,7 @@ def adopt_base(model: Path, context: int, settings: TrainingSettings, runs: Path
             weights = load_file(model / "model.safetensors")
             log = {"key": made_of, "tokenizer_sha256": tokenizer.hash,
                    "settings": settings.model_dump(), "history": [],
-                   "parameters": sum(each.size for each in weights.values())}
+                   "parameters": sum(each.numel() for each in weights.values())}
             atomic_write(scratch / "training.json", json.dumps(log, indent=1) + "\n")
     return Base(folder, shape, settings, Tokenizer(folder / "tokenizer.model"))
 

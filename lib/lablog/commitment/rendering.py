@@ -43,9 +43,14 @@ def check_chat(chat: str) -> None:
 def messages(turns: Sequence[Turn], system: str = "") -> list[tuple[str, str]]:
     """Turns as (role, text), behind one message of the system: `system`, and what turns of it
     say. None where that is nothing."""
-    said = " ".join(filter(None, [system, *(turn.text for turn in turns if turn.speaker == "S")]))
+    said = told_by_system(turns, system)
     return [*([("system", said)] if said else []),
             *((ROLES[turn.speaker], turn.text) for turn in turns if turn.speaker != "S")]
+
+
+def told_by_system(turns: Sequence[Turn], system: str) -> str:
+    """All that the system says in a window, as one text: `system`, and its turns."""
+    return " ".join(filter(None, [system, *(turn.text for turn in turns if turn.speaker == "S")]))
 
 
 def render(turns: Iterable[Turn], chat: str) -> str:
@@ -173,11 +178,10 @@ class Template:
                   stem: str | None, system: str | None) -> list[Fragment]:
         """A fragment for each turn; before them the system's (None: it does not speak here), behind
         them the beginning of an answer with `stem` (None: none)."""
-        said = " ".join(filter(None, [system, *(t.text for t in turns if t.speaker == "S")]))
         found = []
-        if system is not None and said:
-            found.append(Fragment((("".join((self.system[0], said, self.system[1])), HEARD, 0),),
-                                  False))
+        if system is not None and (said := told_by_system(turns, system)):
+            begin, end = self.system
+            found.append(Fragment(((f"{begin}{said}{end}", HEARD, 0),), False))
         for number, turn in enumerate(turns):
             if turn.speaker == "U":
                 begin, end = self.pieces["U"]

@@ -158,9 +158,9 @@ def prepare(
     else is a ``.model`` or ``.gguf``, its path from the repository or its name in a package index.
     `embedding`: "ppmi" (co-occurrences at most `window` apart in the first `corpus_documents`
     training documents), "gaussian", that of a model in a ``.gguf``, named likewise, or GPT-2's (a
-    ``.safetensors`` or a Hub name). Validation, test and dev have a fifth
-    of the training tokens each; the last two are of dialogues that occur nowhere else. A
-    `text_source` that is a file is one of the `files`.
+    ``.safetensors`` or a Hub name). Validation, test and dev have a fifth of the training tokens
+    each; the last two are of dialogues that occur nowhere else. A `text_source` that is a file is
+    one of the `files`.
     """
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",

@@ -368,6 +368,8 @@ def train(
         history.append(Iteration(iteration, loss, cvfp, diversity, int(converged), len(tokens)))
         if observe is not None:
             observed.append(observe(block))
+        else:
+            seen_by = ""  # of this pass nobody saw anything, so of the training nobody saw all
         enough = converged >= config.early_stop_fraction * len(tokens)
         done = iteration + 1 == config.iterations or (
             enough and iteration >= config.early_stop_from
