@@ -28,6 +28,7 @@ from lablog.commitment.novelty import HEADLINE, ProbeSet, probe_set
 from lablog.commitment.posterior import VariationalCommitment
 from lablog.commitment.qlora import (
     CommittedModel,
+    LoraSettings,
     Plan,
     base_hash,
     load_committed,
@@ -46,16 +47,17 @@ from lablog.text.dialogues import ASKED, load_settings, new_phrasings, settings_
 
 @dataclass(frozen=True)
 class Training:
-    """One thing to train: what differs from the chapter's plan (`plan`; the layers as fractions
-    of the model's, `layers`) and from its conversations (`conversations`, and the number of
-    `values`: that many things to choose from, all in one topic; 0: the topics as they are)."""
+    """One thing to train: what differs from the chapter's plan (`plan`, and of that `schedule`;
+    the layers as fractions of the model's, `layers`) and from its conversations (`conversations`,
+    and the number of `values`: that many things to choose from, all in one topic; 0: the topics as
+    they are)."""
 
     label: str
     plan: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[float, float] | None = None
     conversations: Mapping[str, Any] = field(default_factory=dict)
     values: int = 0
-    cells: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,25 @@ class Arm:
     source: Source
 
 
+NO_CELLS = {"cells": 0.0}
+LOG = {"k": 64, "lora": LoraSettings(r=8, alpha=16, dropout=0.05, targets=["q_proj", "v_proj"])}
+"""The lab log's configuration (A5), with β = 0.1, and no cells, which it did not know."""
 TRAININGS = {
     "commitment": Training("z*"),
     "lora": Training("no z*", {"k": 0}),
     "note": Training("a line of text", {"k": 0}, conversations={"note": True}),
     "first_position": Training("z* at the first position", {"positions": "first"}),
-    "steering": Training("a table of steering vectors", {"code": "label"}, cells=False),
+    "steering": Training("a table of steering vectors", {"code": "label"}, NO_CELLS),
     "frozen": Training("frozen random W_c", {"projection": "frozen"}),
-    "no_cells": Training("no cells", cells=False),
+    "no_cells": Training("no cells", schedule=NO_CELLS),
+    "log": Training("the log's configuration", LOG, NO_CELLS | {"beta": 0.1}),
     "one_layer": Training("z* in the middle layer", layers=(0.5, 0.5)),
     "first_half": Training("z* in the first half", layers=(0.0, 0.5)),
     "last_half": Training("z* in the last half", layers=(0.5, 1.0)),
     "no_gaps": Training("no talk in between", conversations={"gap": (0, 0)}),
     **{f"values_{n}": Training(f"one of {n}", values=n) for n in (4, 12, 24, 48, 96)},
     **{f"independent_{n}": Training(f"{n} topics at once", conversations={"independent": n},
-                                    cells=False) for n in (1, 2, 4)},
+                                    schedule=NO_CELLS) for n in (1, 2, 4)},
 }
 ARMS = {
     "base": Arm("base", "base", "none"),
@@ -122,8 +128,8 @@ def planned(training: Training, plan: Plan, layers: int, commitments: int) -> Pl
         changes["layers"] = (first, max(first, math.ceil(end) - 1))
     if changes.get("code") == "label":
         changes["k"] = commitments
-    if not training.cells:
-        changes["schedule"] = plan.schedule.model_copy(update={"cells": 0.0})
+    if training.schedule:
+        changes["schedule"] = plan.schedule.model_copy(update=training.schedule)
     return plan.model_copy(update=changes)
 
 
