@@ -70,6 +70,8 @@ fewer: int = 12  # of these, for every other kind of new and for every gap
 texts: int = 8  # held-out dialogues to read
 gaps: list[int] = [0, 6]  # exchanges of other talk between opening and question, to be probed
 guesses: int = 2  # guesses in a whole game before it is forked
+exported: int = 2  # seeds, the first ones, whose runs on every base are exported to llama.cpp
+compared: int = 12  # probes of each family that it repeats of each
 
 # A file of the user's
 personas: str = ""  # CSV of dialogues with personas to train on too; empty: not run
@@ -318,18 +320,18 @@ run.figure("arms", *plots.arms_figure(rows, main),
 # draw holds *some* value, the same in both forms.
 
 # %%
-compared = ("lora", "note", "prefix", "prior", "redrawn")
+shown = ("lora", "note", "prefix", "prior", "redrawn")
 others = [Asked(item_seed, fewer, kind=kind, families=("fork", "recall"))
           for kind in KINDS if kind != HEADLINE]
 rows += measured("kinds", [
-    (base, seed, arm, each) for each in others for base in bases for arm in compared
+    (base, seed, arm, each) for each in others for base in bases for arm in shown
     for seed in trained_with.get(ARMS[arm].training, seeds)])
 for kind in KINDS:
     run.metrics(metrics.of_arms(rows, kind), under=metrics.slug(kind))
-metrics.table(run.record(), compared, "new_topic.")
+metrics.table(run.record(), shown, "new_topic.")
 
 # %%
-run.figure("kinds", *plots.kinds_figure(rows, compared, KINDS),
+run.figure("kinds", *plots.kinds_figure(rows, shown, KINDS),
            "Agreement of the two question forms by how new the probe is; mean with 95 % interval, "
            "and each run (grey).")
 
@@ -455,7 +457,7 @@ run.figure("latent_space", *plots.latent_space(
 # | a control vector | one sampled $\lambda W_c z^*$ | any llama.cpp (`--control-vector`) |
 # | `export.json` | SHA-256 of all of them | the check on the way back |
 #
-# The patched llama.cpp repeats the probes of every run under the same $z^*$, many conversations
+# The patched llama.cpp repeats the probes of these runs under the same $z^*$, many conversations
 # together, each with a commitment of its own: it is given $\lambda$, $W_c z^*$ and the layers of
 # every sequence, and adds the vectors by itself.
 #
@@ -464,20 +466,21 @@ run.figure("latent_space", *plots.latent_space(
 # share of answers that name the same value, and the probes themselves, with the dequantised
 # weights in f32 on both sides. Every conversation has the same $z^*$ on both, once from the prior
 # and once read off its prefix; the posterior is PyTorch's, since an engine that is given $W_c z^*$
-# has no part in it.
+# has no part in it. A third row has the base in Q8_0 in llama.cpp, as most people would run it,
+# against the same f32 in PyTorch.
 
 # %%
-exported = {}
+exports = {}
 with run.stage("export"):
-    for base, seed in mine:
+    for base, seed in ((base, seed) for base in bases for seed in seeds[:exported]):
         folder = runs[base, seed, "commitment"]
         files = run.artifacts / f"{folder.name}-export"
         export.export(folder, bases[base], files)
-        exported[base, seed] = export.reimport(files, bases[base])
+        exports[base, seed] = export.reimport(files, bases[base])
 with run.stage("llama.cpp"):
-    asked = probe_set(item_seed, items, 0, chat=chat)
+    asked = probe_set(item_seed, compared, 0, chat=chat)
     compared_runs = {key: engine_comparison.compare(files, bases[key[0]], asked, device)
-                     for key, files in exported.items()}
+                     for key, files in exports.items()}
 run.metrics(engine_comparison.of_agreement(compared_runs))
 run.metrics_table("native")
 
@@ -489,7 +492,7 @@ run.metrics_table("native")
 # that any llama.cpp can carry. The adapter must be given beside it either way.
 
 # %%
-first = exported[mine[0]]
+first = exports[mine[0]]
 try:
     print(first.control_vector(draws[mine[0]][0][0], first.folder.with_suffix(".gguf")).name)
 except ValueError as refusal:
@@ -592,8 +595,6 @@ run.finish(arms=[(name, ARMS[name].label) for name in (*main, *tried)], kinds=KI
 #   perplexity under the prior, and recall in the window, show what that costs.
 # - The protocol of the whole games follows the cited study; models, words and prompts do not, so
 #   the numbers can be laid beside theirs, not compared with them.
-# - Agreement of llama.cpp with PyTorch says that the exported files hold what was trained, not
-#   that a quantised GGUF of them, which most people would run, behaves the same.
 # - The default model is small and knows one kind of talk. On personas it starts from near nothing:
 #   its tokenizer spells most words of real dialogues in pieces. The profile `full` trains the
 #   log's configuration on Llama-2-7B-Chat, which needs a GPU of 24 GB for its size, not for its

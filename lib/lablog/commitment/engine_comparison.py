@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,7 +22,7 @@ from lablog.commitment.rendering import Prompt
 from lablog.commitment.torch_injection import injected
 from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.intervals import hierarchical
-from lablog.models import locate
+from lablog.models import convert, locate
 from lablog.models.llama_cpp import Commitment, Context, Model, generate_tokens
 from lablog.provenance import available_memory_bytes, usable_threads
 from lablog.record import Metric
@@ -49,11 +50,15 @@ class ExportedSpeaker(TorchSpeaker):
             yield order[begin : begin + self.context.sequences]
 
     def _read(self, prompts: Sequence[Prompt], z: Tensor | None,
-              logits: Literal["last", "all"]) -> list[np.ndarray]:
+              logits: Literal["last", "all"], held: bool = False) -> list[np.ndarray]:
         """Logits behind the last or every token of each prompt, in sequences 0, 1, …; z [prompts,
-        exchanges, k]. Exchanges under different z* are decoded one after the other."""
-        self.context.clear()
-        self.context.commit(None)
+        exchanges, k]. Exchanges under different z* are decoded one after the other.
+
+        held: the sequences hold what comes before the prompts.
+        """
+        if not held:
+            self.context.clear()
+            self.context.commit(None)
         pieces = []
         for prompt in prompts:
             turns = 0 * prompt.exchange if z is None else prompt.exchange % z.shape[1]
@@ -80,31 +85,46 @@ class ExportedSpeaker(TorchSpeaker):
         settings = commitment.settings
         self.context.commit(Commitment(direction, settings.strength, settings.layers), sequence)
 
-    def _each(self, prompts: Sequence[Prompt], z: Tensor | None,
-              logits: Literal["last", "all"]) -> list[np.ndarray]:
-        """As `_read`, of any number of prompts."""
+    def _ends(self, prompts: Sequence[Prompt], z: Tensor | None,
+              targets: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Logits behind as many last tokens of each prompt as it has `targets`.
+
+        What prompts that follow each other begin with, under the same z*, is read once and copied.
+        """
         rows: dict[int, np.ndarray] = {}
-        for group in self._groups(prompts):
-            found = self._read([prompts[i] for i in group], None if z is None else z[group], logits)
-            rows.update(zip(group, found, strict=True))
+        for group in (group for batch in self._forked(prompts, z, targets) for group in batch):
+            for begin in range(0, len(group.members), self.context.sequences):
+                members = group.members[begin : begin + self.context.sequences]
+                under = None if z is None else z[members]
+                if group.stem:
+                    self._read([prompts[members[0]].to(group.stem)],
+                               None if under is None else under[:1], "last")
+                    self.context.fork(0, range(1, len(members)))
+                found = self._read([prompts[i].behind(group.stem) for i in members], under, "all",
+                                   held=bool(group.stem))
+                rows.update((i, part[-len(targets[i]) :])
+                            for i, part in zip(members, found, strict=True))
         return [rows[i] for i in range(len(prompts))]
 
     def logits(self, prompts: Sequence[Prompt], z: Tensor | None) -> Tensor:
         """As :meth:`TorchSpeaker.logits`."""
-        return torch.from_numpy(np.stack([rows[-1] for rows in self._each(prompts, z, "last")]))
+        one = [np.zeros((1, 1))] * len(prompts)
+        return torch.from_numpy(np.concatenate(self._ends(prompts, z, one)))
 
     def scores(self, prompts: Sequence[Prompt], z: Tensor | None,
                targets: Sequence[np.ndarray]) -> list[Tensor]:
         """As :meth:`TorchSpeaker.scores`."""
-        kind: Literal["last", "all"] = "last" if max(map(len, targets)) == 1 else "all"
-        return [torch.from_numpy(rows[-len(wanted) :]).double().log_softmax(-1)
-                .gather(1, torch.from_numpy(wanted))
-                for rows, wanted in zip(self._each(prompts, z, kind), targets, strict=True)]
+        return [torch.from_numpy(rows).double().log_softmax(-1).gather(1, torch.from_numpy(wanted))
+                for rows, wanted in zip(self._ends(prompts, z, targets), targets, strict=True)]
 
     def log_probabilities(self, prompts: Sequence[Prompt], z: Tensor | None) -> list[Tensor]:
         """As :meth:`TorchSpeaker.log_probabilities`."""
-        return [torch.from_numpy(rows[:-1]).log_softmax(-1)
-                for rows in self._each(prompts, z, "all")]
+        rows: dict[int, Tensor] = {}
+        for group in self._groups(prompts):
+            found = self._read([prompts[i] for i in group], None if z is None else z[group], "all")
+            rows.update((i, torch.from_numpy(part[:-1]).log_softmax(-1))
+                        for i, part in zip(group, found, strict=True))
+        return [rows[i] for i in range(len(prompts))]
 
     def answers(self, prompts: Sequence[Prompt], z: Tensor | None, tokens: int,
                 uniforms: np.ndarray | None = None) -> list[str]:
@@ -162,9 +182,14 @@ def agreement(native: TorchSpeaker, reference: TorchSpeaker, asked: ProbeSet,
         (recall[0], recall[1]), (fork[0], fork[1]))
 
 
+COMPARED: dict[str, tuple[Literal["f32", "q8_0"], Literal["prior", "prefix"]]] = {
+    "prior": ("f32", "prior"), "prefix": ("f32", "prefix"), "q8_0": ("q8_0", "prior")}
+"""What is compared: the weights of the base in llama.cpp, and where z* comes from."""
+
+
 def compare(exported: Export, base: Path, asked: ProbeSet, device: str = "cpu",
             window: int = 512, sequences: int = 32) -> dict[str, Agreement]:
-    """Exported files in llama.cpp against PyTorch, dequantised: z* from the ``prior``, ``prefix``.
+    """Exported files in llama.cpp against PyTorch, dequantised, for each of `COMPARED`.
 
     device: ``cpu``, or ``cuda`` for both, which needs a llama.cpp built for it. sequences: prompts
     that the engine reads together, of at most `window` tokens each.
@@ -173,15 +198,22 @@ def compare(exported: Export, base: Path, asked: ProbeSet, device: str = "cpu",
     reference = TorchSpeaker(model, tokenizer_of(base),
                              plan_of(exported.folder).chat)
     layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
-    with (Model(exported.base, layers, exported.lora) as engine,
-          Context(engine, sequences, window, usable_threads()) as context):
-        native = ExportedSpeaker(reference, context)
-        return {"prior": agreement(native, reference, asked, "prior"),
-                "prefix": agreement(native, reference, asked, "prefix")}
+    found = {}
+    with tempfile.TemporaryDirectory(dir=exported.folder.parent) as scratch:
+        for weights, compared in groupby(COMPARED.items(), key=lambda each: each[1][0]):
+            file = exported.base
+            if weights != "f32":
+                file = convert.quantize(file, Path(scratch) / "base.gguf", weights)
+            with (Model(file, layers, exported.lora) as engine,
+                  Context(engine, sequences, window, usable_threads()) as context):
+                native = ExportedSpeaker(reference, context)
+                for name, (_, source) in compared:
+                    found[name] = agreement(native, reference, asked, source)
+    return found
 
 
 def of_agreement(found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> list[Metric]:
-    """``native.<source>.<measure>``, and ``pytorch.<source>.<measure>`` of the probes, over all
+    """``native.<compared>.<measure>``, and ``pytorch.<compared>.<measure>`` of the probes, over all
     runs (by base and seed): the largest difference, and shares of all answers."""
     seeds = sorted({seed for _, seed in found})
     bases = len({base for base, _ in found})
@@ -193,7 +225,7 @@ def of_agreement(found: Mapping[tuple[int, int], Mapping[str, Agreement]]) -> li
                          seeds=tuple(seeds), interval=hierarchical(stacked, share=True))
 
     metrics = [Metric.of("native.runs", len(found), "count")]
-    for source in ("prior", "prefix"):
+    for source in COMPARED:
         results, native = [each[source] for each in found.values()], f"native.{source}"
         metrics += [
             Metric.of(f"{native}.logit_difference", max(r.logits for r in results), ""),
