@@ -62,6 +62,7 @@ seeds: list[int] = [1, 2]  # one training of z* each, on every base
 control_seeds: list[int] = [1]  # of these, with which the controls are trained too
 ablations: list[str] = []  # trainings besides, on the first base with the first seed (`TRAININGS`)
 workers: int = 2  # processes that train and measure at a time, one thread each
+trainings: str = ""  # folder of trainings from another machine to take over; empty: train here
 
 # The probes
 item_seed: int = 11  # seed of the probes and of the held-out texts
@@ -199,8 +200,10 @@ plan = Plan(
 
 # %%
 settings = settings_for(chat)
-experiment = arms.Experiment(bases, plan, data, ConversationSettings(
-    trained_part(settings), gap=(gap_least, gap_most)), run.artifacts)
+experiment = arms.Experiment(
+    bases=bases, plan=plan, data=data, artifacts=run.artifacts,
+    settings=ConversationSettings(trained_part(settings), gap=(gap_least, gap_most)),
+    elsewhere=repository() / trainings if trainings else None)
 tokenizer = tokenizer_of(bases[wanted[0]])
 for kind in KINDS:
     item = probe_set(item_seed, 1, 0, kind, chat=chat).items.fork[0]
@@ -220,7 +223,8 @@ for index in (0, len(example) - 1):
 # text in its window, the bound that a commitment would have to reach. Whatever else `ablations`
 # names is trained once, on the first base with the first seed. Before anything is trained it is
 # checked that this tokenizer and window let the probes be read. Runs keep checkpoints and resume
-# to the same bits.
+# to the same bits. A large model is best trained on a GPU and can then be read anywhere:
+# `trainings` names the folder that was copied from there, and its settings must be those above.
 
 # %%
 widest = probe_set(item_seed, items, texts, "longer gap", max(gaps), chat=chat)
@@ -235,6 +239,7 @@ runs = dict(zip(calls, folders, strict=True))
 history = metrics.history({(base, seed): folder for (base, seed, name), folder in runs.items()
                            if name == "commitment"})
 run.metrics(metrics.of_training(history), under="training")
+run.metric("training.elsewhere", int(bool(trainings)), "count")
 run.figure("training", *plots.training_curves(history),
            "Loss on the model's own words under the z* of the step, KL of the posterior and its "
            "weight, for every run with z*.")
@@ -275,9 +280,9 @@ run.figure("budget", *plots.budget(runs), "Tokens and time of each training.")
 # names. *Recall in the window* must not suffer: there the statement can be read, and a latent that
 # says otherwise contradicts it. *Recall after eviction* is asked where nothing can be read.
 #
-# On a CPU all rows are read with the dequantised weights in f32, because that is the function
-# which was trained: evaluated in 4 bits, `bitsandbytes` multiplies in bf16 on some CPUs, whatever
-# was asked for.
+# On a CPU all rows are read with the dequantised weights, in the precision of the training, because
+# that is the function which was trained: evaluated in 4 bits, `bitsandbytes` multiplies in bf16 on
+# some CPUs, whatever was asked for.
 
 # %%
 def measured(stage, calls):
@@ -286,8 +291,8 @@ def measured(stage, calls):
     return [metrics.Measured(*call, values) for call, values in zip(calls, found, strict=True)]
 
 
-whole = Asked(item_seed, items, texts, families=("fork", "recall", "language", "hangman"),
-              guesses=guesses)
+whole = Asked(item_seed, items, texts, guesses=guesses,
+              families=("fork", "recall", "language", "hangman", "reached"))
 main = [name for name, arm in ARMS.items() if name in metrics.MAIN]
 trained_with = {"base": seeds[:1], "lora": control_seeds, "note": control_seeds}
 rows = measured("probes", [(base, seed, arm, whole) for base in bases for arm in main
@@ -371,7 +376,7 @@ run.figure("persistence", *plots.persistence(rows, lasting, gaps),
 # %%
 parts = [name for name in ablations if not name.startswith(("values", "independent"))]
 tried = [f"{name}.{origin}" for name in parts for origin in ("prefix", "prior")]
-each = Asked(item_seed, items, texts, families=("fork", "recall", "language"))
+each = Asked(item_seed, items, texts, families=("fork", "recall", "language", "reached"))
 ablated = measured("ablations", [(wanted[0], seeds[0], arm, each) for arm in tried])
 run.metrics(metrics.of_arms(ablated))
 metrics.table(run.record(), tried)
@@ -557,10 +562,10 @@ run.say(text)
 
 # %%
 machine = run.record().machine
-print(f"ran on {machine.device} ({machine.processor})")
-run.say("""
-- The log believed that this training needs an NVIDIA GPU. The machine that is named above took
-  {training.steps} steps a run.
+print(f"ran on {machine.device} ({machine.processor}), trained on {metrics.trained_on(runs)}")
+run.say(f"""
+- The log believed that this training needs an NVIDIA GPU. It ran here on
+  {metrics.trained_on(runs)}, {{training.steps}} steps a run.""" + """
 - Forked choice in phrasings that the training never met, same X in both forms: with z* sampled
   once from the prior {prior.same_choice:interval}, without z* {lora.same_choice:interval}, with z*
   redrawn for every question {redrawn.same_choice:interval}, with the choice as a line of text

@@ -137,9 +137,16 @@ def test_every_training_and_arm_is_described_and_its_plan_is_valid(experiment):
         assert plan.training.seed == 5
         Plan.model_validate(plan.model_dump())
         assert experiment.dataset(1, 5, name, count=12)[11].fork.max() >= 2
-        assert (plan.schedule.cells == 0) == (not training.cells)
+        assert plan.schedule == experiment.plan.schedule.model_copy(update=training.schedule)
     assert {arm.training for arm in ARMS.values()} == {"base", "random", *TRAININGS}
     assert len({arm.label for arm in ARMS.values()}) == len(ARMS)
+
+
+def test_one_training_has_the_configuration_of_the_log(experiment):
+    plan = experiment.plan_of(1, 1, "log")
+    assert (plan.k, plan.schedule.beta, plan.schedule.cells) == (64, 0.1, 0)
+    assert (plan.lora.r, plan.lora.alpha, plan.lora.targets) == (8, 16, ["q_proj", "v_proj"])
+    assert plan.training.learning_rate == experiment.plan.training.learning_rate
 
 
 # --- keys -----------------------------------------------------------------------------------------

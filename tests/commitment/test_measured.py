@@ -8,7 +8,8 @@ numbers from which z* and first answers are drawn.
 import json
 import math
 import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from lablog.commitment.posterior import CommitmentSettings, VariationalCommitmen
 from lablog.commitment.probes import Items
 from lablog.commitment.qlora import CommittedModel, renamed
 from lablog.commitment.torch_speaker import TorchSpeaker
+from lablog.commitment.training_metrics import trained_on
 from lablog.text.dialogues import Draw, Turn, load_settings, named_value
 from lablog.text.tokenizer import Tokenizer
 
@@ -239,7 +241,8 @@ def again(experiment):
 def test_every_measure_equals_one_prompt_at_a_time(experiment, again, arm):
     second = again(arm)
     found = experiment.measure(1, 1, arm, Asked(
-        SEED, ITEMS, TEXTS, families=("fork", "recall", "language", "hangman"), guesses=GUESSES))
+        SEED, ITEMS, TEXTS, guesses=GUESSES,
+        families=("fork", "recall", "language", "hangman", "reached")))
     expected = second.recall() | second.fork() | second.hangman() | second.language()
     for name, values in expected.items():
         assert found[name] == pytest.approx(np.array(values, float), abs=2e-4), name
@@ -347,3 +350,55 @@ def test_a_label_from_the_prefix_is_told_and_kept(decided):
     assert told.kept.all()
     assert latent_sources.fork(decided, "prior", probes).kept.mean() < 0.4
     assert latent_sources.recall(decided, "prefix", probes).recalled_after_eviction.all()
+
+
+# --- trainings from another machine ---------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(experiment, tmp_path):
+    """An experiment that takes over copies of the trainings, with results of its own."""
+    there = tmp_path / "there"
+    for name in ("commitment", "lora", "note"):
+        folder = experiment.folder(1, 1, name)
+        shutil.copytree(folder, there / f"qlora-{name}-1-1-0123456789abcdef")
+    return replace(experiment, artifacts=tmp_path / "here", elsewhere=there)
+
+
+def test_trainings_from_elsewhere_are_read_as_ones_own(experiment, elsewhere):
+    assert elsewhere.train(1, 1, "commitment").parent == elsewhere.elsewhere
+    asked = Asked(SEED, ITEMS)
+    assert elsewhere.measure(1, 1, "prior", asked) == experiment.measure(1, 1, "prior", asked)
+    assert not list(elsewhere.artifacts.glob("qlora-*"))
+
+
+def test_where_a_training_ran_is_no_part_of_its_plan(elsewhere):
+    training = elsewhere.plan.training.model_copy(update={"cpu": False, "threads": 7})
+    plan = elsewhere.plan.model_copy(update={"training": training})
+    assert replace(elsewhere, plan=plan).train(1, 1, "lora").is_dir()
+
+
+@pytest.mark.parametrize(("part", "name", "value"), [
+    ("training", "steps", 4), ("schedule", "beta", 0.5), ("lora", "r", 5), ("", "strength", 7.0)])
+def test_a_training_by_another_plan_is_refused(elsewhere, part, name, value):
+    change = {name: value}
+    if part:
+        change = {part: getattr(elsewhere.plan, part).model_copy(update=change)}
+    other = replace(elsewhere, plan=elsewhere.plan.model_copy(update=change))
+    named = f"{part}.{name}" if part else name
+    with pytest.raises(ValueError, match=f"with {named} = .*, and this experiment has {value}"):
+        other.train(1, 1, "commitment")
+
+
+def test_trainings_that_are_not_there_are_asked_for(elsewhere):
+    with pytest.raises(FileNotFoundError, match="holds 0 folders qlora-commitment-1-2-"):
+        elsewhere.train(1, 2, "commitment")
+    again = elsewhere.elsewhere / "qlora-lora-1-1-fedcba9876543210"
+    shutil.copytree(elsewhere.folder(1, 1, "lora"), again)
+    with pytest.raises(FileNotFoundError, match="holds 2 folders qlora-lora-1-1-"):
+        elsewhere.train(1, 1, "lora")
+
+
+def test_a_training_says_what_it_ran_on(experiment):
+    folders = {0: experiment.folder(1, 1, "lora")}
+    assert trained_on(folders) == "cpu"

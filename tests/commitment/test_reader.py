@@ -559,7 +559,8 @@ def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
 
 @pytest.mark.parametrize("arm", [name for name in ARMS if "." not in name])
 def test_every_probe_of_every_arm_can_be_read_in_the_profile_full(full, arm):
-    asked = Asked(5, 2, 1, families=("fork", "recall", "language", "hangman"), guesses=1)
+    asked = Asked(5, 2, 1, guesses=1,
+                  families=("fork", "recall", "language", "hangman", "reached"))
     found = full.experiment.measure(1, 1, arm, asked)
     for name in ("answered", "recall", "eviction", "same_choice", "kept", "hangman"):
         assert len(found[name]) == 2

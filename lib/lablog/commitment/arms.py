@@ -33,6 +33,7 @@ from lablog.commitment.qlora import (
     base_hash,
     load_committed,
     load_to_read,
+    plan_of,
     train_commitment,
     training_key,
 )
@@ -137,7 +138,7 @@ def planned(training: Training, plan: Plan, layers: int, commitments: int) -> Pl
 class Asked:
     """What a row is measured on: seed and number of the items and texts, their kind of new and the
     exchanges of other talk in between (None: as the kind has), and which measures: ``fork``,
-    ``recall``, ``language``, ``hangman`` (behind `guesses` guesses)."""
+    ``recall``, ``language``, ``hangman`` (behind `guesses` guesses), ``reached`` (of the prior)."""
 
     seed: int
     items: int
@@ -150,13 +151,18 @@ class Asked:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all trainings share: where the bases lie by seed, plan, data, and conversations."""
+    """What all trainings share: where the bases lie by seed, plan, data, and conversations.
+
+    elsewhere: a folder that holds all trainings, made on another machine; they are taken over
+    instead of trained if their plans are those of this experiment.
+    """
 
     bases: Mapping[int, Path]
     plan: Plan
     data: str
     settings: ConversationSettings
     artifacts: Path
+    elsewhere: Path | None = None
 
     def plan_of(self, base: int, seed: int, name: str) -> Plan:
         """The plan of the training `name` with `seed` on a base."""
@@ -173,7 +179,17 @@ class Experiment:
         return key(Conversations, conversations(TRAININGS[name], self.settings))
 
     def folder(self, base: int, seed: int, name: str) -> Path:
-        """Where a training lies: under the digest of all that decides it."""
+        """Where a training lies: under the digest of all that decides it.
+
+        One from elsewhere has the digest that it got there; FileNotFoundError if it is not there.
+        """
+        if self.elsewhere is not None:
+            found = sorted(self.elsewhere.glob(f"qlora-{name}-{base}-{seed}-*"))
+            if len(found) != 1:
+                raise FileNotFoundError(
+                    f"{self.elsewhere} holds {len(found)} folders qlora-{name}-{base}-{seed}-…: "
+                    "copy the one that belongs to these settings there, and no other")
+            return found[0]
         made_of = training_key(self.bases[base], self.plan_of(base, seed, name),
                                self.data_key(name))
         return self.artifacts / f"qlora-{name}-{base}-{seed}-{made_of}"
@@ -198,7 +214,12 @@ class Experiment:
         return Conversations(made, tokenizer, seed, size, run.batch_size, plan.chat)
 
     def train(self, base: int, seed: int, name: str) -> Path:
-        """Train once; a finished folder is returned as it is."""
+        """Train once; a finished folder is returned as it is.
+
+        Raises ValueError if a training from elsewhere has another plan, naming the setting.
+        """
+        if self.elsewhere is not None:
+            return _as_planned(self.folder(base, seed, name), self.plan_of(base, seed, name))
         return train_commitment(
             self.bases[base], self.dataset(base, seed, name), self.plan_of(base, seed, name),
             self.folder(base, seed, name), self.data_key(name))
@@ -246,12 +267,26 @@ class Experiment:
                            independent, self.plan.chat)
         found = _measures(speaker, arm.source, probes, asked, lambda: TorchSpeaker(
             CommittedModel(load_to_read(self.bases[base], self.plan)), tokenizer, self.plan.chat))
-        if arm.source == "prior" and "fork" in asked.families and not values:
+        if arm.source == "prior" and "reached" in asked.families:
             _, named = choices(speaker, 120, seed)
             found["reached"] = [len(set(row.tolist())) / self.settings.dialogues.personas
                                 for row in named]
         atomic_write(kept, json.dumps(found))
         return found
+
+
+def _as_planned(trained: Path, plan: Plan) -> Path:
+    """`trained`, if it was trained by `plan`, on whatever device and in however many threads."""
+    where = {"training": {"cpu", "threads"}}
+    made, asked = (each.model_dump(exclude=where) for each in (plan_of(trained), plan))
+    for part, inner in asked.items():
+        for name, value in inner.items() if isinstance(inner, dict) else [("", inner)]:
+            found = made[part][name] if name else made[part]
+            if found != value:
+                setting = f"{part}.{name}" if name else part
+                raise ValueError(f"{trained} was trained with {setting} = {found}, and this "
+                                 f"experiment has {value}: set it so, or train here")
+    return trained
 
 
 def _measures(speaker: TorchSpeaker, source: Source, probes: ProbeSet, asked: Asked,
@@ -268,7 +303,7 @@ def _measures(speaker: TorchSpeaker, source: Source, probes: ProbeSet, asked: As
         commitment = speaker.model.commitment
         if commitment is not None and source == "prefix" and commitment.settings.code == "gaussian":
             posterior = speaker.posterior(probes.prefixes)
-            found["kl"] = posterior.kl().sum(dim=1).double().numpy()
+            found["kl"] = posterior.kl().sum(dim=1).double().cpu().numpy()
     if "hangman" in asked.families:
         found["hangman"] = latent_sources.game(speaker, source, probes, asked.guesses)
     if "language" in asked.families:

@@ -395,9 +395,12 @@ def dequantised(base: Path, plan: Plan) -> PreTrainedModel:
 
 
 def load_to_read(base: Path, plan: Plan) -> PreTrainedModel:
-    """`base` as probes read it: `dequantised` on the CPU, as training had it on a GPU."""
-    if plan.training.cpu:
-        return dequantised(base, plan)
+    """`base` as probes read it: `dequantised` on the CPU, in the precision that it was trained in;
+    as training had it where that was on a GPU and there is one."""
+    if plan.training.cpu or not torch.cuda.is_available():
+        dtype = torch.bfloat16 if plan.training.precision == "bf16" else torch.float32
+        network: Any = dequantised(base, plan)
+        return network.to(dtype)
     return load_base(base, plan.quantisation, plan.training.precision, cpu=False).eval()
 
 

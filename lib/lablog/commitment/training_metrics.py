@@ -48,6 +48,12 @@ class Measured:
     values: Mapping[str, Sequence[float]]
 
 
+def trained_on(runs: Mapping[Any, Path]) -> str:
+    """The devices that the trainings in these folders ran on, for readers."""
+    logs = [json.loads((folder / "training.json").read_text()) for folder in runs.values()]
+    return ", ".join(sorted({log.get("device", "a machine that is not named") for log in logs}))
+
+
 def stacked(rows: Sequence[Measured], arm: str, measure: str, kind: str = HEADLINE,
             gap: int | None = None, seeds: Sequence[int] = ()) -> np.ndarray | None:
     """A measure of an arm as float64 [bases, seeds, items], of all its seeds or the given ones;

@@ -205,6 +205,7 @@ def train_to_folder(
                 **(about or {}),
                 "settings": settings.model_dump(),
                 "processes": processes.num_processes,
+                "device": device_name(settings.cpu),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "tokens": trainer.state.num_input_tokens_seen,
                 "relative_update": relative_update(before, dict(model.named_parameters())),
@@ -228,6 +229,11 @@ def train_to_folder(
             shutil.rmtree(work)
         processes.wait_for_everyone()
     return output
+
+
+def device_name(cpu: bool) -> str:
+    """What a training runs on, for readers."""
+    return "cpu" if cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
 
 
 def _refuse_foreign(made_of: str, *folders: Path) -> None:
