@@ -127,7 +127,7 @@ bench: test-native ## speed, as ratios within one process: build/bench.json
 	@PYTHONPATH=lib $(PY) -m tools.bench
 
 publish: ## copy this profile's records and the README's figures into book/records/
-	@$(TOOL)/publish.py $(PROFILE)
+	@PYTHONPATH=lib $(PY) -m tools.publish $(ARGUMENTS)
 
 clean: ## remove results and book, keep environment and native library
 	rm -rf $(filter-out build/venv build/native build/native-sanitize build/source,$(wildcard build/*))

@@ -108,7 +108,8 @@ dialogues = settings_for(chat)
 asked = probes.make_items(dialogues, item_seed, items)
 material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)
 with run.stage("baseline"):
-    engine = Speakers(gguf, sequences, window, chat, gpu_layers, dialogues.chat.system)
+    engine = Speakers(gguf, sequences=sequences, window=window, chat=chat,
+                      gpu_layers=gpu_layers, system=dialogues.chat.system)
     norms = engine.residual_norms(material.texts)
     baseline = coherence.baseline(engine, material)
 sample = sampler.sample(seeds[0], k, engine.model.width)
@@ -177,7 +178,10 @@ for turn in (*example.distractors, example.requestion):
 # here, before anything is measured:
 
 # %%
-print(coherence.Thresholds())
+limits = coherence.Thresholds()
+print(f"incoherent: perplexity above {limits.perplexity_ratio} × that at λ = 0, or the same "
+      f"likeliest token in less than {limits.same_top_token:.0%} of positions; repetitive: "
+      f"repeated 4-grams more than {limits.repeated_4grams:.0%} above; coherent: neither")
 
 # %% [markdown]
 # ## The log's four experiments, twice
@@ -216,11 +220,12 @@ for row in named:
 conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norms=norms,
                               baseline=baseline)
 aids = ["system", "instruction"] if chat == "auto" else []
-tasks = [sweep.Task("none"), sweep.Task("text")]
-tasks += [sweep.Task(aid, language=False) for aid in aids]
+tasks = [sweep.Task(control="none"), sweep.Task(control="text")]
+tasks += [sweep.Task(control=aid, language=False) for aid in aids]
 for row in named:
     for control in ("commitment", "redrawn"):
-        tasks += [sweep.Task(control, row.strength, row.layers, seed) for seed in seeds]
+        tasks += [sweep.Task(control=control, strength=row.strength, layers=row.layers, seed=seed)
+                  for seed in seeds]
 with run.stage("sweep"):
     rows = sweep.sweep(engine, tasks, conditions, run.artifacts)
 run.metrics(metrics.of_named_rows(rows, named))

@@ -69,7 +69,8 @@ dialogues = settings_for(chat)
 asked = probes.make_items(dialogues, item_seed, items)
 material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)
 with run.stage("baseline"):
-    engine = Speakers(gguf, sequences, window, chat, gpu_layers, dialogues.chat.system)
+    engine = Speakers(gguf, sequences=sequences, window=window, chat=chat,
+                      gpu_layers=gpu_layers, system=dialogues.chat.system)
     norms = engine.residual_norms(material.texts)
     conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norms=norms,
                                   baseline=coherence.baseline(engine, material))
@@ -88,7 +89,10 @@ with run.stage("baseline"):
 # log's words are cut from these numbers by thresholds that were fixed before the sweep:
 
 # %%
-print(coherence.Thresholds())
+limits = coherence.Thresholds()
+print(f"incoherent: perplexity above {limits.perplexity_ratio} × that at λ = 0, or the same "
+      f"likeliest token in less than {limits.same_top_token:.0%} of positions; repetitive: "
+      f"repeated 4-grams more than {limits.repeated_4grams:.0%} above; coherent: neither")
 
 # %% [markdown]
 # ## The sweep
@@ -111,12 +115,13 @@ print(coherence.Thresholds())
 metrics.check_named(ranges, strengths)
 for name in ranges:
     print(f"{name}: layers {log_experiments.span(name, engine.model.layers)}")
-tasks = [Task("none"), Task("text")]
+tasks = [Task(control="none"), Task(control="text")]
 for control in ("commitment", "redrawn"):
     for name in ranges:
         language = control == "commitment" or name == "all"
-        tasks += [Task(control, strength, name, seed, language)
-                  for strength in strengths if strength != 0 for seed in seeds]
+        tasks += [
+            Task(control=control, strength=strength, layers=name, seed=seed, language=language)
+            for strength in strengths if strength != 0 for seed in seeds]
 with run.stage("sweep"):
     rows = sweep.sweep(engine, tasks, conditions, run.artifacts)
 run.metrics(metrics.of_named_rows(rows))
@@ -212,7 +217,8 @@ with run.stage("calibration"):
     solved = calibration.calibrate(engine, ranges, seeds, kl_budget, conditions)
 budgets = []
 for name, found in solved.items():
-    doses = [sweep.dose(Task("commitment", 1.0, name, seed), engine.model, k, norms)
+    doses = [sweep.dose(Task(control="commitment", strength=1.0, layers=name, seed=seed),
+                        engine.model, k, norms)
              for seed in seeds]
     budgets.append(metrics.budget_table(name, found, seeds, doses))
     run.metrics(metrics.of_budget(budgets[-1]), under=f"budget.{name.replace(' ', '_')}")

@@ -82,7 +82,7 @@ import pandas as pd
 import torch
 
 from lablog import figures
-from lablog.cvfp import contraction, convergence, lyapunov, memory, passes, phase1, plots, results
+from lablog.cvfp import contraction, convergence, lyapunov, memory, metrics, passes, phase1, plots
 from lablog.cvfp.checks import effective_rank
 from lablog.cvfp.data import prepare, shuffled
 from lablog.cvfp.model import CVFPBlock, ModelConfig
@@ -180,7 +180,7 @@ run.metrics([Metric.over_seeds("untrained.training.effective_rank", ranks, "frac
 bare = f"untrained.seed{seeds[0]}"
 once = passes.iterate_passes(blocks[bare], training, 2, "parallel", convergence_threshold,
                              contexts[bare]["training"])
-run.metrics(results.check_3(once), under="untrained.training.parallel")
+run.metrics(metrics.check_3(once), under="untrained.training.parallel")
 pd.DataFrame({"pass": [1, 2], "tokens converged": once.converged, "of": len(training)})
 
 # %%
@@ -241,8 +241,10 @@ cases += [("true.", true_pass, first, w) for w in true_pass_other_weights]
 main = f"w{diversity_weight:g}.seed{first}"
 truly = f"true.w{true_pass_weight:g}.seed{first}"
 part = training[:max(lyapunov_tokens, memory_distance + 20)]
-watch = contraction.ContractionObserver(part, memory_distance, 10, first)
-untaught = contraction.measure(blocks[bare], part, memory_distance, 10, first)
+CHANGED = 10  # tokens that are changed one at a time, where memory is measured
+watch = contraction.ContractionObserver(
+    tokens=part, distance=memory_distance, changed=CHANGED, seed=first)
+untaught = contraction.contraction_of(blocks[bare], part, memory_distance, CHANGED, first)
 watched = []
 
 # %%
@@ -254,14 +256,14 @@ for variant, settings_of, seed, w in cases:
         blocks[name], result = phase1.trained(
             folder, shape, config, training, start, watch if name in (main, truly) else None)
     if name in (main, truly):
-        watched.append(results.observed(result, name, untaught))
+        watched.append(metrics.observed(result, name, untaught))
     contexts[name] = {"training": result.contexts}
-    histories.append(results.iterations(result, name))
-    run.metrics(results.phase1_training(result), under=name)
+    histories.append(metrics.iterations(result, name))
+    run.metrics(metrics.phase1_training(result), under=name)
 
 # %%
 for rows in watched:
-    run.metrics(results.learnt_contraction(rows), under=f"{rows.network.iloc[0]}.learnt")
+    run.metrics(metrics.learnt_contraction(rows), under=f"{rows.network.iloc[0]}.learnt")
 run.figure("contraction", *plots.contraction(pd.concat(watched)),
            "What two trainings do to the recurrence, pass by pass; iteration 0 is the network "
            "before them, and below the dotted line contexts come together. No point of memory: a "
@@ -290,7 +292,7 @@ with run.stage("validation"):
             blocks[name], validation, iterations - 1, "parallel", convergence_threshold,
             contexts[name]["validation"],
         )
-        run.metrics(results.check_3(frozen[name]), under=f"{name}.validation.parallel")
+        run.metrics(metrics.check_3(frozen[name]), under=f"{name}.validation.parallel")
 
 # %%
 shown = {f"{name}, validation, frozen": frozen[name] for name in (main, truly, bare)}
@@ -342,7 +344,7 @@ rows = []
 for name, found in contexts.items():
     read = mixed if name == "control.shuffled" else splits
     for split, matrix in found.items():
-        spread = results.Spread.of(matrix, read[split], split)
+        spread = metrics.Spread.of(matrix, read[split], split)
         run.metrics(spread.metrics, under=f"{name}.{split}")
         rows.append({"network": name, "split": split} | spread.row)
 table = pd.DataFrame(rows)
@@ -432,7 +434,7 @@ for name in ("control.constant", "control.embeddings"):
 
 # %%
 for name, found in again.items():
-    run.metrics(results.check_3(found), under=f"{name}.validation.sequential")
+    run.metrics(metrics.check_3(found), under=f"{name}.validation.sequential")
 run.table([f"{name}.validation.sequential" for name in again],
           ["final_diff", "convergence", "check3"])
 
@@ -462,7 +464,7 @@ run.figure("changes", *plots.change_map(maps, tokens=200),
 # %%
 for name in compared:
     trials = convergence.Trials(tuple(again[name].differences))
-    run.metrics(results.trials(trials), under=name)
+    run.metrics(metrics.trials(trials), under=name)
     print(name, trials, sep="\n")
 
 # %% [markdown]
@@ -484,7 +486,7 @@ for name in compared:
 part, zero = training[:lyapunov_tokens], training.new_zeros(context_dim)
 for name in compared:
     growth = lyapunov.lyapunov_exponent(blocks[name], part, zero, seeds[0], len(part) // 5)
-    run.metrics(results.exponent(growth), under=name)
+    run.metrics(metrics.exponent(growth), under=name)
 run.table(compared, ["lyapunov"])
 
 # %% [markdown]
@@ -502,7 +504,7 @@ for name in (main, truly, bare):
             found = rollout(blocks[name], validation, method=method, segment=segment)
         tried[f"{name} {label}"] = found
         names.append(f"{name}.rollout.{method}{segment}")
-        run.metrics(results.accuracy_of(found, contexts[name]["validation"]), under=names[-1])
+        run.metrics(metrics.accuracy_of(found, contexts[name]["validation"]), under=names[-1])
 
 # %%
 run.figure("rollouts", *plots.residuals(tried),
@@ -556,7 +558,7 @@ changed = torch.linspace(1, last, 40).long().to(device).unique()
 for name in compared:
     curves[name] = memory.memory_curve(blocks[name], validation, contexts[name]["validation"],
                                        changed, memory_distance, seeds[0])
-    run.metrics(results.memory(curves[name], threshold), under=name)
+    run.metrics(metrics.memory(curves[name], threshold), under=name)
 
 # %%
 run.figure("memory", *plots.memory(curves),
@@ -578,8 +580,8 @@ config = replace(settings, variant="sequential", diversity_weight=sequential_wei
                  iterations=sequential_iterations)
 with run.stage("train sequential"):
     from_zero, result = phase1.trained(folder, shape, config, part, start)
-run.metrics(results.phase1_training(result), under="sequential")
-frame = results.iterations(result, "sequential")
+run.metrics(metrics.phase1_training(result), under="sequential")
+frame = metrics.iterations(result, "sequential")
 frame[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
 
 # %% [markdown]
@@ -599,7 +601,7 @@ apart = (mean - zero).norm() / (zero - before).norm()
 run.metric("sequential.mean_start.apart", float(apart), "ratio")
 
 # %%
-spread = results.Spread.of(result.contexts, part, "training")
+spread = metrics.Spread.of(result.contexts, part, "training")
 run.metrics(spread.metrics, under="sequential.training")
 run.metric("sequential.tokens", len(part), "count")
 run.metric("sequential.tracker_memory", 2 * result.contexts[0].nbytes, "bytes")

@@ -78,7 +78,7 @@ import pandas as pd
 import torch
 
 from lablog import figures
-from lablog.cvfp import phase1, phase2, plots, readout, results
+from lablog.cvfp import metrics, phase1, phase2, plots, readout
 from lablog.cvfp.data import prepare, shuffled
 from lablog.cvfp.model import CVFPBlock, ModelConfig
 from lablog.determinism import seed_everything
@@ -136,7 +136,7 @@ for made, variant, w, base in ((blocks, "", diversity_weight, settings),
         name, config = f"{variant}w{w:g}.seed{seed}", replace(base, seed=seed)
         with run.stage(f"train {name}"):
             made[seed], result = phase1.trained(folder, shape, config, texts.tokens["training"])
-        run.metrics(results.phase1_training(result), under=name)
+        run.metrics(metrics.phase1_training(result), under=name)
 
 # %% [markdown]
 # And their contexts, a row for each token of each of the four texts. Every text is read from the
@@ -255,8 +255,8 @@ for arm, seed, block, contexts in arms:
     rates[arm] = [trained[key].config.learning_rate]
     seen[key] = {k: phase2.predict(trained[key].model, read[k]) for k in ("validation", "test")}
     for split, found in seen[key].items():
-        run.metrics(results.predictions(found, dialogue_tokens), under=f"{key}.{split}")
-    run.metrics(results.phase2_training(trained[key]), under=key)
+        run.metrics(metrics.predictions(found, dialogue_tokens), under=f"{key}.{split}")
+    run.metrics(metrics.phase2_training(trained[key]), under=key)
 
 # %% [markdown]
 # Two baselines need no network: the frequency of each token, and bigrams with Witten-Bell
@@ -279,7 +279,7 @@ for name, model in (("unigram", phase2.unigram), ("bigram", phase2.bigram)):
     seen[name] = {k: model(ids["training"], ids[k], texts.vocabulary)
                   for k in ("validation", "test")}
     for split, found in seen[name].items():
-        run.metrics(results.predictions(found, dialogue_tokens), under=f"{name}.{split}")
+        run.metrics(metrics.predictions(found, dialogue_tokens), under=f"{name}.{split}")
 run.table(list(seen), ["validation.perplexity", "test.perplexity", "test.accuracy",
                        "learning_rate", "best_epoch", "training.perplexity"], style="value")
 
@@ -343,14 +343,14 @@ run.figure("test", *plots.intervals(on_test, dialogue_tokens),
 others, rows = [name for name in names if name != "v2.0"], []
 for name in others:
     for split in ("validation", "test"):
-        ratio = results.perplexity_ratio(f"{name}.over_v2.0.{split}", seen[name][split],
+        ratio = metrics.perplexity_ratio(f"{name}.over_v2.0.{split}", seen[name][split],
                                          seen["v2.0"][split], dialogue_tokens)
         run.metrics([ratio])
         low, high = ratio.interval
         rows.append({"arm": name, "text": split, "ratio": ratio.value, "low": low, "high": high})
 
 # %%
-run.metrics([results.perplexity_ratio(f"{name}.over_zeros.test", seen[name]["test"],
+run.metrics([metrics.perplexity_ratio(f"{name}.over_zeros.test", seen[name]["test"],
                                       seen["zeros"]["test"], dialogue_tokens)
              for name in ("v2.0", "true")])
 ratios = pd.DataFrame(rows).set_index(["arm", "text"])

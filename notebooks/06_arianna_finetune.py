@@ -92,7 +92,7 @@ from lablog import figures
 from lablog.arianna import chat, dialogues, exports, finetuning, plots
 from lablog.arianna.bits_per_byte import byte_sizes, estimate, evenly, gap, read_bits, text_items
 from lablog.files import repository
-from lablog.models import convert, locate
+from lablog.models import locate
 from lablog.models.shape import ModelShape
 from lablog.models.training import TrainingSettings
 from lablog.text.corpora import base_documents
@@ -133,8 +133,7 @@ with run.stage("tokenizer"):
         adopted = locate.hugging_face_folder(base_model, run.artifacts)
         tokenizer = finetuning.adoptable(adopted)
     else:
-        path = runs / "tokenizer" / "tokenizer.model"
-        tokenizer = finetuning.base_tokenizer(training, vocabulary, path, tokenizer_megabytes)
+        tokenizer = finetuning.base_tokenizer(training, vocabulary, runs, tokenizer_megabytes)
     run.file(tokenizer.path)
 with run.stage("packing"):
     stream = pack(training, tokenizer, runs / "corpus")
@@ -462,7 +461,7 @@ run.figure("losses", *plots.loss_curves(folders), "Training loss and learning ra
 # %%
 with run.stage("export"):
     paths = exports.export(tuned[0], run.artifacts)
-    base_gguf = convert.to_gguf(base.folder, run.artifacts / "arianna-base.gguf")
+    base_gguf = locate.gguf_file(str(base.folder), run.artifacts)
 for kind, size in exports.sizes(paths).items():
     run.metric(f"export.{kind}.bytes", size, "count")
 run.metrics_table("export")

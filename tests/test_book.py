@@ -15,10 +15,10 @@ import pytest
 from clone import contents
 from filelock import FileLock, Timeout
 
-from lablog import book, figures, layout, speed
+from lablog import book, figures, layout, speed_page
 from lablog.book import BookError, models_page
 from lablog.model_list import listed
-from lablog.provenance import Machine, Source
+from lablog.provenance import CloneState, Machine
 from lablog.record import FigureFile, Metric, Record, ReportText
 from lablog.report import ReportError
 
@@ -66,7 +66,8 @@ def write_notebook(folder: Path, name: str, cells: list, entries: tuple[FigureFi
     Record(
         notebook=name, profile="tiny", status="ok", parameters={}, seeds=(1, 2), report=REPORT,
         started=datetime(2026, 1, 1, tzinfo=UTC), seconds=12.0, peak_memory_bytes=300 << 20,
-        source=Source(commit="abcdef0123456789", dirty=True, library_sha256="", patch_sha256=""),
+        source=CloneState(
+            commit="abcdef0123456789", dirty=True, library_sha256="", patch_sha256=""),
         machine=Machine(python="3.11.7", platform="Linux", cpu="Some CPU", threads=2, device="cpu",
                         packages={"torch": "2.13.0"}),
         figures=entries, metrics=(Metric(name="value", value=0.5, unit="fraction"),),
@@ -142,7 +143,7 @@ def test_the_page_of_speed_shows_every_measure_its_target_and_the_picture(
 ):
     html = made[1]
     text = (html / "speed.html").read_text()
-    record = speed.latest()
+    record = speed_page.latest()
     for metric in record.metrics:
         assert metric.name in text
     assert record.source.commit[:10] in text
@@ -151,13 +152,13 @@ def test_the_page_of_speed_shows_every_measure_its_target_and_the_picture(
 
 
 def test_the_picture_of_speed_has_a_bar_for_each_mode():
-    record = speed.latest()
+    record = speed_page.latest()
     modes = {f"arianna.{work}.{mode}.tokens_per_s": value for work, mode, value in (
         ("train", "f32", 2000.0), ("train", "bf16_compiled", 4000.0), ("generate", "pytorch", 100.0)
     )}
     metrics = [Metric(name=name, value=value, unit="tokens/s") for name, value in modes.items()]
     figures.use_style()
-    drawn, data = speed.rates(record.model_copy(update={"metrics": tuple(metrics)}))
+    drawn, data = speed_page.rates(record.model_copy(update={"metrics": tuple(metrics)}))
     assert [len(axes.patches) for axes in drawn.axes] == [2, 1]
     assert [bar.get_width() for axes in drawn.axes for bar in axes.patches] == [*modes.values()]
     assert data["mode"].tolist() == ["f32", "bf16 compiled", "pytorch"]
@@ -167,16 +168,16 @@ def test_the_picture_of_speed_has_a_bar_for_each_mode():
 def test_a_clones_own_speed_is_shown_before_the_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    published = speed.latest()
-    for module in (speed, layout):
+    published = speed_page.latest()
+    for module in (speed_page, layout):
         monkeypatch.setattr(module, "repository", lambda: tmp_path)
-    assert speed.latest() is None
-    assert "Nothing has been measured" in speed.page(None, tmp_path)
+    assert speed_page.latest() is None
+    assert "Nothing has been measured" in speed_page.page(None, tmp_path)
     for place, seconds in (("book/records", 1.0), ("build", 2.0)):
         record = published.model_copy(update={"seconds": seconds})
         (tmp_path / place).mkdir(parents=True)
         record.write(tmp_path / place / "bench.json")
-        assert speed.latest().seconds == seconds
+        assert speed_page.latest().seconds == seconds
 
 
 def test_every_figure_links_its_data(made: tuple[Path, Path]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pydantic import BaseModel
 from lablog import keys, provenance
 from lablog.arianna.finetuning import train_base
 from lablog.commitment import plots, sweep
+from lablog.commitment.chats import chats_hash
 from lablog.commitment.conversations import Conversations
 from lablog.commitment.personas import PersonaConversations
 from lablog.commitment.qlora import train_commitment
@@ -27,6 +29,7 @@ from lablog.keys import key
 from lablog.models import convert
 from lablog.models.locate import gguf_file
 from lablog.models.offline import offline_model
+from lablog.models.training import model_hash
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,34 @@ def test_trainings_depend_on_what_makes_their_conversations():
     for function in (train_commitment, offline_model, train_base):
         assert not {name for name in behind(function) if "plots" in name or "results" in name}
         assert not any(name.startswith("native/") for name in behind(function))
+
+
+def test_a_base_is_all_that_it_computes_with_and_how_it_is_spoken_to(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "tensorboard").mkdir(parents=True)
+    names = ("config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer.model",
+             "tokenizer.json", "chat_template.jinja")
+    for name in (*names, "training.json", "tensorboard/events"):
+        (folder / name).write_text(name)
+    keys = [model_hash(folder)]
+    for name in names:
+        (folder / name).write_text("other")
+        keys.append(model_hash(folder))
+    assert len(set(keys)) == 1 + len(names)
+    for name in ("training.json", "tensorboard/events"):  # how long its making took
+        (folder / name).write_text("other")
+    assert model_hash(folder) == keys[-1]
+
+
+def test_a_training_depends_on_the_chats_in_a_folder(tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    found = []
+    for answer in ("Yes.", "No."):
+        (folder / "train.jsonl").write_text(json.dumps(
+            {"text": f"### Human: Is it teal?### Assistant: {answer}"}) + "\n")
+        found += [chats_hash(str(folder)), chats_hash(str(folder))]
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 def test_a_converted_model_depends_on_all_of_its_shards(tmp_path, monkeypatch):

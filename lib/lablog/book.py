@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock
 
-from lablog import layout, model_list, speed
+from lablog import layout, model_list, speed_page
 from lablog.files import atomic_write, data_file, repository, sha256_of
 from lablog.record import Record
 from lablog.report import IN_PROSE, reject_judgements
@@ -88,7 +88,7 @@ def _inputs(folder: Path) -> str:
     results = [path for kind in ("records", "notebooks", "figures")
                for path in (folder / kind).rglob("*") if path.is_file()]
     own = [root / "pyproject.toml", data_file("models.yaml"), Path(__file__),
-           Path(speed.__file__)]
+           Path(speed_page.__file__)]
     bench = [path for path in [layout.benchmark()] if path.is_file()]
     ours = sha256_of([*pages, *own, *bench], root)
     return f"{ours} {sha256_of(results, folder)}\n"
@@ -123,7 +123,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     (source / "results.md").write_text(results_page(records))
     (source / "published.md").write_text(published_page(source / "records"))
     (source / "models.md").write_text(models_page())
-    (source / "speed.md").write_text(speed.page(speed.latest(), source))
+    (source / "speed.md").write_text(speed_page.page(speed_page.latest(), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)
     for chapter in (source / "notebooks").glob("*.ipynb"):

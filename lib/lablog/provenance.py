@@ -39,7 +39,7 @@ class FileHash(Strict):
         return cls(path=shown, sha256=sha256(path), bytes=path.stat().st_size)
 
 
-class Source(Strict):
+class CloneState(Strict):
     """The state of the clone: commit, uncommitted changes, hashes of library and patch."""
 
     commit: str
@@ -77,10 +77,10 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def source_state() -> Source:
+def source_state() -> CloneState:
     """Commit and hashes of the clone; commit is ``unknown`` outside git (a source archive)."""
     root = repository()
-    return Source(
+    return CloneState(
         commit=_git("rev-parse", "HEAD") or "unknown",
         dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
         library_sha256=sha256_of((root / "lib" / "lablog").rglob("*.py"), root),

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from lablog.files import atomic_write
 from lablog.intervals import Interval, t_interval
-from lablog.provenance import FileHash, Machine, Source
+from lablog.provenance import CloneState, FileHash, Machine
 from lablog.strict import Strict
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -116,7 +116,7 @@ class Record(Strict):
     seconds: float
     stages: tuple[Stage, ...] = ()
     peak_memory_bytes: int | None = None
-    source: Source
+    source: CloneState
     machine: Machine
     files: tuple[FileHash, ...] = ()
     figures: tuple[FigureFile, ...] = ()

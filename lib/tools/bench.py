@@ -2,7 +2,7 @@
 
 The file is a record like those of the notebooks. Ratios are medians over pairs of rounds that
 follow each other (A B A B), with the bootstrap interval of the median. The targets stand in
-``lablog.speed``, which draws the book's page from the record.
+``lablog.speed_page``, which draws the book's page from the record.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lablog import layout
 from lablog.record import Metric
 from lablog.report import format_metric
 from lablog.run import Run
-from lablog.speed import TARGETS
+from lablog.speed_page import TARGETS
 from tools import bench_arianna, bench_cvfp, bench_native, bench_pretrained, bench_qlora
 
 STAGES = {

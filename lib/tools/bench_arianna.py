@@ -104,8 +104,9 @@ def training(size: Size) -> Iterator[Row]:
         yield f"train.{mode}.mfu", share, "ratio"
 
 
-def generation(size: Size, tokenizer: Tokenizer, folder: Path) -> Iterator[Row]:
-    """Greedy tokens per second: transformers with its cache, and llama.cpp in two formats."""
+def generation(size: Size, tokenizer: Tokenizer) -> Iterator[Row]:
+    """Greedy tokens per second: transformers with its cache, and llama.cpp in two formats, whose
+    files are written beside the tokenizer."""
     torch.manual_seed(0)
     model = size.shape.model(len(tokenizer)).eval()
     model.generation_config.eos_token_id = None
@@ -116,6 +117,7 @@ def generation(size: Size, tokenizer: Tokenizer, folder: Path) -> Iterator[Row]:
         for _ in range(3)
     ]
     yield "generate.pytorch.tokens_per_s", size.tokens / min(times), "tokens/s"
+    folder = tokenizer.path.parent
     model.save_pretrained(folder)
     exact = convert.to_gguf(folder, folder / "f32.gguf")
     small = convert.quantize(exact, folder / "q8_0.gguf", "q8_0")
@@ -143,11 +145,10 @@ def measured(size: Size | None = None) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = folder / "tokenizer.model"
-        tokenizer = base_tokenizer(documents[::8], size.vocabulary, path)
+        tokenizer = base_tokenizer(documents[::8], size.vocabulary, folder)
         once = seconds(lambda: packing.pack(documents, tokenizer, folder / "corpus"))
         rows.append(("packing.mb_per_s", megabytes / once, "MB/s"))
-        rows += list(generation(size, tokenizer, folder))
+        rows += list(generation(size, tokenizer))
     return [*training(size), *rows]
 
 

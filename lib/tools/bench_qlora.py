@@ -44,8 +44,10 @@ SETTINGS = load("laptop").parameters["03_qlora_commitment"]
 def _plan(k: int, quantisation: Quantisation) -> Plan:
     training = {
         "steps": 1, "batch_size": SETTINGS["batch_size"], "warmup_steps": 0,
-        "learning_rate": SETTINGS["learning_rate"], "schedule": "cosine", "betas": (0.9, 0.98),
-        "weight_decay": 0, "precision": "f32", "checkpoint_every": 1, "log_every": 1,
+        "learning_rate": SETTINGS["learning_rate"], "schedule": "cosine",
+        "betas": (SETTINGS["adam_beta1"], SETTINGS["adam_beta2"]),
+        "weight_decay": SETTINGS["weight_decay"], "precision": "f32", "checkpoint_every": 1,
+        "log_every": 1,
     }
     schedule = {"beta": SETTINGS["beta"], "warmup": 0, "annealing": 0,
                 "free_bits": SETTINGS["free_bits"], "cells": SETTINGS["cells"]}

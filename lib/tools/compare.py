@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lablog import layout
 from lablog.files import repository
 from lablog.record import Metric, Record, ReportText
 
@@ -50,7 +51,7 @@ class Changes:
 def find(place: str) -> dict[str, Kept]:
     """The records at a place, by notebook; ValueError says why there is none."""
     root = repository()
-    tried = [Path(place), root / "build" / place, root / "book" / "records" / place]
+    tried = [Path(place), layout.results(place), root / "book" / "records" / place]
     path = next((path for path in tried if place and path.exists()), None)
     if path is None:
         raise ValueError(f"there is no record, folder or profile with results {place!r}")

@@ -1,13 +1,18 @@
-"""Copies what the project publishes into book/records/: ``publish.py PROFILE``.
+"""Copies what the project publishes into book/records/: ``python -m tools.publish --help``.
 
-A profile's records, the figures below, and the record of speed. Needs the standard library only.
+A profile's records, the figures below, and the record of speed. Results that were made with single
+values set are published under the profile's own name; their record holds the values.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+
+from lablog import layout, profiles
+from lablog.files import repository
 
 SHOWN = {
     "02_lambda_calibration": ("heat",),
@@ -16,24 +21,32 @@ SHOWN = {
 """Figures that the README and the page of published results show, by notebook."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Copy; exits with the remedy when the profile has no record."""
-    profile = sys.argv[1]
-    source, target = Path("build", profile), Path("book", "records", profile)
-    records = sorted((source / "records").glob("*.json"))
+    parser = argparse.ArgumentParser(prog="publish", description=__doc__)
+    parser.add_argument("--profile", default="laptop", help="name, or path of a YAML file")
+    parser.add_argument("--set", nargs="*", default=[], metavar="[NN.]NAME=VALUE",
+                        help="the values that the results were made with")
+    parser.add_argument("notebooks", nargs="*", help="names or numbers; all if left out")
+    options = parser.parse_args(arguments)
+    name = profiles.load(options.profile, options.set).name
+    source = layout.results(name)
+    chosen = tuple(options.notebooks) or ("",)
+    records = [path for path in sorted((source / "records").glob("*.json"))
+               if path.name.startswith(chosen)]
     if not records:
-        sys.exit(f"error: {source}/records holds no record: "
-                 f"run `make reproduce PROFILE={profile}` first")
+        sys.exit(f"error: {source}/records holds no such record: run `make reproduce` with the "
+                 "same PROFILE, SET and NOTEBOOKS first")
+    target = repository() / "book" / "records" / name.split("+")[0]
     target.mkdir(parents=True, exist_ok=True)
     for record in records:
         shutil.copy(record, target)
-    figures = [source / "figures" / notebook / f"{name}.svg"
-               for notebook, names in SHOWN.items() for name in names]
-    for figure in filter(Path.exists, figures):
-        shutil.copy(figure, target)
-    speed = Path("build", "bench.json")
-    if speed.exists():
-        shutil.copy(speed, target.parent)
+    figures = [source / "figures" / record.stem / f"{figure}.svg"
+               for record in records for figure in SHOWN.get(record.stem, ())]
+    for path in (path for path in figures if path.exists()):
+        shutil.copy(path, target)
+    if layout.benchmark().exists():
+        shutil.copy(layout.benchmark(), target.parent)
 
 
 if __name__ == "__main__":

@@ -44,14 +44,28 @@ def known() -> list[Dialogue]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return base_tokenizer(DOCUMENTS, 340, path)
+    return base_tokenizer(DOCUMENTS, 340, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def base(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Base:
     runs = tmp_path_factory.mktemp("runs")
     return train_base(SHAPE, PLAN, pack(DOCUMENTS, tokenizer, runs / "corpus"), tokenizer, runs)
+
+
+def test_what_was_packed_by_other_code_is_packed_again(tokenizer, tmp_path, monkeypatch):
+    first = pack(DOCUMENTS, tokenizer, tmp_path / "corpus").key
+    made = (tmp_path / "corpus" / "manifest.json").stat().st_mtime_ns
+    assert pack(DOCUMENTS, tokenizer, tmp_path / "corpus").key == first
+    assert (tmp_path / "corpus" / "manifest.json").stat().st_mtime_ns == made
+    monkeypatch.setattr("lablog.keys._made_by", lambda _: "other code")
+    assert pack(DOCUMENTS, tokenizer, tmp_path / "corpus").key != first
+
+
+def test_tokenizers_of_other_texts_or_sizes_lie_beside_each_other(tmp_path):
+    made = {base_tokenizer(documents, size, tmp_path).path
+            for documents in (DOCUMENTS, DOCUMENTS[:99]) for size in (330, 340)}
+    assert len(made) == 4
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -152,8 +152,12 @@ def test_one_training_has_the_configuration_of_the_log(experiment):
 # --- keys -----------------------------------------------------------------------------------------
 
 
-def test_a_training_lies_under_all_that_decides_it(experiment, folder, monkeypatch):
+def test_a_training_lies_under_all_that_decides_it(experiment, folder, monkeypatch, tmp_path):
     """Else a finished run of something else would pass for the one asked for."""
+    chats = tmp_path / "chats"
+    chats.mkdir()
+    (chats / "train.jsonl").write_text('{"text": "### Human: Yes?### Assistant: Yes."}\n')
+
     def other(**changes) -> Experiment:
         return replace(experiment, settings=replace(experiment.settings, **changes))
 
@@ -166,7 +170,7 @@ def test_a_training_lies_under_all_that_decides_it(experiment, folder, monkeypat
         "topics": other(dialogues=phrases.model_copy(update={
             "topics": dict(list(phrases.topics.items())[1:])})),
         "base": replace(experiment, bases={1: folder}),
-        "data": replace(experiment, data="hub:some/chats"),
+        "data": replace(experiment, data=f"hub:{chats}"),
     }
     keys = {name: made.folder(1, 1, "commitment").name.rsplit("-", 1)[-1]
             for name, made in tried.items()}

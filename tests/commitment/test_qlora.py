@@ -358,7 +358,7 @@ def test_what_decides_the_weights_is_in_their_key(folder, monkeypatch):
     keys = [qlora.training_key(folder, PLAN, "a"), qlora.training_key(folder, PLAN, "b"),
             qlora.training_key(folder, other, "a")]
     assert qlora.training_key(folder, PLAN, "a") == keys[0]
-    for name in ("lablog.commitment.qlora.base_hash", "lablog.keys._made_by"):
+    for name in ("lablog.commitment.qlora.model_hash", "lablog.keys._made_by"):
         with monkeypatch.context() as changed:
             changed.setattr(name, lambda _: "other")
             keys.append(qlora.training_key(folder, PLAN, "a"))

@@ -79,6 +79,18 @@ def test_a_sweep_that_was_cut_off_resumes_to_the_same_table(laboratory, tmp_path
     assert all(json.loads(line) for line in cut.read_text().splitlines()[4:])
 
 
+def test_rows_of_another_number_of_threads_or_another_device_are_not_taken(
+    laboratory, tmp_path, monkeypatch
+):
+    """Sums may be taken in another order there."""
+    for name, value in (("threads", 7), ("gpu_layers", 3)):
+        laboratory.run(TASKS[:1], tmp_path)
+        with monkeypatch.context() as changed:
+            changed.setattr(laboratory.engine, name, value)
+            laboratory.run(TASKS[:1], tmp_path)
+    assert len(list(tmp_path.glob("sweep-*.jsonl"))) == 3
+
+
 def test_strength_zero_is_the_unmodified_model(laboratory):
     none = laboratory.evaluate(Task("none"))
     zero = laboratory.evaluate(Task("commitment", 0.0, "all", 1))
@@ -132,7 +144,7 @@ def test_rows_at_the_logs_dose_have_it_in_this_model(laboratory):
         (one,) = laboratory.injection(task).commitments
         dose = laboratory.dose(task) * typical / np.linalg.norm(one.direction)
         assert dose == pytest.approx(log_experiments.log_dose(named.strength, named.layers))
-        assert row.english == f"the log's dose of {named.english}"
+        assert row.label == f"the log's dose of {named.label}"
 
 
 def test_ranges_of_the_same_layers_have_the_same_span():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lablog.cvfp.contraction import ContractionObserver, measure, spectral_norm
+from lablog.cvfp.contraction import ContractionObserver, contraction_of, spectral_norm
 from lablog.cvfp.phase1 import train
 
 VARIANTS = ("parallel", "sequential", "true_pass")
@@ -119,7 +119,7 @@ def test_true_passes_learn_to_contract(network, embeddings, phase1):
     config = replace(phase1, variant="true_pass", diversity_weight=0.01, iterations=30,
                      learning_rate=0.02, early_stop_from=30)
     block = network(weight_std=0.6)
-    before = measure(block, tokens, 10, 5, 3)
+    before = contraction_of(block, tokens, 10, 5, 3)
     observed = train(block, tokens, config, observe=ContractionObserver(tokens, 10, 5, 3)).observed
     assert before.exponent > observed[-1]["exponent"]
     assert observed[-1]["exponent"] < 0
@@ -127,4 +127,4 @@ def test_true_passes_learn_to_contract(network, embeddings, phase1):
 
 def test_a_text_too_short_for_the_distance_is_refused(network, embeddings):
     with pytest.raises(ValueError, match="leave the text of 8 tokens"):
-        measure(network(), embeddings(8), 10, 3, 0)
+        contraction_of(network(), embeddings(8), 10, 3, 0)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
@@ -340,7 +339,7 @@ def test_prepared_texts(prepared):
         )
 
 
-def test_files_that_both_chapters_share_are_replaced_as_a_whole(tmp_path):
+def test_chapters_with_other_settings_have_files_of_their_own(tmp_path):
     config = ModelConfig(context_dim=8, embed_dim=8, num_layers=1, layernorm_mix=1.0,
                          weight_std=0.1, bias_std=0.01)
     settings = {"text_source": "self_consistency", "tokenizer": "project", "embedding": "gaussian",
@@ -348,12 +347,12 @@ def test_files_that_both_chapters_share_are_replaced_as_a_whole(tmp_path):
                 "val_data_source": "text_file", "device": "cpu"}
     files = data.prepare(tmp_path, config, vocabulary=600, seed=1, **settings).files.values()
     before = [path.read_bytes() for path in files]
-    with ExitStack() as held:
-        readers = [held.enter_context(path.open("rb")) for path in files]
-        data.prepare(tmp_path, config, vocabulary=500, seed=2, **settings)
-        assert [reader.read() for reader in readers] == before
-    assert all(path.read_bytes() != old for path, old in zip(files, before, strict=True))
-    assert not list(tmp_path.glob(".*")), "no scratch file stays"
+    others = data.prepare(tmp_path, config, vocabulary=500, seed=2, **settings).files.values()
+    assert [path.read_bytes() for path in files] == before
+    assert all(path.read_bytes() != old for path, old in zip(others, before, strict=True))
+    again = data.prepare(tmp_path, config, vocabulary=600, seed=1, **settings).files.values()
+    assert list(again) == list(files)
+    assert not list(tmp_path.rglob(".*")), "no scratch file stays"
 
 
 def test_convergence_command(prepared, phase1, capsys):

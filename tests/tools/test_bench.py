@@ -9,7 +9,7 @@ from tiny_gguf import write_tiny
 from lablog.profiles import load
 from lablog.record import Metric
 from lablog.run import Run
-from lablog.speed import TARGETS
+from lablog.speed_page import TARGETS
 from tools import bench, bench_cvfp, bench_pretrained, bench_qlora
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lablog import layout
+from lablog.profiles import load
 from tools import check, help, native, publish
 
 
@@ -80,26 +82,39 @@ def test_a_failed_build_shows_the_end_of_its_log_and_goes_on_counting(folder: Pa
 # --- publish and help -----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def clone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone that generates and publishes below `folder`."""
+    for module in (publish, layout):
+        monkeypatch.setattr(module, "repository", lambda: folder)
+    return folder
+
+
+@pytest.mark.parametrize(("results", "chosen"), [
+    ("laptop", []), ("laptop", ["02"]), (None, ["--set", "02.items=7", "--", "02"])])
 def test_records_chosen_figures_and_the_record_of_speed_are_published(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    clone: Path, results: str | None, chosen: list[str]
 ):
-    for name in ("build/laptop/records/02_lambda_calibration.json", "build/bench.json",
-                 "build/laptop/figures/02_lambda_calibration/heat.svg",
-                 "build/laptop/figures/02_lambda_calibration/other.svg"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    monkeypatch.setattr(sys, "argv", ["publish.py", "laptop"])
-    publish.main()
-    published = {str(path.relative_to(folder / "book/records"))
-                 for path in (folder / "book").rglob("*.*")}
+    made = results or load("laptop", ["02.items=7"]).name
+    for name in (f"build/{made}/records/02_lambda_calibration.json", "build/bench.json",
+                 f"build/{made}/figures/02_lambda_calibration/heat.svg",
+                 f"build/{made}/figures/02_lambda_calibration/other.svg"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text(name)
+    publish.main(["--profile", "laptop", *chosen])
+    published = {str(path.relative_to(clone / "book/records"))
+                 for path in (clone / "book").rglob("*.*")}
     assert published == {"bench.json", "laptop/heat.svg", "laptop/02_lambda_calibration.json"}
 
 
-def test_nothing_to_publish_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["publish.py", "study"])
-    with pytest.raises(SystemExit, match="run `make reproduce PROFILE=study` first"):
-        publish.main()
-    assert not (folder / "book").exists()
+@pytest.mark.parametrize("arguments", [["--profile", "study"], ["--profile", "laptop", "01"]])
+def test_nothing_to_publish_is_an_error(clone: Path, arguments: list[str]):
+    record = clone / "build" / "laptop" / "records" / "02_lambda_calibration.json"
+    record.parent.mkdir(parents=True)
+    record.touch()
+    with pytest.raises(SystemExit, match="run `make reproduce` with the same PROFILE"):
+        publish.main(arguments)
+    assert not (clone / "book").exists()
 
 
 def test_help_shows_targets_and_options():

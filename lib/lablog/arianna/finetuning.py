@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -60,9 +61,9 @@ def feed_forward_width(width: int, multiple: int = 4) -> int:
     return multiple * math.ceil(8 * width // 3 / multiple)
 
 
-def base_tokenizer(documents: Sequence[str], vocabulary: int, path: Path,
+def base_tokenizer(documents: Sequence[str], vocabulary: int, runs: Path,
                    megabytes: float = math.inf) -> Tokenizer:
-    """Train the tokenizer `path` on lines of about `megabytes` of the documents, evenly spread.
+    """Train a tokenizer on lines of about `megabytes` of the documents, evenly spread, in `runs`.
 
     Its pieces are those of llama2.c, see `train_tokenizer`. ValueError if `megabytes` is not above
     0 or `vocabulary` too small.
@@ -72,7 +73,9 @@ def base_tokenizer(documents: Sequence[str], vocabulary: int, path: Path,
     size = sum(len(document.encode()) for document in documents)
     every = documents[:: max(1, round(size / (1e6 * megabytes)))]
     lines = sorted({line for document in every for line in document.splitlines() if line})
-    return train_tokenizer(lines, vocabulary, path, add_prefix_space=True, llama2c=True)
+    made_of = key(base_tokenizer, hashlib.sha256("\n".join(lines).encode()).hexdigest(), vocabulary)
+    return train_tokenizer(lines, vocabulary, runs / f"tokenizer-{made_of}" / "tokenizer.model",
+                           add_prefix_space=True, llama2c=True)
 
 
 def _train(name: str, start: ModelShape | Path, shape: ModelShape, settings: TrainingSettings,

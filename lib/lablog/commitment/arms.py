@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from lablog.commitment import latent_sources, sampler
-from lablog.commitment.chats import from_hub
+from lablog.commitment.chats import chats_hash, from_hub
 from lablog.commitment.conversations import Conversation, Conversations, ConversationSettings
 from lablog.commitment.diagnostics import choices
 from lablog.commitment.latent_sources import Source
@@ -30,7 +30,6 @@ from lablog.commitment.qlora import (
     CommittedModel,
     LoraSettings,
     Plan,
-    base_hash,
     load_committed,
     load_to_read,
     plan_of,
@@ -41,6 +40,7 @@ from lablog.commitment.torch_speaker import TorchSpeaker
 from lablog.determinism import seed_everything
 from lablog.files import atomic_write
 from lablog.keys import key
+from lablog.models.training import model_hash
 from lablog.progress import progress
 from lablog.text.chat_tokenizer import tokenizer_of
 from lablog.text.dialogues import ASKED, load_settings, new_phrasings, settings_for, things
@@ -175,7 +175,7 @@ class Experiment:
     def data_key(self, name: str) -> str:
         """What the conversations of a training are made of."""
         if self.data != "dialogues":
-            return key(from_hub, self.data)
+            return key(from_hub, chats_hash(self.data.removeprefix("hub:")))
         return key(Conversations, conversations(TRAININGS[name], self.settings))
 
     def folder(self, base: int, seed: int, name: str) -> Path:
@@ -225,17 +225,17 @@ class Experiment:
             self.folder(base, seed, name), self.data_key(name))
 
     def model(self, base: int, seed: int, arm: Arm) -> CommittedModel:
-        """The model of an arm.
+        """The model of an arm, which is trained if it has not been.
 
         The untrained W_c is the native sampler's, and its λ gives it the trained one's length.
         """
         folder = self.bases[base]
         if arm.training in TRAININGS:
-            return load_committed(folder, self.folder(base, seed, arm.training))
+            return load_committed(folder, self.train(base, seed, arm.training))
         model = load_to_read(folder, self.plan)
         if arm.training == "base":
             return CommittedModel(model)
-        trained = VariationalCommitment.load(self.folder(base, seed, "commitment"))
+        trained = VariationalCommitment.load(self.train(base, seed, "commitment"))
         settings, length = trained.settings, trained.projection.norm().item()
         sampled = torch.from_numpy(sampler.sample(seed, settings.k, settings.width).projection)
         strength = settings.strength * length / sampled.norm().item()
@@ -252,7 +252,7 @@ class Experiment:
         arm = ARMS[name]
         made = "commitment" if arm.training == "random" else arm.training
         trained = self.folder(base, seed, made).name if made in TRAININGS else ""
-        made_of = key(Experiment.measure, trained, base_hash(self.bases[base]), self.plan, arm,
+        made_of = key(Experiment.measure, trained, model_hash(self.bases[base]), self.plan, arm,
                       seed, asked)
         kept = self.artifacts / "measured" / f"{made_of}.json"
         if kept.is_file():

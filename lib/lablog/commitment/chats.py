@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -70,6 +71,19 @@ def from_hub(name: str, tokenizer: AnyTokenizer, window: int, split: str,
 
     Raises ValueError when it cannot be loaded or has no such column.
     """
+    return Chats(texts(name, split), tokenizer, window, chat)
+
+
+def chats_hash(name: str) -> str:
+    """SHA-256 over the texts of a data set that is trained on."""
+    digest = hashlib.sha256()
+    for text in texts(name, "train"):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def texts(name: str, split: str) -> Sequence[str]:
+    """The column ``text``, as `from_hub` has it."""
     from datasets import load_dataset
 
     try:
@@ -79,4 +93,4 @@ def from_hub(name: str, tokenizer: AnyTokenizer, window: int, split: str,
                          "name and the network, or give the path of a local copy") from error
     if "text" not in rows.column_names:
         raise ValueError(f"the data set {name!r} has no column `text`, only {rows.column_names}")
-    return Chats(rows["text"], tokenizer, window, chat)
+    return list(rows["text"])

@@ -17,19 +17,16 @@ from lablog.text.dialogues import DialogueSettings, Turn, generate
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When the lab log's words apply; fixed before any measurement, relative to λ = 0."""
+    """When the lab log's words apply; fixed before any measurement, relative to λ = 0.
+
+    Incoherent: the held-out perplexity is above `perplexity_ratio` times that at λ = 0, or the most
+    probable token the same in less than the share `same_top_token` of positions. Repetitive: the
+    rate of repeated 4-grams is more than `repeated_4grams` above that at λ = 0.
+    """
 
     perplexity_ratio: float = 1.5
     same_top_token: float = 0.5
     repeated_4grams: float = 0.10
-
-    def __str__(self) -> str:
-        return (
-            f"incoherent: held-out perplexity above {self.perplexity_ratio} × that at λ = 0, or "
-            f"the most probable token the same as at λ = 0 in less than "
-            f"{100 * self.same_top_token:.0f}% of positions; repetitive: rate of repeated 4-grams "
-            f"more than {100 * self.repeated_4grams:.0f} points above λ = 0; coherent: neither"
-        )
 
 
 @dataclass(frozen=True)

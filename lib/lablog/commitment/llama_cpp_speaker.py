@@ -361,24 +361,25 @@ class Speakers:
     """A model in memory, and as many contexts of it as are worth having: each speaks by itself, in
     one thread at a time. A context manager, or `close` it.
 
-    workers: how many there are. gpu_layers: layers on the GPU, of a llama.cpp built for it.
+    workers: how many there are, of so many `threads` each. gpu_layers: layers on the GPU, of a
+    llama.cpp built for it.
     """
 
     def __init__(self, gguf: Path, sequences: int, window: int, chat: str = "plain",
                  gpu_layers: int = 0, system: str = "") -> None:
         self.gguf, self.sequences, self.window = gguf, sequences, window
-        self.chat, self.system = chat, system
+        self.chat, self.system, self.gpu_layers = chat, system, gpu_layers
         self._stack = ExitStack()
         self.model = self._stack.enter_context(Model(gguf, gpu_layers))
         if chat == "plain" and self.model.chat_template is not None:
             warnings.warn(f"{gguf.name} was taught to chat in a template of its own and is spoken "
                           "to in plain lines; chat=auto uses its template", stacklevel=2)
         small = self.model.parameters <= SMALL
-        self.workers = usable_threads() if small else 1
+        self.workers, self.threads = (usable_threads(), 1) if small else (1, usable_threads())
         self._idle: queue.SimpleQueue[LlamaCppSpeaker] = queue.SimpleQueue()
         for _ in range(self.workers):
             context = Context(self.model, sequences, window,
-                              threads=1 if small else usable_threads(), cache_type="f16")
+                              threads=self.threads, cache_type="f16")
             self._idle.put(LlamaCppSpeaker(self._stack.enter_context(context), chat, system))
 
     @contextmanager

@@ -11,26 +11,23 @@ RANGES = ("all", "last quarter", "first quarter", "layer 0")
 
 
 class NamedRow(NamedTuple):
-    """A row that has a name in the records and in both languages: λ in a named range."""
+    """A row that has a name in the records and in figures: λ in a named range."""
 
     key: str
-    english: str
-    japanese: str
+    label: str
     strength: float
     layers: str
 
 
 NAMED_ROWS = (
-    NamedRow("lambda1.all", "λ = 1, all layers", "λ = 1, 全層", 1.0, "all"),
-    NamedRow("lambda0.1.all", "λ = 0.1, all layers", "λ = 0.1, 全層", 0.1, "all"),
-    NamedRow("lambda0.01.all", "λ = 0.01, all layers", "λ = 0.01, 全層", 0.01, "all"),
-    NamedRow("lambda0.01.last_quarter", "λ = 0.01, last quarter", "λ = 0.01, 最後の四分の一",
-             0.01, "last quarter"),
+    NamedRow("lambda1.all", "λ = 1, all layers", 1.0, "all"),
+    NamedRow("lambda0.1.all", "λ = 0.1, all layers", 0.1, "all"),
+    NamedRow("lambda0.01.all", "λ = 0.01, all layers", 0.01, "all"),
+    NamedRow("lambda0.01.last_quarter", "λ = 0.01, last quarter", 0.01, "last quarter"),
 )
 """The log's four experiments; its "last 8 layers" of 32 are the last quarter."""
 AT_LOG_DOSE = tuple(
-    row._replace(key=f"log_dose.{row.key}", english=f"the log's dose of {row.english}",
-                 japanese=f"ログの {row.japanese} と同じ用量")
+    row._replace(key=f"log_dose.{row.key}", label=f"the log's dose of {row.label}")
     for row in NAMED_ROWS
 )
 """The same four with the dose, not the λ, that they had in the log; λ depends on the model."""

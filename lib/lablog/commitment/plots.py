@@ -69,8 +69,8 @@ def named_rows(table: pd.DataFrame, named: Sequence[NamedRow]) -> Drawn:
     """The three probe families for named rows with their doses, controls and baselines."""
     rows = [(label, control, "all", 0.0) for control, label in WITHOUT.items()
             if control in set(table["control"])]
-    rows += [(row.english, "commitment", row.layers, row.strength) for row in named]
-    rows += [(f"{row.english}: redrawn", "redrawn", row.layers, row.strength) for row in named]
+    rows += [(row.label, "commitment", row.layers, row.strength) for row in named]
+    rows += [(f"{row.label}: redrawn", "redrawn", row.layers, row.strength) for row in named]
     keyed = table.set_index(["control", "layers", "strength"])
     data = pd.DataFrame(
         [{"row": label, "strength": s, **keyed.loc[(c, layers, s), :].to_dict()}

@@ -47,7 +47,7 @@ from lablog.commitment.torch_injection import injected
 from lablog.files import sha256_of
 from lablog.keys import key
 from lablog.models.trainer import GuardedTrainer
-from lablog.models.training import TrainingSettings, train_to_folder
+from lablog.models.training import TrainingSettings, model_hash, train_to_folder
 from lablog.strict import Strict
 
 Quantisation = Literal["nf4", "none"]
@@ -336,13 +336,13 @@ def layers_of(plan: Plan, layers: int) -> tuple[int, int]:
 
 
 def base_hash(folder: Path) -> str:
-    """SHA-256 over the base's weights and configuration."""
+    """SHA-256 over the base's weights and configuration: what a commitment belongs to."""
     return sha256_of([*folder.glob("*.safetensors"), folder / "config.json"], folder)
 
 
 def training_key(base: Path, plan: Plan, data: str) -> str:
     """Key of what `plan` trains on `base` with the conversations of the key `data`."""
-    return key(train_commitment, plan, base_hash(base), data)
+    return key(train_commitment, plan, model_hash(base), data)
 
 
 def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, output: Path,
@@ -355,7 +355,7 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
     for a k beyond the width or layers that the model does not have.
     """
     digest = base_hash(base)
-    made_of = key(train_commitment, plan, digest, data_key)
+    made_of = training_key(base, plan, data_key)
     commitments = getattr(dataset, "commitments", 0)
     if not commitments and plan.k and (plan.schedule.cells or plan.code == "label"):
         raise ValueError(f"cells = {plan.schedule.cells:g}, code = {plan.code}: cells and labels "

@@ -151,7 +151,8 @@ def sweep(engine: Speakers, tasks: Sequence[Task], conditions: Conditions,
     again after an interruption. Ranges that name the same layers of this model are computed once.
     """
     made_of = key(evaluate, conditions.k, conditions.items, conditions.material, engine.sequences,
-                  engine.window, engine.chat, engine.system, engine.gguf)
+                  engine.window, engine.chat, engine.system, engine.gguf, engine.gpu_layers,
+                  engine.threads)
     artifacts.mkdir(parents=True, exist_ok=True)
     journal = artifacts / f"sweep-{made_of}.jsonl"
     layers = engine.model.layers

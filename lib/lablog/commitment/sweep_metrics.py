@@ -125,10 +125,10 @@ def check_named(ranges: Sequence[str], strengths: Sequence[float]) -> None:
     """ValueError, before anything is swept, where a grid does not hold the log's four rows."""
     for row in NAMED_ROWS:
         if row.layers not in ranges:
-            raise ValueError(f"ranges = {[*ranges]}: the log's experiment {row.english!r} needs "
+            raise ValueError(f"ranges = {[*ranges]}: the log's experiment {row.label!r} needs "
                              f"{row.layers!r}: add it")
         if row.strength not in strengths:
-            raise ValueError(f"strengths = {[*strengths]}: the log's experiment {row.english!r} "
+            raise ValueError(f"strengths = {[*strengths]}: the log's experiment {row.label!r} "
                              f"needs {row.strength:g}: add it")
 
 
@@ -143,7 +143,7 @@ def of_named_rows(rows: pd.DataFrame, named: Sequence[NamedRow] = NAMED_ROWS) ->
         for control, prefix in (("commitment", ""), ("redrawn", "redrawn.")):
             part = _configuration(rows, control, row.layers, row.strength)
             if part.empty:
-                raise ValueError(f"the sweep holds no row {row.english!r} ({control}): add "
+                raise ValueError(f"the sweep holds no row {row.label!r} ({control}): add "
                                  f"{row.strength:g} to the strengths")
             groups[prefix + row.key] = part
     return [metric.under(name) for name, part in groups.items()

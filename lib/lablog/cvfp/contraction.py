@@ -41,7 +41,7 @@ def spectral_norm(block: CVFPBlock) -> float:
     return float(torch.stack(norms).max())
 
 
-def measure(block: CVFPBlock, tokens: Tensor, distance: int, changed: int,
+def contraction_of(block: CVFPBlock, tokens: Tensor, distance: int, changed: int,
             seed: int) -> Contraction:
     """On a text [n, embed_dim], read once from zero; the first fifth warms the tangent up.
 
@@ -59,7 +59,7 @@ def measure(block: CVFPBlock, tokens: Tensor, distance: int, changed: int,
 
 @dataclass(frozen=True)
 class ContractionObserver:
-    """:func:`measure` as ``phase1.train`` calls it behind every pass."""
+    """:func:`contraction_of` as ``phase1.train`` calls it behind every pass."""
 
     tokens: Tensor
     distance: int
@@ -69,8 +69,8 @@ class ContractionObserver:
     @property
     def key(self) -> str:
         """Key of the measurement, its code and its text."""
-        return key(measure, self.tokens, self.distance, self.changed, self.seed)
+        return key(contraction_of, self.tokens, self.distance, self.changed, self.seed)
 
     def __call__(self, block: CVFPBlock) -> dict[str, float | int | None]:
         """The network's contraction, by name."""
-        return asdict(measure(block, self.tokens, self.distance, self.changed, self.seed))
+        return asdict(contraction_of(block, self.tokens, self.distance, self.changed, self.seed))

@@ -7,6 +7,7 @@ Test: dialogues that occur in neither (the log has none).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lablog.cvfp.model import ModelConfig, Token, TokenEmbedding
 from lablog.files import atomic_write, repository
+from lablog.keys import key
 from lablog.models import locate
 from lablog.text.bpe import GGUFTokenizer
 from lablog.text.corpora import SUFFIXES, documents
@@ -151,8 +153,8 @@ def prepare(
 ) -> Prepared:
     """Everything that both notebooks feed to a network; writes only into `folder`.
 
-    The notebooks share the folder: each file is replaced as a whole, so that one that runs beside
-    the other reads the old file or the new one.
+    What is written lies in a folder of its own, named by all that decides it, so that a notebook
+    that runs beside with other settings reads other files.
 
     `tokenizer`: "project" trains one of `vocabulary` pieces on the training documents, anything
     else is a ``.model`` or ``.gguf``, its path from the repository or its name in a package index.
@@ -163,6 +165,9 @@ def prepare(
     one of the `files`.
     """
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
+    made_of = key(prepare, hashlib.sha256("\0".join(documents_).encode()).hexdigest(), tokenizer,
+                  vocabulary, embedding, window, config.embed_dim, dialogues, dialogue_tokens, seed)
+    folder = folder / f"texts-{made_of}"
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",
              "embedding": folder / "embedding.safetensors"}
     if text_source.endswith(SUFFIXES):

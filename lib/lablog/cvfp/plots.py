@@ -13,9 +13,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from lablog.cvfp.checks import effective_rank, effective_rank_of, singular_values
+from lablog.cvfp.metrics import bootstrap_perplexity
 from lablog.cvfp.passes import Passes
 from lablog.cvfp.phase2 import Phase2Result, Predictions
-from lablog.cvfp.results import bootstrap_perplexity
 from lablog.cvfp.rollout import TOLERANCE, Rollout
 from lablog.figures import GREY, MARKERS, Drawn
 

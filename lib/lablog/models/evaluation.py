@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from lablog.text import dialogues
@@ -40,17 +39,6 @@ def answers(
 
 
 @torch.inference_mode()
-def perplexity(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """exp of the mean negative log-likelihood per token over all texts, each after BOS."""
-    total, count = 0.0, 0
-    for text in texts:
-        ids = torch.tensor([tokenizer.encode(text, bos=True)])
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-        count += ids.shape[1] - 1
-    return float(np.exp(total / count))
-
-
 def recall_accuracy(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,

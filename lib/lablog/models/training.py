@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from lablog.determinism import seed_everything
-from lablog.files import atomic_write, sha256
+from lablog.files import atomic_write, sha256_of
 from lablog.keys import key
 from lablog.models.shape import ModelShape
 from lablog.models.trainer import Fresh, WeightedTrainer, last_good, pad_items
@@ -57,6 +58,25 @@ class TrainingSettings(Strict):
     seed: int = 0
     checkpoint_every: int = Field(ge=1)
     log_every: int = Field(ge=1)
+
+
+MADE = ("training.json", "tensorboard")
+"""What a trained folder holds of its making, which differs between equal models: times."""
+
+
+def model_hash(folder: Path) -> str:
+    """SHA-256 over all files of a Hugging Face folder that decide what the model computes, and how
+    it is spoken to: weights, configuration, tokenizer, chat template, and whatever else is there.
+    """
+    files = [path for path in folder.rglob("*")
+             if path.is_file() and path.relative_to(folder).parts[0] not in MADE]
+    stamp = tuple(sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+    return _hash(folder, stamp)
+
+
+@lru_cache(maxsize=16)
+def _hash(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
+    return sha256_of([Path(path) for path, _, _ in stamp], folder)
 
 
 def check_schedule(settings: TrainingSettings) -> None:
@@ -124,9 +144,7 @@ def train_causal_lm(
     infinite; OSError if the disk is full. The last good checkpoint stays.
     """
     vocabulary = Tokenizer(tokenizer)
-    origin = (
-        start.model_dump() if isinstance(start, ModelShape) else sha256(start / "model.safetensors")
-    )
+    origin = start.model_dump() if isinstance(start, ModelShape) else model_hash(start)
     made_of = key(train_causal_lm, settings, origin, data_key, vocabulary.hash)
 
     def build(arguments: TrainingArguments) -> Trainer:

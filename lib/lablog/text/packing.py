@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lablog.files import atomic_folder, atomic_write, sha256
+from lablog.keys import key
 from lablog.progress import progress
 from lablog.text.datasets import Item
 from lablog.text.tokenizer import Tokenizer
@@ -92,11 +93,12 @@ def pack(
     """
     if not documents or len(tokenizer) > 1 << 16:
         raise ValueError(f"{len(documents)} documents, {len(tokenizer)} token ids: cannot pack")
-    content = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    made_of = key(pack, hashlib.sha256("\0".join(documents).encode()).hexdigest(),
+                  tokenizer.hash, shard)
     found = folder / "manifest.json"
     if found.is_file():
         held_already = json.loads(found.read_text())
-        if (held_already["content"], held_already["tokenizer"]) == (content, tokenizer.hash):
+        if held_already.get("key") == made_of:
             return Stream(folder, tokenizer)
     with atomic_folder(folder) as scratch:
         held: list[NDArray[np.uint16]] = []
@@ -123,7 +125,7 @@ def pack(
         bar.close()
         flush(0)
         manifest = {
-            "tokenizer": tokenizer.hash, "content": content, "documents": len(documents),
+            "tokenizer": tokenizer.hash, "key": made_of, "documents": len(documents),
             "bytes": sum(len(document.encode()) for document in documents), "tokens": tokens,
             "shards": shards,
         }

@@ -1,11 +1,11 @@
-"""Intervals and ratios of the CVFP results."""
+"""Intervals and ratios of the CVFP metrics."""
 
 import math
 
 import pytest
 import torch
 
-from lablog.cvfp import results
+from lablog.cvfp import metrics
 from lablog.cvfp.convergence import Trials
 from lablog.cvfp.lyapunov import batch_means
 from lablog.cvfp.passes import Passes
@@ -24,10 +24,10 @@ def predictions(*nll):
 
 def test_bootstrap_covers_the_perplexity_and_vanishes_for_equal_dialogues():
     equal = predictions(*[2.0, 1.0] * 50)
-    spread = results.bootstrap_perplexity(equal, 10, 500, 0)
+    spread = metrics.bootstrap_perplexity(equal, 10, 500, 0)
     assert spread.low == pytest.approx(spread.high) == pytest.approx(math.exp(1.5))
     mixed = Predictions(torch.arange(100.0) / 50, torch.ones(100, dtype=torch.bool))
-    spread = results.bootstrap_perplexity(mixed, 10, 500, 0)
+    spread = metrics.bootstrap_perplexity(mixed, 10, 500, 0)
     assert spread.low < mixed.perplexity < spread.high
     assert spread.method == "bootstrap over 10 dialogues"
 
@@ -36,7 +36,7 @@ def test_ratio_is_paired_over_tokens():
     noise = torch.randn(100, generator=torch.Generator().manual_seed(0))
     ours = Predictions(5 + noise, noise > 0)
     other = Predictions(5 + noise + math.log(2), noise > 0)
-    metric = results.perplexity_ratio("other.over_ours.test", other, ours, 10)
+    metric = metrics.perplexity_ratio("other.over_ours.test", other, ours, 10)
     assert metric.value == pytest.approx(2)
     low, high = metric.interval
     assert high - low < 1e-6, "the noise is the same on both sides"
@@ -51,14 +51,14 @@ def test_batch_means_need_two_values_a_batch():
 
 
 def test_check_3_lets_a_constant_through():
-    found = by_name(results.check_3(Passes.unchanged(torch.ones(5, 3), 3)))
+    found = by_name(metrics.check_3(Passes.unchanged(torch.ones(5, 3), 3)))
     assert {name: metric.value for name, metric in found.items()} == {
         "convergence": 1, "final_diff": 0, "check3": "pass"}
 
 
 def test_checks_1_and_2_say_the_same_in_the_record_and_in_the_table():
     contexts = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    spread = results.Spread.of(contexts, contexts, "training")
+    spread = metrics.Spread.of(contexts, contexts, "training")
     found, row = by_name(spread.metrics), spread.row
     assert row["share"] == found["effective_rank"].value == row["effective rank"] / 4
     assert found["effective_rank_centred"].numerator == row["centred"]
@@ -75,7 +75,7 @@ def test_relative_errors_are_per_context():
 
 def test_memory_beyond_the_curve_is_undefined_and_not_a_number():
     curve = torch.tensor([[1.0, 1.0], [0.5, 0.3], [0.001, 0.003]])
-    forgets, keeps = (by_name(results.memory(part, 0.01)) for part in (curve, curve[:2]))
+    forgets, keeps = (by_name(metrics.memory(part, 0.01)) for part in (curve, curve[:2]))
     length = forgets["memory_length"]
     assert (length.value, length.n, length.undefined) == (1, 2, None)
     length = keeps["memory_length"]
@@ -84,13 +84,13 @@ def test_memory_beyond_the_curve_is_undefined_and_not_a_number():
 
 
 def test_exponent_trials_and_rollout_are_what_was_measured():
-    (exponent,) = results.exponent(torch.tensor([1.0, 3.0]).repeat(20))
+    (exponent,) = metrics.exponent(torch.tensor([1.0, 3.0]).repeat(20))
     assert (exponent.value, exponent.interval) == (2, (2, 2)), "all batches have one mean"
-    assert results.exponent(torch.ones(5))[0].interval is None
+    assert metrics.exponent(torch.ones(5))[0].interval is None
     trials = Trials((0.5, 0.3, 0.1))
-    assert by_name(results.trials(trials))["trials.class"].value == trials.verdict == "CONVERGING"
+    assert by_name(metrics.trials(trials))["trials.class"].value == trials.verdict == "CONVERGING"
     exact = torch.ones(4, 3)
     found = Rollout(1.1 * exact, "jacobi", passes=2.5, sequential_tokens=0)
-    told = by_name(results.accuracy_of(found, exact))
+    told = by_name(metrics.accuracy_of(found, exact))
     assert told["error"].value == pytest.approx(0.1)
     assert (told["passes"].value, told["loop_tokens"].value) == (2.5, 0)
