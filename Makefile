@@ -34,7 +34,7 @@ ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 TOOL         := python3 lib/tools
 NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 
-.PHONY: help setup lock lab reproduce test book bench verify why compare publish clean distclean \
+.PHONY: help setup lock lab reproduce test book bench verify why claims compare publish clean distclean \
         test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -95,6 +95,9 @@ why: ## say for each notebook whether it would run, and because of what
 
 compare: ## say what changed between two runs, each a profile, a folder or a record: A=... B=...
 	@PYTHONPATH=lib $(PY) -m tools.compare '$(A)' '$(B)'
+
+claims: setup ## every claim of the logs beside its measured value (OF=own: of this clone's runs)
+	@$(PY) -m lablog.claims --of $(or $(OF),published)
 
 verify: setup ## run the notebooks twice and compare the records
 	@$(PY) -m lablog.runner verify $(ARGUMENTS)

@@ -15,7 +15,7 @@ import pytest
 from clone import contents
 from filelock import FileLock, Timeout
 
-from lablog import book, figures, layout, speed_page
+from lablog import book, claims, figures, layout, speed_page
 from lablog.book import BookError, models_page
 from lablog.model_list import listed
 from lablog.provenance import CloneState, Machine
@@ -112,7 +112,7 @@ def pages(html: Path) -> list[Path]:
 
 def test_the_book_has_chapters_results_and_instructions(made: tuple[Path, Path]):
     html = made[1]
-    for name in ("index.html", "intro.html", "results.html", "speed.html", "reproduce.html",
+    for name in ("index.html", "intro.html", "results.html", "claims.html", "speed.html", "reproduce.html",
                  f"notebooks/{NAME}.html", "notebooks/02_beta.html"):
         assert (html / name).is_file(), name
     chapter = (html / "notebooks" / f"{NAME}.html").read_text()
@@ -163,6 +163,17 @@ def test_the_picture_of_speed_has_a_bar_for_each_mode():
     assert [bar.get_width() for axes in drawn.axes for bar in axes.patches] == [*modes.values()]
     assert data["mode"].tolist() == ["f32", "bf16 compiled", "pytorch"]
     plt.close(drawn)
+
+
+def test_every_claim_is_in_the_book_and_leads_to_its_record(made: tuple[Path, Path]):
+    html = made[1]
+    page = (html / "claims.html").read_text()
+    assert all(f'<tr id="{row.id}"' in page for row in claims.load_claims())
+    linked = set(re.findall(r'href="(records/[^"]+)"', page))
+    assert len(linked) > 4
+    assert all(Record.read(html / link).metrics for link in linked)
+    assert "_static/claims.js" in page
+    assert list((html / "_downloads").rglob("claims.csv"))
 
 
 def test_a_clones_own_speed_is_shown_before_the_published(

@@ -1,7 +1,7 @@
 """Builds the book from executed notebooks, records and figures.
 
 The book executes nothing. Chapters are the notebooks that have a result in the profile's folder;
-the pages of results and of speed are rendered from records.
+the pages of claims, of results and of speed are rendered from records.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock
 
-from lablog import layout, model_list, speed_page
+from lablog import claims, claims_page, layout, model_list, speed_page
 from lablog.files import atomic_write, data_file, repository, sha256_of
 from lablog.record import Record
 from lablog.report import IN_PROSE, reject_judgements
@@ -87,8 +87,9 @@ def _inputs(folder: Path) -> str:
     pages = [path for path in (root / "book").rglob("*") if path.is_file()]
     results = [path for kind in ("records", "notebooks", "figures")
                for path in (folder / kind).rglob("*") if path.is_file()]
-    own = [root / "pyproject.toml", data_file("models.yaml"), Path(__file__),
-           Path(speed_page.__file__)]
+    own = [root / "pyproject.toml", data_file("models.yaml"), data_file("claims.csv"),
+           *(Path(module.__file__ or "") for module in (sys.modules[__name__], claims, claims_page,
+                                                        speed_page))]
     bench = [path for path in [layout.benchmark()] if path.is_file()]
     ours = sha256_of([*pages, *own, *bench], root)
     return f"{ours} {sha256_of(results, folder)}\n"
@@ -123,6 +124,9 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     (source / "results.md").write_text(results_page(records))
     (source / "published.md").write_text(published_page(source / "records"))
     (source / "models.md").write_text(models_page())
+    published = claims.ledger(claims.read_records(source / "records"))
+    (source / "claims.md").write_text(
+        claims_page.page(published, source, {record.notebook for record in records}))
     (source / "speed.md").write_text(speed_page.page(speed_page.latest(), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)
@@ -142,6 +146,9 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     if run.returncode or not (made / "index.html").is_file():
         raise BookError(f"the book was not built:\n{run.stdout[-4000:]}")
     # Sphinx copies only what its pages name; figures link their data in HTML of their own.
+    for kept in source.glob("records/**/*.json"):
+        (made / kept.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept, made / kept.relative_to(source))
     for record in records:
         figures = folder / "figures" / record.notebook
         if figures.is_dir():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lablog.commitment.language import divergences, reading
 from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
 from lablog.text.dialogues import DialogueSettings, Turn, generate
 
@@ -88,16 +89,11 @@ def make_material(settings: DialogueSettings, seed: int, texts: int, continuatio
     return Material(tuple(dialogues), uniforms)
 
 
-def _divergence(committed: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """D_KL of each row of log probabilities, float64 [rows]."""
-    return np.einsum("ij,ij->i", np.exp(committed), committed - base).astype(np.float64)
-
-
 def divergence(speaker: LlamaCppSpeaker, material: Material, injection: Injection,
                baseline: Baseline) -> np.ndarray:
     """KL to the unmodified model at every token of the held-out texts, float64 [tokens]."""
     rows = speaker.read(material.texts, injection)
-    return np.concatenate([_divergence(mine, base) for mine, base
+    return np.concatenate([divergences(mine, base) for mine, base
                            in zip(rows, baseline.log_probabilities, strict=True)])
 
 
@@ -129,21 +125,20 @@ def coherence(speaker: LlamaCppSpeaker, material: Material, injection: Injection
 
 def _coherence(speaker: LlamaCppSpeaker, material: Material, injection: Injection,
                rows: Sequence[np.ndarray], base: Sequence[np.ndarray]) -> Coherence:
-    loss, read, same = [], [], []
+    read = []
     for turns, mine, unmodified in zip(material.texts, rows, base, strict=True):
         targets = np.array(speaker.history(turns)[1:])
-        loss.append(-mine[np.arange(len(targets)), targets])
-        read.append(_divergence(mine, unmodified))
-        same.append(mine.argmax(axis=1) == unmodified.argmax(axis=1))
+        read.append(reading(mine, unmodified, targets))
     texts = speaker.write(material.openings, injection, material.uniforms)
-    own = [_divergence(mine, unmodified) for mine, unmodified in zip(
+    own = [divergences(mine, unmodified) for mine, unmodified in zip(
         *(speaker.read_written(material.openings, texts, under)
           for under in (injection, Injection())), strict=True)]
-    kl, own_kl = np.concatenate(read), np.concatenate(own)
+    kl, own_kl = np.concatenate([text.divergence for text in read]), np.concatenate(own)
     return Coherence(
-        perplexity=float(np.exp(np.concatenate(loss).mean(dtype=np.float64))),
+        perplexity=float(np.exp(np.concatenate(
+            [text.loss for text in read]).mean(dtype=np.float64))),
         kl_mean=float(kl.mean()), kl_p95=float(np.percentile(kl, 95)),
-        same_top=float(np.concatenate(same).mean()),
+        same_top=float(np.concatenate([text.same_top for text in read]).mean()),
         own_kl_mean=float(own_kl.mean()), own_kl_p95=float(np.percentile(own_kl, 95)),
         repeated_4grams=float(np.mean([repeated_ngrams(text) for text in texts])),
         distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2),

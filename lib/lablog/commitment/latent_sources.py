@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lablog.commitment import probes
+from lablog.commitment.language import reading
 from lablog.commitment.novelty import ProbeSet
 from lablog.commitment.probes import Turns
 from lablog.commitment.torch_speaker import TorchSpeaker
@@ -111,9 +112,8 @@ def own_words(speaker: TorchSpeaker, source: Source, asked: ProbeSet,
                                    strict=True):
         prompt = speaker.prompt(turns)
         own = prompt.own[1:]
-        found, plain = (torch.from_numpy(rows[own]).double() for rows in (mine, before))
-        targets = torch.from_numpy(prompt.ids[1:][own])
-        nll.append(-float(found.gather(1, targets[:, None]).sum()))
+        found = reading(mine[own].astype(float), before[own].astype(float), prompt.ids[1:][own])
+        nll.append(float(found.loss.sum()))
         tokens.append(int(own.sum()))
-        drift.append(float((found.exp() * (found - plain)).sum()))
+        drift.append(float(found.divergence.sum()))
     return OwnWords(np.array(nll), np.array(tokens, float), np.array(drift))

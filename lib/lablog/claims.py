@@ -1,0 +1,322 @@
+"""What is true of the lab logs: every claim beside what was measured, with one verdict by rule.
+
+``data/claims.csv`` holds the claims as the logs state them and, in columns of their own, what is
+measured for each, the rule that compares, and the conditions under which that counts. This module
+applies them to records. ``python -m lablog.claims`` prints the ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from lablog import layout
+from lablog.files import atomic_write, data_file, repository
+from lablog.record import Metric, Record
+from lablog.report import format_metric
+from lablog.strict import Strict, validated
+
+Verdict = Literal["reproduced", "not reproduced", "indicative", "inconsistent", "not run"]
+VERDICTS: tuple[Verdict, ...] = (
+    "reproduced", "not reproduced", "indicative", "inconsistent", "not run")
+Rule = Literal["within", "relative", "factor", "exact", "at least", "below", "above interval",
+               "below interval", "equal", "report"]
+PROFILES = ("full", "pretrained", "pretrained-gpu", "study", "laptop")
+"""From the profile nearest to the logs' conditions to the farthest; smoke settles nothing."""
+BENCH = "bench"
+RECORDED = {
+    "@failures": lambda record: Metric.of("failures", int(record.status != "ok"), "count"),
+    "@without_gpu": lambda record: Metric.of(
+        "trained_without_gpu", "yes" if record.machine.device == "cpu" else "no", "class"),
+}
+"""Measures that are the record's own and no metric of it."""
+
+
+class Claim(Strict):
+    """A row of ``data/claims.csv``. The first seven columns are the logs' words.
+
+    notebook: the first two digits of the chapter that measures it, or ``bench``. measure: names of
+    metrics in its record, with a space between; the rule must hold for all. rule: how a value
+    compares with `number`: ``within`` `allowed` of it, ``relative`` (within the share `allowed`),
+    by at most the ``factor`` `allowed`, ``exact``, ``at least``, ``below``, its whole interval
+    above or below it (``above interval``, ``below interval``), the same word (``equal``), or not
+    at all (``report``). requires: parameters that a record must have for the row to be judged, as
+    ``name=value; name=value``. differs: what is always other than in the log, which lets the row be
+    indicative at most. needs: what it takes to measure it, where no profile does. contradicts:
+    other rows of the logs that this one excludes.
+    """
+
+    id: str = Field(pattern=r"^[A-Z]\d\d$")
+    experiment: Literal["commitment", "cvfp", "arianna"]
+    quantity: str = Field(min_length=1)
+    claimed: str = Field(min_length=1)
+    unit: str
+    tolerance: str
+    conditions: str
+    notebook: str = Field(pattern=r"^(\d\d|bench)$")
+    measure: str = Field(min_length=1)
+    rule: Rule
+    number: str
+    allowed: str
+    requires: str
+    differs: str
+    needs: str
+    contradicts: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Claim:
+        if self.rule not in ("equal", "report"):
+            float(self.number)
+        if (self.rule in ("within", "relative", "factor")) != bool(self.allowed):
+            raise ValueError(f"rule {self.rule!r} and allowed = {self.allowed!r} do not fit")
+        for part in filter(None, self.requires.split("; ")):
+            if "=" not in part:
+                raise ValueError(f"requires holds {part!r}: expected name=value")
+        return self
+
+    @property
+    def conditions_required(self) -> dict[str, str]:
+        """What a record's parameters must be, by name."""
+        return dict(part.split("=", 1) for part in self.requires.split("; ") if part)
+
+    def holds(self, metric: Metric) -> bool | None:
+        """Whether the rule holds for a measured value; None where nothing is compared."""
+        if self.rule == "report":
+            return None
+        if self.rule == "equal":
+            return str(metric.value) == self.number
+        low, high = metric.interval or (metric.value, metric.value)
+        if not isinstance(metric.value, int | float) or low is None or high is None:
+            return None
+        value, number, allowed = float(metric.value), float(self.number), float(self.allowed or 0)
+        match self.rule:
+            case "within":
+                return abs(value - number) <= allowed
+            case "relative":
+                return abs(value - number) <= allowed * abs(number)
+            case "factor":
+                return value > 0 and max(value / number, number / value) <= allowed
+            case "exact":
+                return value == number
+            case "at least":
+                return value >= number
+            case "below":
+                return value < number
+            case "above interval":
+                return float(low) > number
+            case _:
+                return float(high) < number
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one profile's record says of a claim: its metrics, whether the rule holds for all of
+    them (None: nothing is compared), and how its conditions differ from the claim's."""
+
+    profile: str
+    record: Record
+    metrics: tuple[Metric, ...]
+    holds: bool | None
+    differences: tuple[str, ...]
+
+    @property
+    def shown(self) -> str:
+        """The values, with their intervals."""
+        return ", ".join(format_metric(metric, "interval") for metric in self.metrics)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim and its verdict, which rests on the first of what was `measured`."""
+
+    claim: Claim
+    verdict: Verdict
+    measured: tuple[Measured, ...]
+
+    @property
+    def side(self) -> str:
+        """On which side of the row's tolerance the value falls."""
+        holds = self.measured[0].holds if self.measured else None
+        return {True: "within", False: "outside", None: ""}[holds]
+
+    @property
+    def why(self) -> str:
+        """What the verdict rests on beside the value: differences, contradictions, needs."""
+        if self.verdict == "not run":
+            return f"needs {self.claim.needs or self._command()}"
+        if self.verdict == "inconsistent":
+            return f"excludes {' and '.join(self.claim.contradicts.split())} of the same log"
+        return "; ".join(self.measured[0].differences)
+
+    def _command(self) -> str:
+        if self.claim.notebook == BENCH:
+            return "make bench"
+        return f"make reproduce NOTEBOOKS={self.claim.notebook}"
+
+
+def load_claims(path: Path | None = None) -> list[Claim]:
+    """All claims, in order. ValueError names the row and the column that is wrong."""
+    path = path or data_file("claims.csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [validated(Claim, row, f"{path.name}, row {number}")
+                for number, row in enumerate(csv.DictReader(file), 2)]
+    known = [row.id for row in rows]
+    twice = [name for name, count in Counter(known).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path.name}: {', '.join(twice)} stands there twice")
+    for row in rows:
+        if unknown := set(row.contradicts.split()) - set(known):
+            raise ValueError(f"{path.name}: {row.id} contradicts {', '.join(sorted(unknown))}, "
+                             "which is no row")
+    return rows
+
+
+def read_records(root: Path) -> dict[str, dict[str, Record]]:
+    """Records by profile and notebook below a folder that holds one folder a profile, with the
+    records in it or in its ``records``. Failed runs count as well."""
+    found: dict[str, dict[str, Record]] = {}
+    for profile in PROFILES:
+        for folder in (root / profile, root / profile / "records"):
+            for path in sorted(folder.glob("*.json")):
+                record = Record.read(path)
+                found.setdefault(profile, {})[record.notebook] = record
+    bench = root / f"{BENCH}.json"
+    if bench.is_file():
+        found[BENCH] = {BENCH: Record.read(bench)}
+    return found
+
+
+def judge(claim: Claim, records: Mapping[str, Mapping[str, Record]]) -> Judged:
+    """The verdict on one claim, by the records of all profiles (`read_records`)."""
+    measured = tuple(found for profile in (BENCH, *PROFILES)
+                     for record in _chapter(claim, profile, records)
+                     if (found := _measured(claim, profile, record)))
+    if not measured:
+        return Judged(claim, "not run", ())
+    if claim.contradicts:
+        return Judged(claim, "inconsistent", measured)
+    best = measured[0]
+    if best.differences or best.holds is None:
+        return Judged(claim, "indicative", measured)
+    return Judged(claim, "reproduced" if best.holds else "not reproduced", measured)
+
+
+def _chapter(claim: Claim, profile: str,
+             records: Mapping[str, Mapping[str, Record]]) -> Iterable[Record]:
+    """The record of a profile that a claim is measured in, if there is one."""
+    for notebook, record in records.get(profile, {}).items():
+        if notebook[:2] == claim.notebook or claim.notebook == profile == BENCH:
+            yield record
+
+
+def _measured(claim: Claim, profile: str, record: Record) -> Measured | None:
+    """What a record says of a claim; None if it lacks one of the metrics, or its value."""
+    metrics = []
+    for name in claim.measure.split():
+        if name in RECORDED:
+            metrics.append(RECORDED[name](record))
+            continue
+        metric = next((metric for metric in record.metrics if metric.name == name), None)
+        if metric is None or metric.value is None:
+            return None
+        metrics.append(metric)
+    found = [claim.holds(metric) for metric in metrics]
+    holds = None if None in found else all(found)
+    return Measured(profile, record, tuple(metrics), holds, _differences(claim, record))
+
+
+def _differences(claim: Claim, record: Record) -> tuple[str, ...]:
+    """How the conditions of a record differ from those of the claim."""
+    told = [f"{name} = {record.parameters.get(name)} where the log has {value}"
+            for name, value in claim.conditions_required.items()
+            if str(record.parameters.get(name)) != value]
+    return (*told, *filter(None, [claim.differs]))
+
+
+def ledger(records: Mapping[str, Mapping[str, Record]]) -> list[Judged]:
+    """All claims with their verdicts."""
+    return [judge(claim, records) for claim in load_claims()]
+
+
+def counts(rows: Sequence[Judged]) -> dict[Verdict, int]:
+    """How many claims have each verdict."""
+    found = Counter(row.verdict for row in rows)
+    return {verdict: found[verdict] for verdict in VERDICTS}
+
+
+COLUMNS = ("id", "experiment", "quantity", "claimed", "verdict", "measured", "side", "profile",
+           "commit", "why", "conditions")
+
+
+def as_table(rows: Sequence[Judged]) -> list[dict[str, Any]]:
+    """One flat row a claim, for CSV and pages."""
+    table = []
+    for row in rows:
+        best = row.measured[0] if row.measured else None
+        values = (row.claim.id, row.claim.experiment, row.claim.quantity,
+                  f"{row.claim.claimed} {row.claim.unit}".strip(), row.verdict,
+                  best.shown if best else "", row.side, best.profile if best else "",
+                  best.record.source.commit[:10] if best else "", row.why, row.claim.conditions)
+        table.append(dict(zip(COLUMNS, values, strict=True)))
+    return table
+
+
+def as_csv(rows: Sequence[Judged]) -> str:
+    """The ledger as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(as_table(rows))
+    return text.getvalue()
+
+
+def as_text(rows: Sequence[Judged]) -> str:
+    """The ledger for a terminal: a line a claim, and below it what it rests on."""
+    lines = []
+    for row in as_table(rows):
+        lines.append(f"{row['id']}  {row['verdict']:15} {row['quantity']}: "
+                     f"claimed {row['claimed']}, measured {row['measured'] or 'nothing'}"
+                     + (f" ({row['side']})" if row["side"] else ""))
+        if row["why"]:
+            lines.append(f"     {row['why']}")
+    told = ", ".join(f"{number} {verdict}" for verdict, number in counts(rows).items())
+    return "\n".join([*lines, f"{len(rows)} claims: {told}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0, or 2 with the error where the table or a record is not valid."""
+    parser = argparse.ArgumentParser(prog="python -m lablog.claims", description=__doc__)
+    parser.add_argument("--of", choices=("published", "own"), default="published",
+                        help="the records that the project publishes, or those of this clone")
+    parser.add_argument("--format", choices=("text", "csv", "json"), default="text")
+    options = parser.parse_args(arguments)
+    root = repository() / "book" / "records" if options.of == "published" else layout.built()
+    try:
+        rows = ledger(read_records(root))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    written = {"text": as_text, "csv": as_csv,
+               "json": lambda rows: json.dumps(as_table(rows), ensure_ascii=False, indent=1)}
+    print(written[options.format](rows).rstrip("\n"))
+    return 0
+
+
+def write_csv(rows: Sequence[Judged], path: Path) -> Path:
+    """Write the ledger as CSV, whole or not at all."""
+    atomic_write(path, as_csv(rows))
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
