@@ -112,8 +112,8 @@ def pages(html: Path) -> list[Path]:
 
 def test_the_book_has_chapters_results_and_instructions(made: tuple[Path, Path]):
     html = made[1]
-    for name in ("index.html", "intro.html", "results.html", "claims.html", "speed.html", "reproduce.html",
-                 f"notebooks/{NAME}.html", "notebooks/02_beta.html"):
+    for name in ("index.html", "intro.html", "results.html", "claims.html", "speed.html",
+                 "reproduce.html", f"notebooks/{NAME}.html", "notebooks/02_beta.html"):
         assert (html / name).is_file(), name
     chapter = (html / "notebooks" / f"{NAME}.html").read_text()
     assert "Alpha" in chapter
