@@ -37,6 +37,7 @@ tokens: int = 24  # length of a continuation, tokens
 sequences: int = 65  # sequences that are evaluated together
 window: int = 256  # tokens that a sequence may hold
 gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
+steering: float = 1.0  # times a difference of means, in the middle layer; 0: no such row
 parity: bool = False  # compare the engine's logits with PyTorch's; a Llama only, in f32
 
 # %% [markdown]
@@ -50,6 +51,7 @@ from lablog.commitment import probes, sampler, sweep
 from lablog.commitment import sweep_metrics as metrics
 from lablog.commitment.llama_cpp_speaker import Speakers
 from lablog.commitment.log_experiments import AT_LOG_DOSE, NAMED_ROWS, RANGES
+from lablog.commitment.steering import steering_vectors
 from lablog.models import locate
 from lablog.run import begin
 from lablog.text.dialogues import settings_for
@@ -215,13 +217,25 @@ for row in named:
 # choice: what a commitment would have to equal. A model that was taught to chat has two more, in
 # its system's message: the same words told by the system, and the mere wish that it keeps to
 # whatever it says or chooses.
+#
+# The last row has a direction that means something: a *steering vector*, the mean state in the
+# middle layer behind answers that name the first value of a topic, less the mean behind answers
+# that name another {cite}`rimsky2024steering`. It makes one value likely in whatever is asked, so
+# two answers can agree by it; but somebody chose that value, and it is the same in every
+# conversation. *P(first value)* says how far it gets.
 
 # %%
+vectors = {}
+if steering:
+    with run.stage("steering"):
+        vectors = steering_vectors(engine, dialogues, engine.model.layers // 2)
 conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norms=norms,
-                              baseline=baseline)
+                              baseline=baseline, steering=vectors)
 aids = ["system", "instruction"] if chat == "auto" else []
 tasks = [sweep.Task(control="none"), sweep.Task(control="text")]
 tasks += [sweep.Task(control=aid, language=False) for aid in aids]
+tasks += [sweep.Task(control="steering", strength=steering, layers="middle layer")
+          for _ in range(bool(steering))]
 for row in named:
     for control in ("commitment", "redrawn"):
         tasks += [sweep.Task(control=control, strength=row.strength, layers=row.layers, seed=seed)
@@ -276,7 +290,7 @@ for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
 
 # %%
 engine.close()
-run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE], aids=aids)
+run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE], aids=aids, steered=bool(steering))
 
 # %% [markdown]
 # ## What this does not show

@@ -17,7 +17,7 @@ from lablog.files import atomic_write
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette for colour-blind readers, darkest first (jfly.uni-koeln.de, 2008)."""
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#7f7f7f"  # contrast above 3:1 on white and on the book's dark background
 Drawn = tuple[Figure, pd.DataFrame]
 """A figure and the data drawn in it."""

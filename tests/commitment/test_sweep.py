@@ -160,6 +160,7 @@ def test_named_ranges_lie_in_the_model(layers):
     assert log_experiments.layer_range("first quarter", layers) == (0, quarter - 1)
     assert log_experiments.layer_range("last quarter", layers) == (layers - quarter, layers - 1)
     assert log_experiments.layer_range("layer 0", layers) == (0, 0)
+    assert log_experiments.layer_range("middle layer", layers) == (layers // 2, layers // 2)
     assert log_experiments.layer_range("last quarter", 32) == (24, 31)  # the log's last 8 layers
 
 
@@ -178,7 +179,7 @@ def test_rows_hold_their_items(laboratory):
     expected = {"answered": recall.answered, "recall": recall.recalled,
                 "eviction": recall.recalled_after_eviction, "same_choice": fork.same,
                 "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass,
-                "named_mass": fork.named_mass}
+                "named_mass": fork.named_mass, "first_named": fork.named[:, 0]}
     rows = pd.DataFrame([row, row])
     assert set(sweep_metrics.BY_ITEM) == set(expected)
     for name, values in expected.items():

@@ -32,7 +32,7 @@ def row(control, strength, layers, seed, shares, word="coherent", language=True)
     for name in ("recall", "eviction", "same_choice", "answered"):
         hits = rng.random(ITEMS) < shares.get(name, 0.5)
         entry |= {name: hits.mean(), f"{name}_items": "".join("01"[int(hit)] for hit in hits)}
-    for name in ("yes_sum", "answer_mass", "named_mass"):
+    for name in ("yes_sum", "answer_mass", "named_mass", "first_named"):
         values = rng.random(ITEMS)
         entry |= {name: values.mean(), f"{name}_items": " ".join(f"{v:.6g}" for v in values)}
     return entry

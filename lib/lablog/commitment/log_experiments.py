@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 RANGES = ("all", "last quarter", "first quarter", "layer 0")
-"""Ranges that every model has; ``last 8`` and the like name layers by their number."""
+"""Ranges that every model has, for a sweep; also ``middle layer``, and ``last 8`` and the like."""
 
 
 class NamedRow(NamedTuple):
@@ -49,13 +49,15 @@ from memory, the table was not at hand: trust it to a factor of two or three, no
 
 
 def layer_range(name: str, layers: int) -> tuple[int, int]:
-    """A named range of a model's layers, 0-based and inclusive; a quarter is rounded up.
+    """A named range of a model's layers, 0-based and inclusive; a quarter is rounded up, and the
+    ``middle layer`` of an even number is the later one.
 
     Raises ValueError for another name, or more layers than the model has.
     """
     quarter = math.ceil(layers / 4)
     ranges = {"all": (0, layers - 1), "last quarter": (layers - quarter, layers - 1),
-              "first quarter": (0, quarter - 1), "layer 0": (0, 0)}
+              "first quarter": (0, quarter - 1), "layer 0": (0, 0),
+              "middle layer": (layers // 2, layers // 2)}
     if (counted := re.fullmatch(r"last ([1-9]\d*)", name)) and int(counted[1]) <= layers:
         return layers - int(counted[1]), layers - 1
     if name not in ranges:

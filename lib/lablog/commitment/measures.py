@@ -5,8 +5,8 @@ from __future__ import annotations
 UNITS = {
     "answered": "fraction", "recall": "fraction", "eviction": "fraction",
     "same_choice": "fraction", "yes_sum": "", "yes_named": "fraction", "yes_largest": "fraction",
-    "answer_mass": "fraction", "named_mass": "fraction", "kept": "fraction",
-    "hangman": "fraction", "reached": "fraction",
+    "answer_mass": "fraction", "named_mass": "fraction", "first_named": "fraction",
+    "kept": "fraction", "hangman": "fraction", "reached": "fraction",
     "kl": "nat", "perplexity": "", "kl_mean": "nat", "kl_p95": "nat", "own_kl_mean": "nat",
     "own_kl_p95": "nat", "same_top": "fraction", "repeated_4grams": "fraction",
     "distinct_1": "fraction", "distinct_2": "fraction", "dose": "",

@@ -69,6 +69,9 @@ def named_rows(table: pd.DataFrame, named: Sequence[NamedRow]) -> Drawn:
     """The three probe families for named rows with their doses, controls and baselines."""
     rows = [(label, control, "all", 0.0) for control, label in WITHOUT.items()
             if control in set(table["control"])]
+    steered = table[table["control"] == "steering"]
+    rows += [("a steering vector toward one value", "steering", layers, strength)
+             for layers, strength in zip(steered["layers"], steered["strength"], strict=True)]
     rows += [(row.label, "commitment", row.layers, row.strength) for row in named]
     rows += [(f"{row.label}: redrawn", "redrawn", row.layers, row.strength) for row in named]
     keyed = table.set_index(["control", "layers", "strength"])
@@ -82,11 +85,12 @@ def named_rows(table: pd.DataFrame, named: Sequence[NamedRow]) -> Drawn:
     labels = [f"{row} (dose {dose:.2g})" if dose else row
               for row, dose in zip(data["row"], data["dose"], strict=True)]
     for axes, name in zip(panels, names, strict=True):
-        for number, control in enumerate(("none", "text", "commitment", "redrawn", *AIDED)):
+        for number, control in enumerate(
+                ("none", "text", "commitment", "redrawn", *AIDED, "steering")):
             chosen = np.array([row[1] == control for row in rows])
             axes.errorbar(data[name][chosen], position[chosen],
                           xerr=_errors(data[chosen], name), fmt=MARKERS[number],
-                          color=COLOURS[number], capsize=2)
+                          color=(*COLOURS, GREY)[number], capsize=2)
         axes.set(xlabel=LABELS[name], yticks=position, yticklabels=labels)
         if name == "yes_sum":
             axes.axvline(1, color=GREY, linestyle=":")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,8 @@ from lablog.models.llama_cpp import Commitment, Model
 from lablog.progress import progress
 from lablog.text.dialogues import Turn
 
-Control = Literal["commitment", "redrawn", "none", "text", "system", "instruction"]
+R = TypeVar("R", probes.RecallResult, probes.ForkResult)
+Control = Literal["commitment", "redrawn", "none", "text", "system", "instruction", "steering"]
 AIDS: dict[str, probes.Aid] = {"text": "note", "system": "system", "instruction": "instruction"}
 """Controls that inject nothing and help by text instead."""
 LOG_TOKENS = 32  # of an answer to the log's own prompt
@@ -49,7 +50,8 @@ class Conditions:
 
     k: latent dimension; items, material: what is asked, read and continued; residual_norms,
     baseline: of the unmodified model (`Speakers.residual_norms` on the texts of the material,
-    `coherence.baseline`), so that they follow from the material and the model.
+    `coherence.baseline`), so that they follow from the material and the model. steering: the
+    direction for each topic, by its values, that the control ``steering`` injects.
     """
 
     k: int
@@ -57,10 +59,16 @@ class Conditions:
     material: coherence.Material
     residual_norms: np.ndarray
     baseline: coherence.Baseline
+    steering: Mapping[tuple[str, ...], np.ndarray] = field(default_factory=dict)
 
 
-def injection(task: Task, model: Model, k: int) -> Injection:
+def injection(task: Task, model: Model, k: int,
+              steering: np.ndarray | None = None) -> Injection:
     """What a task injects; a redrawn direction has the norm of the commitment's."""
+    if task.control == "steering":
+        assert steering is not None
+        return Injection((Commitment(steering, task.strength,
+                                     layer_range(task.layers, model.layers)),))
     if task.control not in ("commitment", "redrawn"):
         return Injection()
     layers = layer_range(task.layers, model.layers)
@@ -76,31 +84,40 @@ def injection(task: Task, model: Model, k: int) -> Injection:
     ))
 
 
-def dose(task: Task, model: Model, k: int, residual_norms: np.ndarray) -> float:
-    """λ · number of layers · ‖W_c z*‖ / mean ‖h‖ (lab log A1); 0 without a commitment."""
-    if task.control not in ("commitment", "redrawn"):
+def dose(task: Task, model: Model, k: int, residual_norms: np.ndarray,
+         steering: Mapping[tuple[str, ...], np.ndarray] | None = None) -> float:
+    """λ · number of layers · ‖W_c z*‖ / mean ‖h‖ (lab log A1), of steering with its mean length; 0
+    where nothing is injected."""
+    if task.control == "steering" and steering:
+        norm = float(np.mean([np.linalg.norm(row) for row in steering.values()]))
+    elif task.control in ("commitment", "redrawn"):
+        norm = sampler.sample(task.seed, k, model.width).norm
+    else:
         return 0.0
     first, last = layer_range(task.layers, model.layers)
-    norm = sampler.sample(task.seed, k, model.width).norm
     return task.strength * (last - first + 1) * norm / float(residual_norms.mean())
 
 
 def evaluate(engine: Speakers, task: Task, conditions: Conditions) -> dict[str, Any]:
     """One row: the task, its dose, and all metrics; those of the probes item by item too."""
-    injected, items = injection(task, engine.model, conditions.k), conditions.items
-    aid = AIDS.get(task.control)
+    items, aid = conditions.items, AIDS.get(task.control)
     with engine.one() as speaker:
-        recall = _recall(speaker, items.recall, injected, aid)
-        fork = probes.fork(speaker, items.fork, injected, aid)
-        language = coherence.coherence(speaker, conditions.material, injected,
-                                       conditions.baseline) if task.language else None
+        recall = _by_topic(task, engine.model, conditions, items.recall, probes.RecallResult,
+                           lambda part, under: _recall(speaker, part, under, aid))
+        fork = _by_topic(task, engine.model, conditions, items.fork, probes.ForkResult,
+                         lambda part, under: probes.fork(speaker, part, under, aid))
+        language = coherence.coherence(
+            speaker, conditions.material, _injected(task, engine.model, conditions),
+            conditions.baseline) if task.language else None
     by_item = {
         "answered": recall.answered, "recall": recall.recalled,
         "eviction": recall.recalled_after_eviction, "same_choice": fork.same,
         "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass, "named_mass": fork.named_mass,
+        "first_named": fork.named[:, 0],
     }
     row = asdict(task) | {
-        "dose": dose(task, engine.model, conditions.k, conditions.residual_norms),
+        "dose": dose(task, engine.model, conditions.k, conditions.residual_norms,
+                     conditions.steering),
         "items": len(items.recall)}
     for name, values in by_item.items():
         row |= {name: float(values.mean()), f"{name}_items": _packed(values)}
@@ -108,6 +125,31 @@ def evaluate(engine: Speakers, task: Task, conditions: Conditions) -> dict[str, 
         return row | UNMEASURED
     return row | asdict(language) | {
         "word": language.word(conditions.baseline.coherence, coherence.Thresholds())}
+
+
+def _injected(task: Task, model: Model, conditions: Conditions,
+              topic: tuple[str, ...] | None = None) -> Injection:
+    """What a task injects where a topic is asked for; steering has a direction for each topic, of
+    which texts about many get the first."""
+    steering = None
+    if task.control == "steering":
+        steering = conditions.steering[topic or next(iter(conditions.steering))]
+    return injection(task, model, conditions.k, steering)
+
+
+def _by_topic(task: Task, model: Model, conditions: Conditions, items: Sequence[Any],
+              kind: type[R], probe: Callable[[Sequence[Any], Injection], R]) -> R:
+    """The probes of all items together, or those of each topic under its own direction."""
+    if task.control != "steering":
+        return probe(items, _injected(task, model, conditions))
+    parts: dict[tuple[str, ...], list[int]] = {}
+    for index, item in enumerate(items):
+        parts.setdefault(item.values, []).append(index)
+    found = [probe([items[i] for i in part], _injected(task, model, conditions, topic))
+             for topic, part in parts.items()]
+    order = np.argsort(np.concatenate(list(parts.values())))
+    return kind(*(np.concatenate([getattr(part, one.name) for part in found])[order]
+                  for one in fields(kind)))
 
 
 def _recall(speaker: LlamaCppSpeaker, items: Sequence[probes.RecallItem], injected: Injection,
@@ -123,7 +165,7 @@ def _recall(speaker: LlamaCppSpeaker, items: Sequence[probes.RecallItem], inject
 
 def continuation(engine: Speakers, task: Task, conditions: Conditions) -> str:
     """What the model writes under a task behind the first opening."""
-    material, injected = conditions.material, injection(task, engine.model, conditions.k)
+    material, injected = conditions.material, _injected(task, engine.model, conditions)
     with engine.one() as speaker:
         (tokens,) = speaker.write(material.openings[:1], injected, material.uniforms[:1])
     return engine.model.detokenize(tokens)
@@ -132,7 +174,7 @@ def continuation(engine: Speakers, task: Task, conditions: Conditions) -> str:
 def log_prompt(engine: Speakers, task: Task, conditions: Conditions) -> tuple[str, str, str]:
     """What the model answers greedily to the log's own prompt under a task: first, again, and again
     when the first exchange has left the window. In lower case where turns are plain lines."""
-    injected = injection(task, engine.model, conditions.k)
+    injected = _injected(task, engine.model, conditions)
     question, again = (Turn("U", text.lower() if engine.chat == "plain" else text, "log")
                        for text in PROMPT)
     with engine.one() as speaker:
@@ -150,7 +192,8 @@ def sweep(engine: Speakers, tasks: Sequence[Task], conditions: Conditions,
     Finished rows are kept in `artifacts`, under the key of all that decides them, and not computed
     again after an interruption. Ranges that name the same layers of this model are computed once.
     """
-    made_of = key(evaluate, conditions.k, conditions.items, conditions.material, engine.sequences,
+    made_of = key(evaluate, conditions.k, conditions.items, conditions.material,
+                  list(conditions.steering.values()), engine.sequences,
                   engine.window, engine.chat, engine.system, engine.gguf, engine.gpu_layers,
                   engine.threads)
     artifacts.mkdir(parents=True, exist_ok=True)
@@ -161,7 +204,7 @@ def sweep(engine: Speakers, tasks: Sequence[Task], conditions: Conditions,
         return (task.control, task.strength, layer_range(task.layers, layers), task.seed,
                 task.language)
 
-    done = {identity(Task(*(row[field.name] for field in fields(Task)))): row
+    done = {identity(Task(*(row[one.name] for one in fields(Task)))): row
             for row in _journalled(journal)}
     missing = {identity(task): task for task in tasks if identity(task) not in done}
     bar = progress(len(missing), "sweep", "run")
@@ -193,7 +236,7 @@ def _journalled(journal: Path) -> list[dict[str, Any]]:
     return rows
 
 
-UNMEASURED = {field.name: math.nan for field in fields(coherence.Coherence)} | {"word": "unread"}
+UNMEASURED = {one.name: math.nan for one in fields(coherence.Coherence)} | {"word": "unread"}
 """What a row holds in place of coherence that was not asked for."""
 
 

@@ -21,7 +21,7 @@ from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
 
 PROBES = ("recall", "eviction", "same_choice")
-BY_ITEM = (*PROBES, "answered", "yes_sum", "answer_mass", "named_mass")
+BY_ITEM = (*PROBES, "answered", "yes_sum", "answer_mass", "named_mass", "first_named")
 LANGUAGE = ("perplexity", "kl_mean", "kl_p95", "own_kl_mean", "own_kl_p95", "same_top",
             "repeated_4grams", "distinct_1", "distinct_2")
 MEASURES = (*BY_ITEM, *LANGUAGE, "dose")

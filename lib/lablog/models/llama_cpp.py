@@ -239,11 +239,13 @@ class Context:
 
     cache_type: ``f32`` computes attention in single precision (for comparisons with PyTorch);
     ``f16`` is llama.cpp's default, with flash attention where it has it, and half again as fast.
+    watch_residual: keep the mean norms of the residual stream (`residual_norms`). keep_layer: keep
+    what it is behind this layer (`states`).
     """
 
     def __init__(self, model: Model, sequences: int = 1, window: int = 512, threads: int = 1,
                  batch: int = 2048, cache_type: Literal["f32", "f16"] = "f32",
-                 watch_residual: bool = False) -> None:
+                 watch_residual: bool = False, keep_layer: int | None = None) -> None:
         self.model, self.sequences, self.window = model, sequences, window
         self._binding = model._binding
         limit = self._binding.llama_max_parallel_sequences()
@@ -260,7 +262,9 @@ class Context:
         parameters.kv_unified = False  # a sequence then attends to its own cells only
         parameters.no_perf = True
         self._watched: dict[int, tuple[float, int]] = {}
-        if watch_residual:
+        self._sums, self._keep = watch_residual, keep_layer
+        self._kept: list[np.ndarray] = []
+        if watch_residual or keep_layer is not None:
             self._callback = self._binding.ggml_backend_sched_eval_callback(self._watch)
             parameters.cb_eval = self._callback
         self._handle = self._binding.llama_init_from_model(model._handle, parameters)
@@ -411,6 +415,7 @@ class Context:
                                  f"the window holds {self.window}: raise `window`")
         if not additions:
             return {}
+        self._kept.clear()
         owner = np.repeat(np.fromiter(sizes, np.int32), list(sizes.values()))
         token = np.concatenate([np.asarray(t, dtype=np.int32) for t in additions.values()])
         if token.min() < 0 or token.max() >= self.model.vocabulary:
@@ -463,7 +468,7 @@ class Context:
     def _watch(self, tensor: int, ask: bool, _: Any) -> bool:
         name = _ggml().ggml_get_name(tensor).decode()
         kind, _, layer = name.rpartition("-")
-        if kind != "l_out":
+        if kind != "l_out" or not (self._sums or int(layer) == self._keep):
             return not ask  # asked: not of interest; told: go on
         if not ask:
             count = _ggml().ggml_nelements(tensor)
@@ -471,10 +476,21 @@ class Context:
             _ggml().ggml_backend_tensor_get(
                 tensor, values.ctypes.data_as(ctypes.c_void_p), 0, values.nbytes
             )
-            norms = np.linalg.norm(values.reshape(-1, self.model.width).astype(float), axis=1)
-            total, seen = self._watched.get(int(layer), (0.0, 0))
-            self._watched[int(layer)] = (total + float(norms.sum()), seen + len(norms))
+            rows = values.reshape(-1, self.model.width)
+            if self._sums:
+                norms = np.linalg.norm(rows.astype(float), axis=1)
+                total, seen = self._watched.get(int(layer), (0.0, 0))
+                self._watched[int(layer)] = (total + float(norms.sum()), seen + len(norms))
+            if int(layer) == self._keep:
+                self._kept.append(rows)
         return True
+
+    def states(self) -> np.ndarray:
+        """The residual stream behind the layer that is kept, float32 [tokens, width]: of all tokens
+        of the last :meth:`decode`, if that was of one sequence."""
+        if not self._kept:
+            raise EngineError("no states were kept: make the context with keep_layer and decode")
+        return np.concatenate(self._kept)
 
     def residual_norms(self) -> np.ndarray:
         """Mean Euclidean norm of the residual stream after each layer, float64 [layers].

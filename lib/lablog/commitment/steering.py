@@ -1,0 +1,55 @@
+"""Steering vectors by difference of means: what a direction that was not drawn at random does.
+
+For one value of every topic: the mean hidden state behind answers that name it, minus the mean
+behind answers that name another (Rimsky et al., Steering Llama 2 via Contrastive Activation
+Addition, ACL 2024; the community's repeng does the same in every layer). Added behind the same
+layer, it makes the value likely everywhere. It is no commitment, since it was chosen by whoever
+made it; it says what a direction can do at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lablog.commitment.llama_cpp_speaker import LlamaCppSpeaker, Speakers
+from lablog.models.llama_cpp import Context
+from lablog.text.dialogues import DialogueSettings, Draw, Turn
+
+STATEMENTS = 4  # answers that name a value, each to another question in another phrasing
+
+
+def statements(settings: DialogueSettings, topic: str, value: str) -> list[list[Turn]]:
+    """Exchanges in which the assistant names `value` as its favourite `topic`."""
+    draw = Draw(settings, 0)
+    return [[draw.turn("U", "question", topic, phrasing=number),
+             draw.turn("A", "answer", topic, value, phrasing=number)]
+            for number in range(STATEMENTS)]
+
+
+def steering_vectors(engine: Speakers, settings: DialogueSettings, layer: int,
+                     toward: int = 0) -> Mapping[tuple[str, ...], np.ndarray]:
+    """For each topic, by its values, the direction toward value number `toward`, float32 [width],
+    of the states behind `layer`, counted from 0.
+
+    Read in f32 by a context of its own. ValueError for a layer that the model does not have.
+    """
+    if not 0 <= layer < engine.model.layers:
+        raise ValueError(f"layer = {layer}: the model has layers 0 to {engine.model.layers - 1}")
+    found = {}
+    with Context(engine.model, 1, engine.window, engine.threads, keep_layer=layer) as context:
+        speaker = LlamaCppSpeaker(context, engine.chat, engine.system)
+
+        def state(turns: list[Turn]) -> np.ndarray:
+            context.clear()
+            context.prefill({0: speaker.history(turns)})
+            last: np.ndarray = context.states()[-1]
+            return last
+
+        for topic, values in settings.topics.items():
+            means = np.stack([np.mean([state(turns) for turns in statements(settings, topic, v)],
+                                      axis=0) for v in values])
+            others = np.delete(means, toward, axis=0).mean(axis=0)
+            found[tuple(values)] = (means[toward] - others).astype(np.float32)
+    return found
