@@ -175,7 +175,7 @@ class Clone:
                         ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         (root / "data").mkdir()
         for name in ("Makefile", "pyproject.toml", "requirements.lock", "environment.yml",
-                     "jupytext.toml", "data/models.yaml"):
+                     "jupytext.toml", "data/models.yaml", "data/claims.csv"):
             shutil.copyfile(REPOSITORY / name, root / name)
         files = {
             "notebooks/01_alpha.py": ALPHA, "notebooks/02_beta.py": BETA,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 SPEC = ROOT.parent / "shared" / "spec" / "claims.csv"
 PLAIN = {
     "id": "X01", "experiment": "cvfp", "quantity": "rank", "claimed": "55.9", "unit": "%",
-    "tolerance": "5 points", "conditions": "w=0.9", "notebook": "04", "measure": "rank",
+    "tolerance": "5 points", "conditions": "w=0.9", "notebook": "04_cvfp_phase1", "measure": "rank",
     "rule": "within", "number": "0.559", "allowed": "0.05", "requires": "", "differs": "",
     "needs": "", "contradicts": "",
 }
@@ -169,12 +169,11 @@ def test_no_claim_of_the_specification_is_dropped_or_reworded():
 
 
 def test_every_claim_names_a_chapter_and_parameters_that_exist():
-    chapters = {name[:2]: name for name in notebooks()}
     for row in load_claims():
-        if row.notebook not in chapters:
+        if row.notebook not in notebooks():
             assert row.notebook == "bench" or row.needs, row.id
             continue
-        known = declared_parameters(notebook_path(chapters[row.notebook]))
+        known = declared_parameters(notebook_path(row.notebook))
         assert row.conditions_required.keys() <= known.keys(), row.id
 
 
@@ -244,7 +243,7 @@ def test_the_clones_own_runs_are_asked_for_by_name(tmp_path, monkeypatch, capsys
 def test_the_page_holds_every_claim_and_links_its_record(tmp_path):
     found = record(metric(0.56), parameters={"embedding": "<b>"})
     rows = [judged(claim(quantity="a < b", requires="embedding=gpt2"), found),
-            judged(claim(id="X02", notebook="06"))]
+            judged(claim(id="X02", notebook="06_arianna_finetune"))]
     page = claims_page.page(rows, tmp_path, {"04_cvfp_phase1"})
     assert page.count("<tr id=") == 2
     assert 'href="records/laptop/04_cvfp_phase1.json"' in page

@@ -13,7 +13,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ RECORDED = {
 class Claim(Strict):
     """A row of ``data/claims.csv``. The first seven columns are the logs' words.
 
-    notebook: the first two digits of the chapter that measures it, or ``bench``. measure: names of
+    notebook: the chapter that measures it, or ``bench``. measure: names of
     metrics in its record, with a space between; the rule must hold for all. rule: how a value
     compares with `number`: ``within`` `allowed` of it, ``relative`` (within the share `allowed`),
     by at most the ``factor`` `allowed`, ``exact``, ``at least``, ``below``, its whole interval
@@ -63,7 +63,7 @@ class Claim(Strict):
     unit: str
     tolerance: str
     conditions: str
-    notebook: str = Field(pattern=r"^(\d\d|bench)$")
+    notebook: str = Field(pattern=r"^(\d\d_\w+|bench)$")
     measure: str = Field(min_length=1)
     rule: Rule
     number: str
@@ -161,7 +161,7 @@ class Judged:
     def _command(self) -> str:
         if self.claim.notebook == BENCH:
             return "make bench"
-        return f"make reproduce NOTEBOOKS={self.claim.notebook}"
+        return f"make reproduce NOTEBOOKS={self.claim.notebook[:2]}"
 
 
 def load_claims(path: Path | None = None) -> list[Claim]:
@@ -196,11 +196,14 @@ def read_records(root: Path) -> dict[str, dict[str, Record]]:
     return found
 
 
-def judge(claim: Claim, records: Mapping[str, Mapping[str, Record]]) -> Judged:
-    """The verdict on one claim, by the records of all profiles (`read_records`)."""
-    measured = tuple(found for profile in (BENCH, *PROFILES)
-                     for record in _chapter(claim, profile, records)
-                     if (found := _measured(claim, profile, record)))
+def judge(claim: Claim, records: Mapping[str, Mapping[str, Record]],
+          order: Sequence[str] = (BENCH, *PROFILES)) -> Judged:
+    """The verdict on one claim, by the records of profiles (`read_records`), of which the first in
+    `order` that measures it decides."""
+    measured = tuple(
+        found for profile in order
+        if (record := records.get(profile, {}).get(claim.notebook))
+        and (found := _measured(claim, profile, record)))
     if not measured:
         return Judged(claim, "not run", ())
     if claim.contradicts:
@@ -209,14 +212,6 @@ def judge(claim: Claim, records: Mapping[str, Mapping[str, Record]]) -> Judged:
     if best.differences or best.holds is None:
         return Judged(claim, "indicative", measured)
     return Judged(claim, "reproduced" if best.holds else "not reproduced", measured)
-
-
-def _chapter(claim: Claim, profile: str,
-             records: Mapping[str, Mapping[str, Record]]) -> Iterable[Record]:
-    """The record of a profile that a claim is measured in, if there is one."""
-    for notebook, record in records.get(profile, {}).items():
-        if notebook[:2] == claim.notebook or claim.notebook == profile == BENCH:
-            yield record
 
 
 def _measured(claim: Claim, profile: str, record: Record) -> Measured | None:
@@ -243,9 +238,10 @@ def _differences(claim: Claim, record: Record) -> tuple[str, ...]:
     return (*told, *filter(None, [claim.differs]))
 
 
-def ledger(records: Mapping[str, Mapping[str, Record]]) -> list[Judged]:
-    """All claims with their verdicts."""
-    return [judge(claim, records) for claim in load_claims()]
+def ledger(records: Mapping[str, Mapping[str, Record]],
+           order: Sequence[str] = (BENCH, *PROFILES)) -> list[Judged]:
+    """All claims with their verdicts, as `judge` gives them."""
+    return [judge(claim, records, order) for claim in load_claims()]
 
 
 def counts(rows: Sequence[Judged]) -> dict[Verdict, int]:

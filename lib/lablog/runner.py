@@ -33,7 +33,7 @@ from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from lablog import book, layout, profiles
+from lablog import claims, layout, profiles
 from lablog.files import repository, write_if_changed
 from lablog.provenance import machine, source_dependencies, source_state
 from lablog.record import Failure, Record
@@ -297,19 +297,29 @@ def verify(profile: profiles.Profile, names: Sequence[str]) -> int:
 
 
 def summary(profile: profiles.Profile, names: Sequence[str]) -> str:
-    """One screen: each notebook's English report, duration and memory."""
-    blocks = []
-    for notebook in _chosen(names):
-        path = _result_paths(layout.results(profile.name), notebook)["record"]
-        if not path.is_file():
-            blocks.append(f"== {notebook}: no result; see `make why`")
+    """One screen: each notebook's time and memory, and what it says of the logs' claims; the whole
+    report of one that no claim is about."""
+    folder = layout.results(profile.name)
+    records = {name: Record.read(path) for name in _chosen(names)
+               if (path := _result_paths(folder, name)["record"]).is_file()}
+    rows = claims.ledger({profile.name: records}, (profile.name,))
+    lines = []
+    for name in _chosen(names):
+        if name not in records:
+            lines.append(f"{name}: no result; see `make why`")
             continue
-        record = Record.read(path)
+        record = records[name]
         memory = (record.peak_memory_bytes or 0) / 2**20
-        blocks.append(f"== {notebook} ({record.seconds:.0f} s, {memory:.0f} MiB)\n"
-                      f"{record.report.en if record.report else 'no report'}")
-    shown = os.path.relpath(layout.results(profile.name))
-    return "\n\n".join([*blocks, f"records, figures, notebooks: {shown}/"])
+        lines.append(f"{name}: {record.seconds:.0f} s, {memory:.0f} MiB")
+        told = [f"  {row.claim.id} {row.claim.quantity}: {row.measured[0].shown}, the log: "
+                f"{row.claim.claimed} {row.claim.unit}".rstrip()
+                + (f" ({row.side})" if row.side else "")
+                for row in rows if row.measured and row.claim.notebook == name]
+        report = record.report.en.splitlines() if record.report else []
+        lines += told or [f"  {line}" for line in report]
+    shown = os.path.relpath(folder)
+    return "\n".join([*lines, f"records, figures, notebooks: {shown}/; all numbers are in the "
+                      "book's page of results, verdicts in `make claims`"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -348,14 +358,25 @@ def main(arguments: Sequence[str] | None = None, submit: Executor = here) -> int
             case "name":
                 print(profile.name)
             case "book":
-                made = book.build(layout.results(profile.name), layout.book())
-                print(f"book: {made}/index.html")
+                return _book(layout.results(profile.name))
             case command:
                 tell = {"plan": plan, "why": why, "summary": summary}[command]
                 print(tell(profile, options.notebooks))
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
-    except (ValueError, book.BookError, OSError) as error:  # each names the file and the remedy
+    except (ValueError, OSError) as error:  # each names the file and the remedy
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _book(folder: Path) -> int:
+    """Build the book of a folder of results; what draws and renders is imported here alone."""
+    from lablog import book
+
+    try:
+        print(f"book: {book.build(folder, layout.book())}/index.html")
+    except book.BookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
