@@ -165,6 +165,36 @@ def test_the_picture_of_speed_has_a_bar_for_each_mode():
     plt.close(drawn)
 
 
+def published(*metrics: Metric) -> dict[str, dict[str, Record]]:
+    record = Record.read(next((REPOSITORY / "book" / "records" / "laptop").glob("04*.json")))
+    return {"laptop": {"04_x": record.model_copy(update={"metrics": metrics})}}
+
+
+def test_pages_cite_numbers_of_published_records():
+    records = published(Metric.of("a.b-c", 0.5, "fraction", n=4), Metric.of("r", 1.25, "ratio"))
+    text = book.cite("x {laptop/04_x:a.b-c:value} y {laptop/04_x:r:interval} {claims:all} "
+                     "{cite}`key` {download}`a <b>`", records)
+    assert text == "x 50.0% y 1.25 45 {cite}`key` {download}`a <b>`"
+
+
+@pytest.mark.parametrize("field", [
+    "{full/04_x:r:value}", "{laptop/05_x:r:value}", "{laptop/04_x:s:value}", "{claims:settled}"])
+def test_a_page_that_cites_what_is_not_there_is_refused_by_name(field: str):
+    with pytest.raises(BookError, match="a page cites " + re.escape(field)):
+        book.cite(f"x {field}", published(Metric.of("r", 1.0, "")))
+
+
+def test_every_number_of_the_front_page_is_cited(made: tuple[Path, Path]):
+    """None is typed: what is left of digits are years, sizes and settings of the logs."""
+    for name in ("intro", "advice"):
+        source = (REPOSITORY / "book" / f"{name}.md").read_text()
+        assert len(book.CITED.findall(source)) >= 15
+        page = (made[1] / f"{name}.html").read_text()
+        assert not book.CITED.search(page)
+        typed = re.findall(r"\d+\.\d+ ?%|\[\d", book.CITED.sub("", source))
+        assert not typed
+
+
 def test_every_claim_is_in_the_book_and_leads_to_its_record(made: tuple[Path, Path]):
     html = made[1]
     page = (html / "claims.html").read_text()

@@ -6,10 +6,11 @@ the pages of claims, of results and of speed are rendered from records.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nbformat
@@ -18,10 +19,15 @@ from filelock import FileLock
 from lablog import claims, claims_page, layout, model_list, speed_page
 from lablog.files import atomic_write, data_file, repository, sha256_of
 from lablog.record import Record
-from lablog.report import IN_PROSE, reject_judgements
+from lablog.report import IN_PROSE, format_metric, reject_judgements
 
 INPUTS = ".inputs"
 """File in the built book with a hash of what it was made from."""
+
+
+CITED = re.compile(
+    r"\{(?:claims:(?P<verdict>[a-z ]+)"
+    r"|(?P<profile>[\w-]+)/(?P<notebook>\w+):(?P<metric>[\w.+-]+):(?P<style>\w+))\}")
 
 
 class BookError(RuntimeError):
@@ -49,6 +55,30 @@ def published_page(folder: Path) -> str:
                       f"\n\n*{figure.caption}*\n" for figure in record.figures
                       if (profile / f"{figure.name}.svg").is_file()]
     return "\n".join(parts if len(parts) > 1 else [*parts, "Nothing has been published yet.\n"])
+
+
+def cite(text: str, records: Mapping[str, Mapping[str, Record]]) -> str:
+    """`text` with numbers of published records in place of ``{profile/notebook:metric:style}``, and
+    of verdicts in place of ``{claims:verdict}`` (``all``: of all claims).
+
+    Raises BookError for a record, metric or verdict that is not there.
+    """
+    found = claims.counts(claims.ledger(records))
+    verdicts = {str(verdict): number for verdict, number in found.items()}
+    verdicts["all"] = sum(found.values())
+
+    def number(field: re.Match[str]) -> str:
+        try:
+            if field["verdict"]:
+                return str(verdicts[field["verdict"]])
+            metric = records[field["profile"]][field["notebook"]].metric(field["metric"])
+            unit = "" if metric.unit == "ratio" else metric.unit  # prose says what it is
+            return format_metric(metric.model_copy(update={"unit": unit}), field["style"])
+        except KeyError as error:
+            raise BookError(f"a page cites {field[0]}, and no published record holds "
+                            f"{error.args[0]!r}") from None
+
+    return CITED.sub(number, text)
 
 
 def models_page() -> str:
@@ -121,12 +151,14 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     for record in records:
         name = f"{record.notebook}.ipynb"
         shutil.copyfile(folder / "notebooks" / name, source / "notebooks" / name)
+    published = claims.read_records(source / "records")
+    for page in source.glob("*.md"):
+        page.write_text(cite(page.read_text(), published))
     (source / "results.md").write_text(results_page(records))
     (source / "published.md").write_text(published_page(source / "records"))
     (source / "models.md").write_text(models_page())
-    published = claims.ledger(claims.read_records(source / "records"))
-    (source / "claims.md").write_text(
-        claims_page.page(published, source, {record.notebook for record in records}))
+    (source / "claims.md").write_text(claims_page.page(
+        claims.ledger(published), source, {record.notebook for record in records}))
     (source / "speed.md").write_text(speed_page.page(speed_page.latest(), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)
