@@ -1,7 +1,8 @@
 """Says what is missing on this machine, and how to get it, before anything is made.
 
 ``check.py python PATH [--venv]``: is it a Python that the project was tested with, and can it make
-an environment? ``check.py programs NAME...``: are these installed?
+an environment? ``check.py programs NAME...``: are these installed? ``check.py size FILE...``: may these be
+committed?
 Needs the standard library only, of Python 3.8 or later.
 """
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+LARGEST = 1_000_000  # bytes of a file in the repository
 MANIFEST = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
@@ -57,8 +59,19 @@ def check_programs(names: list[str]) -> None:
             )
 
 
+def check_size(names: list[str]) -> None:
+    """Refuse a file that is too large for the repository."""
+    for name in names:
+        size = Path(name).stat().st_size
+        if size > LARGEST:
+            sys.exit(f"error: {name} has {size:,} bytes, more than {LARGEST:,}: what can be made "
+                     "lies in build/; what cannot is named in data/models.yaml")
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "python":
         check_python(sys.argv[2], "--venv" in sys.argv)
+    elif sys.argv[1] == "size":
+        check_size(sys.argv[2:])
     else:
         check_programs(sys.argv[2:])

@@ -79,6 +79,14 @@ def test_a_failed_build_shows_the_end_of_its_log_and_goes_on_counting(folder: Pa
     assert (folder / "out/build_seconds").exists()
 
 
+def test_a_large_file_is_refused_by_name(folder: Path):
+    for name, size in (("small", 1_000_000), ("large", 1_000_001)):
+        (folder / name).write_bytes(bytes(size))
+    check.check_size(["small"])
+    with pytest.raises(SystemExit, match="large has 1,000,001 bytes, more than 1,000,000"):
+        check.check_size(["small", "large"])
+
+
 # --- publish and help -----------------------------------------------------------------------------
 
 
