@@ -45,7 +45,8 @@ def test_outputs_and_weights_are_kept_out(name):
 def test_machines_are_made_by_the_make_targets_that_exist():
     texts = [(ROOT / name).read_text() for name in (
         "Dockerfile", ".devcontainer/devcontainer.json", "binder/postBuild")]
-    named = {target for text in texts for target in re.findall(r'(?m)(?:`|RUN |"|^)make ([a-z-]+)', text)}
+    command = re.compile(r'(?m)(?:`|RUN |"|^)make ([a-z-]+)')
+    named = {target for text in texts for target in command.findall(text)}
     assert named <= TARGETS
     assert "setup" in named
     devcontainer = json.loads(texts[1])["build"]

@@ -150,6 +150,9 @@ class _Bench:
         one = self.time(
             lambda: sequential_iteration(sequential, slice_, slice_, tracker)
         ) / len(slice_)
+        for variant, once in (("parallel", step), ("sequential", one * size.tokens)):
+            yield (f"ten_iterations.{variant}.seconds", 10 * once, "s", {"tokens": size.tokens})
+        yield "train.sequential.tokens_per_s", 1 / one, "tokens/s", {"slice_tokens": size.slice}
         # Ten streams of the weights: two readings, one writing, and Adam's seven.
         a, b = torch.randn(2, self.weight_bytes() // 4, device=self.device)
         out = torch.empty_like(a)

@@ -1,7 +1,8 @@
 """Says what is missing on this machine, and how to get it, before anything is made.
 
 ``check.py python PATH [--venv]``: is it a Python that the project was tested with, and can it make
-an environment? ``check.py programs NAME...``: are these installed? ``check.py size FILE...``: may these be
+an environment?
+``check.py programs NAME...``: are these installed? ``check.py size FILE...``: may these be
 committed?
 Needs the standard library only, of Python 3.8 or later.
 """

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_gguf import write_tiny
 
+from lablog.claims import load_claims
 from lablog.profiles import load
 from lablog.record import Metric
 from lablog.run import Run
@@ -42,6 +43,9 @@ def test_every_ratio_of_cvfp_is_measured():
     size = bench_cvfp.Size(width=16, layers=2, tokens=200, slice=4, repeats=1, growth=(50, 100),
                            rollout_tokens=40)
     rows = {name: value for name, value, _, _ in bench_cvfp.measured(size)}
+    assert {row.measure for row in load_claims() if row.notebook == "bench"} <= rows.keys()
+    times = [rows[f"cvfp.ten_iterations.{name}.seconds"] for name in ("parallel", "sequential")]
+    assert times[1] / times[0] == pytest.approx(rows["cvfp.train.parallel_over_sequential"])
     assert {"cvfp.parallel_step.fraction_of_gemm", "cvfp.train.parallel_over_sequential",
             "cvfp.train.true_pass_over_parallel", "cvfp.rollout.fraction_of_gemv",
             "cvfp.rollout.best_over_sequential.trained",
