@@ -1,6 +1,10 @@
 """What is trained and compared: ablations, keys, the cache of measures, runs side by side."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,3 +286,43 @@ def test_conversations_of_one_topic_name_each_thing(experiment):
         prefix = tokenizer.decode(data[i].prefix.ids.tolist())
         assert data[i].commitment == i % 24
         assert f" {values[i % 24]}" in prefix.replace("\n", " ").replace(".", " ")
+
+
+def test_workers_end_with_a_chapter_that_was_killed(tmp_path):
+    """Else they go on training for nobody, beside the run that resumes."""
+    told = tmp_path / "pid"
+    script = tmp_path / "chapter.py"
+    script.write_text(
+        "import time\nfrom lablog.commitment.arms import Workers\n"
+        "if __name__ == '__main__':\n"
+        f"    told = __import__('pathlib').Path({str(told)!r})\n"
+        "    workers = Workers(1)\n"
+        "    future = workers.pool.submit(__import__('os').getpid)\n"
+        "    told.with_suffix('.new').write_text(str(future.result()))\n"
+        "    told.with_suffix('.new').rename(told)\n"
+        "    workers.pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n")
+    chapter = subprocess.Popen([sys.executable, str(script)])
+    try:
+        wait_until(told.is_file, 120)
+        worker = int(told.read_text())
+    finally:
+        chapter.kill()
+        chapter.wait()
+    wait_until(lambda: not alive(worker), 20)
+
+
+def wait_until(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")
+    return not (state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z")

@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -312,12 +315,24 @@ def _measures(speaker: TorchSpeaker, source: Source, probes: ProbeSet, asked: As
     return {name: np.asarray(values).astype(float).tolist() for name, values in found.items()}
 
 
+def _end_with(parent: int) -> None:
+    """End this process when `parent` has: a killed one tells its children nothing."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Workers:
     """Processes that live as long as the chapter, one thread each: several small models at a time
-    are faster than one on several threads. A context manager, or `close` it."""
+    are faster than one on several threads. They end with the chapter, also if that is killed. A
+    context manager, or `close` it."""
 
     def __init__(self, number: int) -> None:
-        self.pool = ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"))
+        self.pool = ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"),
+                                        initializer=_end_with, initargs=(os.getpid(),))
 
     def together(self, description: str,
                  calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
