@@ -516,8 +516,10 @@ class Full:
     experiment: Experiment
 
     def reader(self, arm: str) -> TorchSpeaker:
-        tokenizer = Tokenizer(self.base / "tokenizer.model")
-        return TorchSpeaker(self.experiment.model(1, 1, ARMS[arm]), tokenizer, self.plan.chat)
+        """Read in f32, where a batch makes no difference."""
+        trained = self.experiment.folder(1, 1, ARMS[arm].training)
+        return TorchSpeaker(qlora.load_committed(self.base, trained, exact=True),
+                            Tokenizer(self.base / "tokenizer.model"), self.plan.chat)
 
 
 @pytest.fixture(scope="module")
@@ -602,6 +604,15 @@ def exported(full) -> export.Export:
     made = full.experiment.artifacts / "export"
     export.export(full.experiment.folder(1, 1, "commitment"), full.base, made)
     return export.reimport(made, full.base)
+
+
+def test_what_was_trained_in_bf16_is_read_in_bf16(full):
+    assert full.plan.training.precision == "bf16"
+    for arm in ("base", "lora", "random", "prior"):
+        assert full.experiment.model(1, 1, ARMS[arm]).base.dtype == torch.bfloat16
+    exact = full.plan.model_copy(update={"training": full.plan.training.model_copy(
+        update={"precision": "f32"})})
+    assert qlora.load_to_read(full.base, exact).dtype == torch.float32
 
 
 def test_llama_cpp_reads_the_profile_full_as_pytorch_does(full, exported, monkeypatch):

@@ -229,7 +229,7 @@ def test_the_report_asks_for_every_number_and_gets_it(run):
                  "latent.nll_gap_zero"):
         run.metric(name, 123, "")
     for engine in ("native", "pytorch"):
-        for source in ("prior", "prefix"):
+        for source in ("prior", "prefix", "q8_0"):
             for measure in ("recall", "eviction", "same_choice", "yes_sum", "logit_difference",
                             "greedy_equal", "named_equal", "yes_sum_difference"):
                 run.metric(f"{engine}.{source}.{measure}", 0.5, "")
@@ -245,7 +245,8 @@ def test_the_report_asks_for_every_number_and_gets_it(run):
             assert f"{100 * share:.1f}%" in text
     wanted = [*(f"{arm}.yes_named" for arm in MAIN),
               *(f"{slug(kind)}.prior.same_choice" for kind in KINDS),
-              "prior.perplexity_over_lora", "latent.kl", "native.prefix.greedy_equal",
+              "prior.perplexity_over_lora", "latent.kl",
+              "native.q8_0.logit_difference", "native.prefix.greedy_equal",
               "personas.gap"]
     for left_out in wanted:
         short = record.model_copy(update={
@@ -255,7 +256,8 @@ def test_the_report_asks_for_every_number_and_gets_it(run):
 
 
 MET = {
-    "training.steps": 900, "prior.same_choice": 0.931, "lora.same_choice": 0.111,
+    "training.steps": 900, "training.device": "cpu",
+    "prior.same_choice": 0.931, "lora.same_choice": 0.111,
     "redrawn.same_choice": 0.112, "note.same_choice": 0.9311, "prior.yes_named": 0.88,
     "lora.yes_named": 0.2, "prior.yes_sum": 1.03, "lora.yes_sum": 1.2, "prefix.eviction": 0.957,
     "prior.eviction": 0.847, "lora.eviction_over_chance": 1.37, "note.eviction": 0.77,
