@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from lablog import book, claims, figures, layout, speed_page
 from lablog.book import BookError, models_page
 from lablog.model_list import listed
+from lablog.profiles import notebooks
 from lablog.provenance import CloneState, Machine
 from lablog.record import FigureFile, Metric, Record, ReportText
 from lablog.report import ReportError
@@ -163,6 +164,44 @@ def test_the_picture_of_speed_has_a_bar_for_each_mode():
     assert [bar.get_width() for axes in drawn.axes for bar in axes.patches] == [*modes.values()]
     assert data["mode"].tolist() == ["f32", "bf16 compiled", "pytorch"]
     plt.close(drawn)
+
+
+PARAMETERS = """# Training
+steps: int = 24  # optimiser steps
+seeds: list[int] = [1, 2]  # one training each
+rate: float = 3e-3  # peak; a "quoted" word
+data: str = \"\"  # a file; empty: none
+"""
+
+
+def test_a_chapter_has_one_cell_of_parameters_with_the_values_of_the_run():
+    tagged = [nbformat.v4.new_code_cell(text, metadata={"tags": [tag]}) for text, tag in (
+        (PARAMETERS, "parameters"), ("steps = 900", "injected-parameters"))]
+    notebook = nbformat.v4.new_notebook(cells=[*tagged, nbformat.v4.new_code_cell("x = 1")])
+    values = {"steps": 900, "seeds": [1, 2], "rate": 3e-3, "data": "a.csv"}
+    told = book.with_values(notebook, values, "laptop")
+    assert [cell.source for cell in told.cells[1:]] == ["x = 1"]
+    assert told.cells[0].source.splitlines() == [
+        "# Training", "steps: int = 900  # optimiser steps (laptop; smoke: 24)",
+        "seeds: list[int] = [1, 2]  # one training each",
+        'rate: float = 3e-3  # peak; a "quoted" word',
+        "data: str = 'a.csv'  # a file; empty: none (laptop; smoke: '')"]
+
+
+def test_a_chapter_begins_with_what_was_published():
+    cells = [nbformat.v4.new_markdown_cell(text, id=f"01-{n}") for n, text in enumerate("ab")]
+    told = book.answered(nbformat.v4.new_notebook(cells=cells), "Yes: 79%.\n")
+    assert [cell.source for cell in told.cells] == [
+        "a", "```{admonition} What the published runs answer\nYes: 79%.\n```", "b"]
+    nbformat.validate(told)
+
+
+def test_every_chapter_has_an_opening_whose_numbers_are_published():
+    records = claims.read_records(REPOSITORY / "book" / "records")
+    for name in notebooks():
+        text = (REPOSITORY / "book" / "openings" / f"{name}.md").read_text()
+        assert len(book.CITED.findall(text)) >= 3
+        assert "{" not in book.cite(text, records)
 
 
 def published(*metrics: Metric) -> dict[str, dict[str, Record]]:

@@ -6,15 +6,18 @@ the pages of claims, of results and of speed are rendered from records.
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from filelock import FileLock
+from nbformat import NotebookNode
 
 from lablog import claims, claims_page, layout, model_list, speed_page
 from lablog.files import atomic_write, data_file, repository, sha256_of
@@ -79,6 +82,41 @@ def cite(text: str, records: Mapping[str, Mapping[str, Record]]) -> str:
                             f"{error.args[0]!r}") from None
 
     return CITED.sub(number, text)
+
+
+PARAMETER = re.compile(r"(?P<head>(?P<name>\w+): [^=]+ = )(?P<value>.*?)(?P<tail>  # .*)?$")
+
+
+def with_values(notebook: NotebookNode, parameters: Mapping[str, Any],
+                profile: str) -> NotebookNode:
+    """The chapter with one parameters cell: each line holds the value that the run had, and where
+    that is not the notebook's own, the name of the profile and what it replaced."""
+    def line(text: str) -> str:
+        found = PARAMETER.match(text)
+        if not found or found["name"] not in parameters:
+            return text
+        value, default = parameters[found["name"]], ast.literal_eval(found["value"])
+        if value == default:
+            return text
+        return f"{found['head']}{value!r}{found['tail'] or '  #'} ({profile}; smoke: {default!r})"
+
+    cells = []
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "parameters" in tags:
+            cell.source = "\n".join(map(line, cell.source.splitlines()))
+        if "injected-parameters" not in tags:
+            cells.append(cell)
+    notebook.cells = cells
+    return notebook
+
+
+def answered(notebook: NotebookNode, answer: str) -> NotebookNode:
+    """The chapter with the published answer to its question behind its first cell."""
+    text = f"```{{admonition}} What the published runs answer\n{answer.strip()}\n```"
+    cell = nbformat.v4.new_markdown_cell(text, id=f"{notebook.cells[0].id}-answer")
+    notebook.cells.insert(1, cell)
+    return notebook
 
 
 def models_page() -> str:
@@ -148,10 +186,15 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(repository() / "book", source)
     (source / "notebooks").mkdir()
+    published = claims.read_records(source / "records")
     for record in records:
         name = f"{record.notebook}.ipynb"
-        shutil.copyfile(folder / "notebooks" / name, source / "notebooks" / name)
-    published = claims.read_records(source / "records")
+        chapter = with_values(nbformat.read(folder / "notebooks" / name, as_version=4),
+                              record.parameters, record.profile)
+        opening = source / "openings" / f"{record.notebook}.md"
+        if opening.is_file():
+            chapter = answered(chapter, cite(opening.read_text(), published))
+        nbformat.write(chapter, source / "notebooks" / name)
     for page in source.glob("*.md"):
         page.write_text(cite(page.read_text(), published))
     (source / "results.md").write_text(results_page(records))
@@ -162,8 +205,8 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     (source / "speed.md").write_text(speed_page.page(speed_page.latest(), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)
-    for chapter in (source / "notebooks").glob("*.ipynb"):
-        for cell in nbformat.read(chapter, as_version=4).cells:
+    for path in (source / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "markdown":
                 reject_judgements(cell.source, IN_PROSE)
     work = target.parent / "work"
