@@ -1,6 +1,6 @@
 # `make help` lists what can be made; `make reproduce` and `make test` need nothing before them.
 
-## PROFILE=smoke|laptop|study|full   which settings (default laptop); or path/to/own.yaml
+## PROFILE=smoke|laptop|study|pretrained|full   which settings (default laptop); or own.yaml
 PROFILE   ?= laptop
 ## SET="model=my.gguf"   override single values; results get a folder of their own
 SET       ?=
