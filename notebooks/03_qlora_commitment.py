@@ -573,7 +573,7 @@ run.say(text)
 machine = run.record().machine
 print(f"measured on {machine.device} ({machine.processor})")
 run.say("""
-- The log believed that this training needs an NVIDIA GPU. It ran here on {training.device},
+- The log believed that this training needs an NVIDIA GPU. It ran on {training.device},
   {training.steps} steps a run.
 - Forked choice in phrasings that the training never met, same X in both forms: with z* sampled
   once from the prior {prior.same_choice:interval}, without z* {lora.same_choice:interval}, with z*

@@ -182,10 +182,10 @@ def test_a_chapter_has_one_cell_of_parameters_with_the_values_of_the_run():
     told = book.with_values(notebook, values, "laptop")
     assert [cell.source for cell in told.cells[1:]] == ["x = 1"]
     assert told.cells[0].source.splitlines() == [
-        "# Training", "steps: int = 900  # optimiser steps (laptop; smoke: 24)",
+        "# Training", "steps: int = 900  # optimiser steps (laptop; default: 24)",
         "seeds: list[int] = [1, 2]  # one training each",
         'rate: float = 3e-3  # peak; a "quoted" word',
-        "data: str = 'a.csv'  # a file; empty: none (laptop; smoke: '')"]
+        "data: str = 'a.csv'  # a file; empty: none (laptop; default: '')"]
 
 
 def test_a_chapter_begins_with_what_was_published():
@@ -220,6 +220,12 @@ def test_pages_cite_numbers_of_published_records():
     "{full/04_x:r:value}", "{laptop/05_x:r:value}", "{laptop/04_x:s:value}", "{claims:settled}"])
 def test_a_page_that_cites_what_is_not_there_is_refused_by_name(field: str):
     with pytest.raises(BookError, match="a page cites " + re.escape(field)):
+        book.cite(f"x {field}", published(Metric.of("r", 1.0, "")))
+
+
+@pytest.mark.parametrize("field", ["{laptop/04_x:r}", "{claims:Reproduced}", "{claims}"])
+def test_a_citation_that_is_not_well_formed_is_refused(field: str):
+    with pytest.raises(BookError, match="a page cites " + re.escape(field) + ": expected"):
         book.cite(f"x {field}", published(Metric.of("r", 1.0, "")))
 
 

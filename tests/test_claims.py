@@ -79,7 +79,7 @@ def test_an_interval_must_be_on_one_side_as_a_whole():
                                 (-0.1, 0.3, (False, False)), (0.0, 0.3, (False, False))):
         found = metric((low + high) / 2, interval=(low, high))
         assert (above.holds(found), below.holds(found)) == expected
-    assert above.holds(metric(0.2))  # a count has no interval
+    assert above.holds(metric(0.2)) is None  # without an interval nothing is said
 
 
 def test_what_is_only_reported_falls_on_no_side():
@@ -104,8 +104,8 @@ def test_the_verdicts():
     elsewhere = claim(requires="embedding=gpt2; items=200")
     found = judged(elsewhere, outside)
     assert (found.verdict, found.side) == ("indicative", "outside")
-    assert found.why == ("embedding = None where the log has gpt2; "
-                         "items = None where the log has 200")
+    assert found.why == ("embedding = not recorded where the log has gpt2; "
+                         "items = not recorded where the log has 200")
     fitting = record(metric(0.7), parameters={"embedding": "gpt2", "items": 200})
     assert judged(elsewhere, fitting).verdict == "not reproduced"
     always = judged(claim(differs="another machine"), inside)
@@ -135,6 +135,30 @@ def test_the_profile_nearest_to_the_log_judges_and_the_others_stand_beside_it():
         ("full", "0.3"), ("study", "0.7"), ("laptop", "0.56")]
 
 
+def test_a_record_under_the_claims_conditions_judges_before_a_nearer_profile():
+    row = claim(requires="base_model=")
+    found = [record(metric(0.9), profile="pretrained", parameters={"base_model": "stories"}),
+             record(metric(0.56), profile="laptop")]
+    assert judged(row, *found).verdict == "reproduced"
+    assert [each.profile for each in judged(row, *found).measured] == ["laptop", "pretrained"]
+    assert judged(row, found[0]).why == "base_model = stories where the log has none"
+
+
+def test_a_measure_may_have_another_name_in_another_size():
+    row = claim(measure="a b | c d")
+    for names in (("a", "b"), ("c", "d")):
+        assert judged(row, record(*(metric(0.56, n) for n in names))).verdict == "reproduced"
+    assert judged(row, record(metric(0.56, "a"), metric(0.56, "d"))).verdict == "not run"
+
+
+def test_a_chapter_that_only_ever_failed_counts_as_a_failure(tmp_path):
+    row = claim(measure="@failures", rule="exact", number="0", allowed="")
+    record(status="failed").write(tmp_path / "laptop" / "failed" / "04_cvfp_phase1.json")
+    assert judge(row, read_records(tmp_path)).verdict == "not reproduced"
+    record().write(tmp_path / "laptop" / "records" / "04_cvfp_phase1.json")
+    assert judge(row, read_records(tmp_path)).verdict == "reproduced"
+
+
 def test_a_run_of_smoke_settles_nothing(tmp_path):
     for profile in ("smoke", "laptop"):
         record(metric(0.5), profile=profile).write(tmp_path / profile / "records" / "04_x.json")
@@ -154,7 +178,8 @@ def test_what_a_record_says_of_itself_can_be_measured():
     assert judged(row, record(status="failed")).verdict == "not reproduced"
     row = claim(measure="@without_gpu", rule="equal", number="no", allowed="")
     assert judged(row, record()).measured[0].shown == "yes"
-    assert judged(row, record(device="NVIDIA H100")).verdict == "reproduced"
+    for asked in ({"device": "cuda"}, {"device": "cpu", "trainings": "h100"}):
+        assert judged(row, record(parameters=asked)).verdict == "reproduced"
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -218,14 +218,14 @@ def test_a_base_is_all_that_it_computes_with_and_how_it_is_spoken_to(tmp_path):
     (folder / "tensorboard").mkdir(parents=True)
     names = ("config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer.model",
              "tokenizer.json", "chat_template.jinja")
-    for name in (*names, "training.json", "tensorboard/events"):
+    for name in (*names, "training.json", "tensorboard/events", "key"):
         (folder / name).write_text(name)
     keys = [model_hash(folder)]
     for name in names:
         (folder / name).write_text("other")
         keys.append(model_hash(folder))
     assert len(set(keys)) == 1 + len(names)
-    for name in ("training.json", "tensorboard/events"):  # how long its making took
+    for name in ("training.json", "tensorboard/events", "key"):  # how long its making took
         (folder / name).write_text("other")
     assert model_hash(folder) == keys[-1]
 

@@ -81,7 +81,11 @@ def cite(text: str, records: Mapping[str, Mapping[str, Record]]) -> str:
             raise BookError(f"a page cites {field[0]}, and no published record holds "
                             f"{error.args[0]!r}") from None
 
-    return CITED.sub(number, text)
+    told = CITED.sub(number, text)
+    if left := re.search(r"\{(?:claims\b|[\w-]+/)[^}]*\}", told):
+        raise BookError(f"a page cites {left[0]}: expected {{profile/notebook:metric:style}} or "
+                        "{claims:verdict}")
+    return told
 
 
 PARAMETER = re.compile(r"(?P<head>(?P<name>\w+): [^=]+ = )(?P<value>.*?)(?P<tail>  # .*)?$")
@@ -95,10 +99,14 @@ def with_values(notebook: NotebookNode, parameters: Mapping[str, Any],
         found = PARAMETER.match(text)
         if not found or found["name"] not in parameters:
             return text
-        value, default = parameters[found["name"]], ast.literal_eval(found["value"])
+        try:
+            value, default = parameters[found["name"]], ast.literal_eval(found["value"])
+        except SyntaxError as error:
+            raise BookError(f"parameter {found['name']}: its default must stand on its line, "
+                            f"and {found['value']!r} is no value") from error
         if value == default:
             return text
-        return f"{found['head']}{value!r}{found['tail'] or '  #'} ({profile}; smoke: {default!r})"
+        return f"{found['head']}{value!r}{found['tail'] or '  #'} ({profile}; default: {default!r})"
 
     cells = []
     for cell in notebook.cells:

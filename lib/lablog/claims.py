@@ -34,10 +34,16 @@ Rule = Literal["within", "relative", "factor", "exact", "at least", "below", "ab
 PROFILES = ("full", "pretrained", "pretrained-gpu", "study", "laptop")
 """From the profile nearest to the logs' conditions to the farthest; smoke settles nothing."""
 BENCH = "bench"
+def _without_gpu(record: Record) -> str:
+    """Whether what a record measures was trained on a CPU, in this run."""
+    asked = record.parameters
+    here = asked.get("device", "cpu") == "cpu" and not asked.get("trainings")
+    return "yes" if here and record.status == "ok" else "no"
+
+
 RECORDED = {
-    "@failures": lambda record: Metric.of("failures", int(record.status != "ok"), "count"),
-    "@without_gpu": lambda record: Metric.of(
-        "trained_without_gpu", "yes" if record.machine.device == "cpu" else "no", "class"),
+    "@failures": lambda record: Metric.of("failures", int(record.status == "failed"), "count"),
+    "@without_gpu": lambda record: Metric.of("trained_without_gpu", _without_gpu(record), "class"),
 }
 """Measures that are the record's own and no metric of it."""
 
@@ -46,7 +52,8 @@ class Claim(Strict):
     """A row of ``data/claims.csv``. The first seven columns are the logs' words.
 
     notebook: the chapter that measures it, or ``bench``. measure: names of
-    metrics in its record, with a space between; the rule must hold for all. rule: how a value
+    metrics in its record, with a space between; the rule must hold for all; behind `` | `` other
+    names for them in profiles of another size. rule: how a value
     compares with `number`: ``within`` `allowed` of it, ``relative`` (within the share `allowed`),
     by at most the ``factor`` `allowed`, ``exact``, ``at least``, ``below``, its whole interval
     above or below it (``above interval``, ``below interval``), the same word (``equal``), or not
@@ -95,8 +102,7 @@ class Claim(Strict):
             return None
         if self.rule == "equal":
             return str(metric.value) == self.number
-        low, high = metric.interval or (metric.value, metric.value)
-        if not isinstance(metric.value, int | float) or low is None or high is None:
+        if not isinstance(metric.value, int | float):
             return None
         value, number, allowed = float(metric.value), float(self.number), float(self.allowed or 0)
         match self.rule:
@@ -112,10 +118,10 @@ class Claim(Strict):
                 return value >= number
             case "below":
                 return value < number
-            case "above interval":
-                return float(low) > number
-            case _:
-                return float(high) < number
+        if metric.interval is None:
+            return None
+        low, high = metric.interval
+        return low > number if self.rule == "above interval" else high < number
 
 
 @dataclass(frozen=True)
@@ -183,13 +189,13 @@ def load_claims(path: Path | None = None) -> list[Claim]:
 
 def read_records(root: Path) -> dict[str, dict[str, Record]]:
     """Records by profile and notebook below a folder that holds one folder a profile, with the
-    records in it or in its ``records``. Failed runs count as well."""
+    records in it or in its ``records``; of a chapter that has never ended well, in ``failed``."""
     found: dict[str, dict[str, Record]] = {}
     for profile in PROFILES:
-        for folder in (root / profile, root / profile / "records"):
+        for folder in (root / profile, root / profile / "records", root / profile / "failed"):
             for path in sorted(folder.glob("*.json")):
                 record = Record.read(path)
-                found.setdefault(profile, {})[record.notebook] = record
+                found.setdefault(profile, {}).setdefault(record.notebook, record)
     bench = root / f"{BENCH}.json"
     if bench.is_file():
         found[BENCH] = {BENCH: Record.read(bench)}
@@ -198,12 +204,13 @@ def read_records(root: Path) -> dict[str, dict[str, Record]]:
 
 def judge(claim: Claim, records: Mapping[str, Mapping[str, Record]],
           order: Sequence[str] = (BENCH, *PROFILES)) -> Judged:
-    """The verdict on one claim, by the records of profiles (`read_records`), of which the first in
-    `order` that measures it decides."""
-    measured = tuple(
-        found for profile in order
-        if (record := records.get(profile, {}).get(claim.notebook))
-        and (found := _measured(claim, profile, record)))
+    """The verdict on one claim, by the records of profiles (`read_records`): by that one whose
+    conditions differ least from the claim's, and among equals by the first in `order`."""
+    measured = tuple(sorted(
+        (found for profile in order
+         if (record := records.get(profile, {}).get(claim.notebook))
+         and (found := _measured(claim, profile, record))),
+        key=lambda each: len(each.differences)))
     if not measured:
         return Judged(claim, "not run", ())
     if claim.contradicts:
@@ -216,25 +223,25 @@ def judge(claim: Claim, records: Mapping[str, Mapping[str, Record]],
 
 def _measured(claim: Claim, profile: str, record: Record) -> Measured | None:
     """What a record says of a claim; None if it lacks one of the metrics, or its value."""
-    metrics = []
-    for name in claim.measure.split():
-        if name in RECORDED:
-            metrics.append(RECORDED[name](record))
-            continue
-        metric = next((metric for metric in record.metrics if metric.name == name), None)
-        if metric is None or metric.value is None:
-            return None
-        metrics.append(metric)
-    found = [claim.holds(metric) for metric in metrics]
+    known = {metric.name: metric for metric in record.metrics if metric.value is not None}
+    for names in claim.measure.split(" | "):
+        metrics = [RECORDED[name](record) if name in RECORDED else known.get(name)
+                   for name in names.split()]
+        present = tuple(metric for metric in metrics if metric is not None)
+        if len(present) == len(metrics):
+            break
+    else:
+        return None
+    found = [claim.holds(metric) for metric in present]
     holds = None if None in found else all(found)
-    return Measured(profile, record, tuple(metrics), holds, _differences(claim, record))
+    return Measured(profile, record, present, holds, _differences(claim, record))
 
 
 def _differences(claim: Claim, record: Record) -> tuple[str, ...]:
     """How the conditions of a record differ from those of the claim."""
-    told = [f"{name} = {record.parameters.get(name)} where the log has {value}"
-            for name, value in claim.conditions_required.items()
-            if str(record.parameters.get(name)) != value]
+    told = [f"{name} = {record.parameters.get(name, 'not recorded')} where the log has "
+            f"{value or 'none'}" for name, value in claim.conditions_required.items()
+            if str(record.parameters.get(name, "")) != value]
     return (*told, *filter(None, [claim.differs]))
 
 

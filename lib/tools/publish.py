@@ -7,6 +7,7 @@ values set are published under the profile's own name; their record holds the va
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not records:
         sys.exit(f"error: {source}/records holds no such record: run `make reproduce` with the "
                  "same PROFILE, SET and NOTEBOOKS first")
+    for path in records:
+        if (status := json.loads(path.read_text())["status"]) != "ok":
+            sys.exit(f"error: {path} has the status {status}: only what ended well is published")
     target = repository() / "book" / "records" / name.split("+")[0]
     target.mkdir(parents=True, exist_ok=True)
     for record in records:

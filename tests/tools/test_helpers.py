@@ -108,11 +108,19 @@ def test_records_chosen_figures_and_the_record_of_speed_are_published(
                  f"build/{made}/figures/02_lambda_calibration/heat.svg",
                  f"build/{made}/figures/02_lambda_calibration/other.svg"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
-        (clone / name).write_text(name)
+        (clone / name).write_text('{"status": "ok"}')
     publish.main(["--profile", "laptop", *chosen])
     published = {str(path.relative_to(clone / "book/records"))
                  for path in (clone / "book").rglob("*.*")}
     assert published == {"bench.json", "laptop/heat.svg", "laptop/02_lambda_calibration.json"}
+
+
+def test_a_run_that_failed_is_not_published(clone: Path):
+    record = clone / "build" / "laptop" / "records" / "02_lambda_calibration.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"status": "failed"}')
+    with pytest.raises(SystemExit, match="has the status failed"):
+        publish.main(["--profile", "laptop"])
 
 
 @pytest.mark.parametrize("arguments", [["--profile", "study"], ["--profile", "laptop", "01"]])

@@ -60,8 +60,8 @@ class TrainingSettings(Strict):
     log_every: int = Field(ge=1)
 
 
-MADE = ("training.json", "tensorboard")
-"""What a trained folder holds of its making, which differs between equal models: times."""
+MADE = ("training.json", "tensorboard", "key")
+"""What a trained folder holds of its making, which may differ between equal models."""
 
 
 def model_hash(folder: Path) -> str:
