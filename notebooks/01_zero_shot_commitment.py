@@ -219,9 +219,9 @@ for row in named:
 # whatever it says or chooses.
 #
 # The last row has a direction that means something: a *steering vector*, the mean state in the
-# middle layer behind answers that name the first value of a topic, less the mean behind answers
-# that name another {cite}`rimsky2024steering`. It makes one value likely in whatever is asked, so
-# two answers can agree by it; but somebody chose that value, and it is the same in every
+# middle layer where an answer has just named the first value of a topic, less the mean where it has
+# named another {cite}`rimsky2024steering`. It is to make one value likely in whatever is asked, so
+# that two answers can agree by it; but somebody chose that value, and it is the same in every
 # conversation. *P(first value)* says how far it gets.
 
 # %%
@@ -234,8 +234,8 @@ conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norm
 aids = ["system", "instruction"] if chat == "auto" else []
 tasks = [sweep.Task(control="none"), sweep.Task(control="text")]
 tasks += [sweep.Task(control=aid, language=False) for aid in aids]
-tasks += [sweep.Task(control="steering", strength=steering, layers="middle layer")
-          for _ in range(bool(steering))]
+if steering:
+    tasks.append(sweep.Task(control="steering", strength=steering, layers="middle layer"))
 for row in named:
     for control in ("commitment", "redrawn"):
         tasks += [sweep.Task(control=control, strength=row.strength, layers=row.layers, seed=seed)

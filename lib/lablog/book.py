@@ -20,14 +20,13 @@ from filelock import FileLock
 from nbformat import NotebookNode
 
 from lablog import claims, claims_page, layout, model_list, speed_page
-from lablog.files import atomic_write, data_file, repository, sha256_of
+from lablog.files import atomic_write, repository, sha256_of
+from lablog.provenance import source_dependencies
 from lablog.record import Record
 from lablog.report import IN_PROSE, format_metric, reject_judgements
 
 INPUTS = ".inputs"
 """File in the built book with a hash of what it was made from."""
-
-
 CITED = re.compile(
     r"\{(?:claims:(?P<verdict>[a-z ]+)"
     r"|(?P<profile>[\w-]+)/(?P<notebook>\w+):(?P<metric>[\w.+-]+):(?P<style>\w+))\}")
@@ -163,9 +162,7 @@ def _inputs(folder: Path) -> str:
     pages = [path for path in (root / "book").rglob("*") if path.is_file()]
     results = [path for kind in ("records", "notebooks", "figures")
                for path in (folder / kind).rglob("*") if path.is_file()]
-    own = [root / "pyproject.toml", data_file("models.yaml"), data_file("claims.csv"),
-           *(Path(module.__file__ or "") for module in (sys.modules[__name__], claims, claims_page,
-                                                        speed_page))]
+    own = [root / "pyproject.toml", *source_dependencies(Path(__file__))]
     bench = [path for path in [layout.benchmark()] if path.is_file()]
     ours = sha256_of([*pages, *own, *bench], root)
     return f"{ours} {sha256_of(results, folder)}\n"

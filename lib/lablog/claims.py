@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lablog import layout
-from lablog.files import atomic_write, data_file, repository
+from lablog.files import data_file, repository
 from lablog.record import Metric, Record
 from lablog.report import format_metric
 from lablog.strict import Strict, validated
@@ -34,6 +34,8 @@ Rule = Literal["within", "relative", "factor", "exact", "at least", "below", "ab
 PROFILES = ("full", "pretrained", "pretrained-gpu", "study", "laptop")
 """From the profile nearest to the logs' conditions to the farthest; smoke settles nothing."""
 BENCH = "bench"
+
+
 def _without_gpu(record: Record) -> str:
     """Whether what a record measures was trained on a CPU, in this run."""
     asked = record.parameters
@@ -51,16 +53,15 @@ RECORDED = {
 class Claim(Strict):
     """A row of ``data/claims.csv``. The first seven columns are the logs' words.
 
-    notebook: the chapter that measures it, or ``bench``. measure: names of
-    metrics in its record, with a space between; the rule must hold for all; behind `` | `` other
-    names for them in profiles of another size. rule: how a value
-    compares with `number`: ``within`` `allowed` of it, ``relative`` (within the share `allowed`),
-    by at most the ``factor`` `allowed`, ``exact``, ``at least``, ``below``, its whole interval
-    above or below it (``above interval``, ``below interval``), the same word (``equal``), or not
-    at all (``report``). requires: parameters that a record must have for the row to be judged, as
-    ``name=value; name=value``. differs: what is always other than in the log, which lets the row be
-    indicative at most. needs: what it takes to measure it, where no profile does. contradicts:
-    other rows of the logs that this one excludes.
+    notebook: the chapter that measures it, or ``bench``. measure: names of metrics in its record,
+    with a space between; the rule must hold for all; behind `` | `` other names for them in
+    profiles of another size. rule: how a value compares with `number`: ``within`` `allowed` of it,
+    ``relative`` (within the share `allowed`), by at most the ``factor`` `allowed`, ``exact``, ``at
+    least``, ``below``, its whole interval above or below it (``above interval``, ``below
+    interval``), the same word (``equal``), or not at all (``report``). requires: parameters that a
+    record must have for the row to be judged, as ``name=value; name=value``. differs: what is
+    always other than in the log, which lets the row be indicative at most. needs: what it takes to
+    measure it, where no profile does. contradicts: other rows of the logs that this one excludes.
     """
 
     id: str = Field(pattern=r"^[A-Z]\d\d$")
@@ -313,12 +314,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                "json": lambda rows: json.dumps(as_table(rows), ensure_ascii=False, indent=1)}
     print(written[options.format](rows).rstrip("\n"))
     return 0
-
-
-def write_csv(rows: Sequence[Judged], path: Path) -> Path:
-    """Write the ledger as CSV, whole or not at all."""
-    atomic_write(path, as_csv(rows))
-    return path
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from lablog.claims import VERDICTS, Judged, Measured, counts, write_csv
+from lablog.claims import VERDICTS, Judged, Measured, as_csv, counts
+from lablog.files import atomic_write
 
 COLUMNS = ("id", "claim", "claimed", "measured", "verdict")
 TITLES = {"commitment": "A: commitment", "cvfp": "B: CVFP", "arianna": "C: Arianna"}
@@ -26,7 +27,7 @@ def page(rows: Sequence[Judged], folder: Path, chapters: Collection[str]) -> str
 
     chapters: names of the notebooks that the book has; values link to those and to their record.
     """
-    write_csv(rows, folder / "claims.csv")
+    atomic_write(folder / "claims.csv", as_csv(rows))
     found = counts(rows)
     parts = [
         "# Claims\n",

@@ -327,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("plan", "write parameters and print Make's rules"),
                        ("why", "say what would run and because of what"),
-                       ("summary", "print the reports of the last results"),
+                       ("summary", "say what the last results say of the logs' claims"),
                        ("verify", "run twice and compare the records"),
                        ("book", "build the book from the results at hand"),
                        ("name", "print the folder that results go to")):

@@ -12,7 +12,7 @@ from lablog.commitment.llama_cpp_speaker import Speakers
 from lablog.commitment.steering import STATEMENTS, statements, steering_vectors
 from lablog.commitment.sweep import Task
 from lablog.models.llama_cpp import Context, EngineError
-from lablog.text.dialogues import load_settings, named_value, render
+from lablog.text.dialogues import load_settings, named_value, render, settings_for
 
 SETTINGS = load_settings()
 LAYER = 3
@@ -44,8 +44,9 @@ def test_a_vector_is_the_difference_of_means_in_pytorch(engine, vectors, torch_m
     means = []
     for value in values:
         last = []
-        for turns in statements(SETTINGS, topic, value):
-            ids = engine.model.tokenize(render(turns), bos=True)
+        for question, answer in statements(SETTINGS, topic, value):
+            assert answer.endswith(value)
+            ids = engine.model.tokenize(f"{render([question])}A: {answer}", bos=True)
             with torch.no_grad():
                 seen = torch_model(torch.tensor([ids]), output_hidden_states=True).hidden_states
             last.append(seen[LAYER + 1][0, -1].numpy())
@@ -58,8 +59,10 @@ def test_a_vector_is_the_difference_of_means_in_pytorch(engine, vectors, torch_m
 
 def test_statements_name_their_value_in_several_ways():
     told = statements(SETTINGS, "color", "teal")
-    assert len({turns[0].text for turns in told}) == len(told) == STATEMENTS
-    assert all(named_value(turns[1].text, SETTINGS.topics["color"]) == "teal" for turns in told)
+    assert len({question.text for question, _ in told}) == len(told) == STATEMENTS
+    assert all(named_value(answer, SETTINGS.topics["color"]) == "teal" for _, answer in told)
+    spoken = statements(settings_for("auto"), "city", "paris")
+    assert all(answer.endswith("Paris") for _, answer in spoken)
 
 
 def test_the_direction_of_a_value_s_own_unembedding_makes_it_likelier(

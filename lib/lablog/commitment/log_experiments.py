@@ -61,7 +61,7 @@ def layer_range(name: str, layers: int) -> tuple[int, int]:
     if (counted := re.fullmatch(r"last ([1-9]\d*)", name)) and int(counted[1]) <= layers:
         return layers - int(counted[1]), layers - 1
     if name not in ranges:
-        raise ValueError(f"layer range {name!r}: expected one of {', '.join(RANGES)}, or last N "
+        raise ValueError(f"layer range {name!r}: expected one of {', '.join(ranges)}, or last N "
                          f"with N up to the model's {layers} layers")
     return ranges[name]
 
