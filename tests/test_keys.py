@@ -231,14 +231,14 @@ def test_a_base_is_all_that_it_computes_with_and_how_it_is_spoken_to(tmp_path):
 
 
 def test_a_training_depends_on_the_chats_in_a_folder(tmp_path):
-    folder = tmp_path / "chats"
-    folder.mkdir()
     found = []
-    for answer in ("Yes.", "No."):
+    for name, answer in (("a", "Yes."), ("b", "Yes."), ("c", "No.")):
+        folder = tmp_path / name
+        folder.mkdir()
         (folder / "train.jsonl").write_text(json.dumps(
             {"text": f"### Human: Is it teal?### Assistant: {answer}"}) + "\n")
-        found += [chats_hash(str(folder)), chats_hash(str(folder))]
-    assert found[0] == found[1] != found[2] == found[3]
+        found.append(chats_hash(str(folder)))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_converted_model_depends_on_all_of_its_shards(tmp_path, monkeypatch):

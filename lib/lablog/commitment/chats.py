@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -74,8 +75,9 @@ def from_hub(name: str, tokenizer: AnyTokenizer, window: int, split: str,
     return Chats(texts(name, split), tokenizer, window, chat)
 
 
+@cache
 def chats_hash(name: str) -> str:
-    """SHA-256 over the texts of a data set that is trained on."""
+    """SHA-256 over the texts of a data set that is trained on; read once in a process."""
     digest = hashlib.sha256()
     for text in texts(name, "train"):
         digest.update(text.encode() + b"\0")
