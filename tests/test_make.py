@@ -35,7 +35,7 @@ def test_help_is_the_default_and_lists_every_target_for_users():
     assert make() == shown
     listed = dict(re.findall(r"^  make (\S+) +(\S.*)$", shown, re.MULTILINE))
     assert set(listed) == wanted
-    for option in ("PROFILE=smoke|laptop|study|full ", 'SET="model=my.gguf" ',
+    for option in ("PROFILE=smoke|laptop|study|pretrained|full ", 'SET="model=my.gguf" ',
                    'NOTEBOOKS="01 02" '):
         assert f"\n  {option}" in shown
 
