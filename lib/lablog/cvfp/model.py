@@ -132,6 +132,22 @@ def check_widths(config: ModelConfig, context: Tensor, token: Tensor) -> None:
         )
 
 
+def check_normalised(tokens: Tensor) -> None:
+    """Raise ValueError for a row of tokens [n, embed_dim] that no :class:`TokenEmbedding` gives.
+
+    Its rows have mean 0 and mean square 1, or are zero where the embedding knows nothing of the
+    token; below 1 they fall where the raw row was small against LayerNorm's epsilon.
+    """
+    mean, square = tokens.mean(1).abs(), tokens.square().mean(1)
+    wrong = (mean > 1e-3) | (square > 1.001) | ((square < 0.5) & (square > 0))
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f"token {row} of {len(tokens)} is not normalised (mean {tokens[row].mean():.3g}, mean "
+            f"square {square[row]:.3g}, expected 0 and 1): take tokens from TokenEmbedding"
+        )
+
+
 class TokenEmbedding(nn.Module):
     """Frozen embedding [vocabulary, embed_dim] followed by a LayerNorm that is always applied."""
 

@@ -22,7 +22,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from lablog.cvfp.model import Context, CVFPBlock, ModelConfig, Token, shifted
+from lablog.cvfp.model import (
+    Context,
+    CVFPBlock,
+    ModelConfig,
+    Token,
+    check_normalised,
+    shifted,
+)
 from lablog.cvfp.rollout import rollout
 from lablog.files import atomic_write
 from lablog.keys import key
@@ -400,8 +407,10 @@ def trained(
 
     Its checkpoint lies in `folder` under a name that holds a hash of all it depends on: what one
     notebook has trained, another finds, and what was cut off goes on. `initial` [n, context_dim]
-    and `observe` as in :func:`train`, which says what is refused.
+    and `observe` as in :func:`train`, which says what is refused; so are tokens that are not
+    normalised.
     """
+    check_normalised(tokens)
     block = CVFPBlock(shape, config.seed).to(tokens.device)
     path = _stored(folder, "phase1", _identity(block, tokens, config), ".pt")
     return block, train(block, tokens, config, path, initial, True, observe)
@@ -410,8 +419,10 @@ def trained(
 def contexts_of(folder: Path, block: CVFPBlock, tokens: Tensor) -> Tensor:
     """Contexts [n, context_dim] of one pass of `block` over `tokens` [n, embed_dim] from zero.
 
-    Kept in `folder` for the notebook that asks again, under a name as in :func:`trained`.
+    Kept in `folder` for the notebook that asks again, under a name as in :func:`trained`. Raises
+    ValueError for tokens that are not normalised.
     """
+    check_normalised(tokens)
     path = _stored(folder, "contexts", _pass_identity(block, tokens), ".safetensors")
     if not path.is_file():
         atomic_write(path, save({"contexts": rollout(block, tokens).contexts}))
