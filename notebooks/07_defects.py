@@ -890,13 +890,13 @@ run.metrics([caught("shared_commitment", "a bystander's logits change",
 #
 # ### 19. A judgement in place of a number
 #
-# "Effective rank: EXCELLENT" is what the log's early reports said, and nobody could compare two
-# runs by them. A report is rendered from a record; a line without a number, a metric that is
+# That a rank was excellent is what the log's early reports said, in capitals, and nobody could
+# compare two runs by them. A report is rendered from a record; a line without a number, a metric that is
 # missing and a word that judges are refused, in English and in Japanese, and the words are looked
 # for in all pages of the book. No seed plays a part; counted are the lines that hold a number.
 
 # %%
-judged = ["- Effective rank: EXCELLENT", "- 収束: 良好", "- Convergence: MODERATE"]
+judged = ["- Effective rank: excellent", "- 収束: \u826f\u597d", "- Convergence: moderate"]
 told = ["- Effective rank: 61.2/64 (95.6%)", "- 収束率: 30.0% (1923/6400)", "- Convergence: 47.0%"]
 
 
