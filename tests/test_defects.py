@@ -12,10 +12,11 @@ from unittest.mock import patch
 import jupytext
 import pytest
 
-from lablog import defects
 from lablog.arianna import chat, guards
 from lablog.commitment import training_metrics
 from lablog.cvfp import checks, model, phase1
+from lablog.defects import commitments, contexts
+from lablog.defects.noticed import UnnoticedError, noticed, refusal
 from lablog.files import repository
 from lablog.models import training
 from lablog.models.trainer import Fresh
@@ -44,7 +45,7 @@ def gone(where: Any, name: str, instead: Any = nothing) -> Without:
 
 CHECKS: dict[str, Without] = {
     "normalised_loss": names(spoilt=lambda chapter: chapter["right"]),
-    "missing_detach": names(kinds={"planted": "", "right": ""}),
+    "missing_detach": gone(contexts, "read_with_steps", lambda *_: (20, "")),
     "context_reset": gone(checks.Convergence, "verdict", "between"),
     "fixed_target": gone(checks, "FINAL_FAILS", 1e9),
     "swapped_arguments": gone(model, "check_widths"),
@@ -58,11 +59,12 @@ CHECKS: dict[str, Without] = {
                                                        on_step_end=nothing),
     "long_warmup": gone(training, "check_schedule"),
     "bare_prompt": gone(chat, "warn_of_form"),
-    "padding_commitment": names(deaf=lambda chapter: chapter["sound"]),
-    "counted_padding": names(loss=lambda chapter: lambda *_: 1.0),
+    "padding_commitment": names(moves=[[1.0], [1.0]]),
+    "counted_padding": names(padded={True: [0.0], False: [0.0]}),
     "posterior_collapse": gone(training_metrics, "of_training",
                                lambda _: [Metric.of("collapsed", 0, "count")]),
-    "shared_commitment": names(moved={"planted": [0.0], "right": [0.0]}),
+    "shared_commitment": gone(commitments, "moved_bystanders",
+                              lambda *_: {"planted": [0.0], "right": [0.0]}),
     "judgement_word": names(reject_judgements=lambda chapter: nothing),
 }
 """For every defect, how its check is taken away: a function that does nothing in its place, or,
@@ -71,8 +73,8 @@ AGAIN = ("resumed_counters", "long_warmup")
 """Sections whose check looks at a training: all of their cells are run again."""
 
 
-def caught_in(cell: str) -> list[str]:
-    return re.findall(r'caught\(\s*"(\w+)"', cell)
+def recorded_in(cell: str) -> list[str]:
+    return re.findall(r'record\(\s*"(\w+)"', cell)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def chapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Names, dict[str, 
         os.chdir(before)
     found = {}
     for cells in sections:
-        found |= {defect: cells for cell in cells for defect in caught_in(cell)}
+        found |= {defect: cells for cell in cells for defect in recorded_in(cell)}
     return context, found
 
 
@@ -117,31 +119,35 @@ def test_without_its_check_a_defect_stops_the_chapter(
     chapter: tuple[Names, dict[str, list[str]]], defect: str, tmp_path: Path,
 ):
     context, sections = chapter
-    cells = [cell for cell in sections[defect] if defect in AGAIN or caught_in(cell)]
+    cells = [cell for cell in sections[defect] if defect in AGAIN or recorded_in(cell)]
     with (patch.dict(context, scratch=tmp_path), CHECKS[defect](context),
-          pytest.raises(defects.UnnoticedError, match=f"{defect}: .* does not fire")):
+          pytest.raises(UnnoticedError, match=f"{defect}: .* does not fire")):
         exec(compile("\n\n".join(cells), "<chapter 7>", "exec"), context)
 
 
 def test_a_check_that_fires_without_a_fault_stops_the_chapter():
-    with pytest.raises(defects.UnnoticedError, match="fires without the fault"):
-        defects.caught("anything", "a check", planted=True, right="ValueError")
-    assert defects.caught("anything", "a check", planted=1, right="").value == "a check"
+    values = {"planted": [1.0], "right": [0.0], "check": "a check"}
+    with pytest.raises(UnnoticedError, match="fires without the fault"):
+        noticed("d", "share", "fraction", [], **values, fires=True, fires_without="ValueError")
+    found = noticed("d", "share", "fraction", [], **values, fires=1, fires_without="")
+    assert {metric.name: metric.value for metric in found} == {
+        "d.symptom": "share", "d.caught_by": "a check", "d.planted": 1.0, "d.right": 0.0}
+    assert not any(metric.interval or metric.seeds for metric in found)
 
 
 def test_symptoms_keep_to_the_range_of_their_quantity():
-    planted, right = defects.symptom("d", "share", "fraction", planted=[0.9, 1.0, 0.8],
-                                     right=[0.0, 0.1, 0.0], seeds=[1, 2, 3])[1:]
-    assert planted.interval is not None
-    assert planted.interval[1] == 1
-    assert right.interval is not None
-    assert right.interval[0] == 0
-    alone = defects.symptom("d", "share", "fraction", planted=[1.0], right=[0.0])[1]
-    assert (alone.interval, alone.seeds) == (None, None)
+    found = {metric.name: metric for metric in noticed(
+        "d", "share", "fraction", [1, 2, 3], planted=[0.9, 1.0, 0.8], right=[0.0, 0.1, 0.0],
+        check="a check", fires=True, fires_without=False)}
+    planted, right = found["d.planted"].interval, found["d.right"].interval
+    assert planted is not None
+    assert planted[0] < 0.9 < planted[1] == 1
+    assert right is not None
+    assert right[0] == 0 < right[1]
 
 
 def test_a_refusal_names_its_kind():
-    assert defects.refusal(lambda: int("x")) == "ValueError"
-    assert defects.refusal(lambda: int("1")) == ""
+    assert refusal(lambda: int("x")) == "ValueError"
+    assert refusal(lambda: int("1")) == ""
     with pytest.raises(KeyboardInterrupt):
-        defects.refusal(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        refusal(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
