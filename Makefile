@@ -93,7 +93,7 @@ _results: $(RECORDS)
 why: ## say for each notebook whether it would run, and because of what
 	@$(PY) -m lablog.runner why $(ARGUMENTS)
 
-compare: ## say what changed between two runs, each a profile, a folder or a record: A=... B=...
+compare: ## say what changed between two runs: A=published B=laptop, or folders, COMMIT:PROFILE
 	@PYTHONPATH=lib $(PY) -m tools.compare '$(A)' '$(B)'
 
 claims: setup ## every claim of the logs beside its measured value (OF=own: of this clone's runs)

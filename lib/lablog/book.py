@@ -19,7 +19,7 @@ import nbformat
 from filelock import FileLock
 from nbformat import NotebookNode
 
-from lablog import claims, claims_page, layout, model_list, speed_page
+from lablog import beside, claims, claims_page, layout, model_list, speed_page
 from lablog.files import atomic_write, repository, sha256_of
 from lablog.provenance import source_dependencies
 from lablog.record import Record
@@ -175,7 +175,7 @@ def build(folder: Path, target: Path) -> Path:
     Raises BookError when there is no result, and with Sphinx's output when it warns or fails; the
     book that was there before then stays.
     """
-    records = [Record.read(path) for path in sorted((folder / "records").glob("*.json"))]
+    records = beside.own_records(folder)
     if not records:
         raise BookError(f"{folder} holds no results: run `make reproduce` first")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -205,6 +205,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     (source / "results.md").write_text(results_page(records))
     (source / "published.md").write_text(published_page(source / "records"))
     (source / "models.md").write_text(models_page())
+    (source / "yours.md").write_text(beside.page(records, published))
     (source / "claims.md").write_text(claims_page.page(
         claims.ledger(published), source, {record.notebook for record in records}))
     (source / "speed.md").write_text(speed_page.page(speed_page.latest(), source))

@@ -1,10 +1,12 @@
 """What changed between two runs: ``python -m tools.compare A B``.
 
 A and B are records, folders of records (with the figures' data beside them, as in build/<profile>/,
-or without, as in book/records/<profile>/) or names of profiles. Compared are metrics, by name, with
-unit, value to the last digit, interval and counts, and their order; the data of figures, but for
-columns of seconds; the texts of reports. Parameters are told where they differ, since they may say
-why, and are no difference of their own: a name can change where no result does.
+or without, as in book/records/<profile>/), names of profiles, "published" for what is published of
+the other one's profile, or COMMIT:PROFILE for what that commit had published. Compared are metrics,
+by name, with unit, value to the last digit, interval and counts, and their order; the data of
+figures, but for columns of seconds; the texts of reports; the verdicts on the logs' claims.
+Parameters are told where they differ, since they may say why, and are no difference of their own: a
+name can change where no result does.
 Exit code: 0 everything is equal, 1 something differs, 2 there is nothing to compare.
 """
 
@@ -13,7 +15,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +26,8 @@ from pathlib import Path
 import pandas as pd
 
 from lablog import layout
+from lablog.beside import KINDS, pairs, verdict_changes
+from lablog.claims import PROFILES
 from lablog.files import repository
 from lablog.record import Metric, Record, ReportText
 
@@ -48,9 +55,33 @@ class Changes:
         return bool(self.metrics or self.others)
 
 
-def find(place: str) -> dict[str, Kept]:
-    """The records at a place, by notebook; ValueError says why there is none."""
+def committed(commit: str, profile: str) -> dict[str, Kept]:
+    """The records of a profile that a commit had published, by notebook, without figures' data."""
+    root, folder = repository(), f"book/records/{profile}/"
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True,
+                              check=False)
+        if done.returncode:
+            raise ValueError(f"git has no commit {commit!r}: {done.stderr.strip()}")
+        return done.stdout
+
+    paths = git("ls-tree", "--name-only", commit, folder).split()
+    texts = [git("show", f"{commit}:{path}") for path in paths if path.endswith(".json")]
+    if not texts:
+        raise ValueError(f"commit {commit} has published nothing of profile {profile!r}")
+    return {record.notebook: Kept(record, root / "no figures")
+            for record in map(Record.model_validate_json, texts)}
+
+
+def find(place: str, other: str = "") -> dict[str, Kept]:
+    """The records at a place, by notebook; ValueError says why there is none. `other` is what they
+    are to be compared with."""
     root = repository()
+    if place == "published":
+        place = str(root / "book" / "records" / Path(other).name)
+    if re.fullmatch(r"[\w./~^-]+:[\w-]+", place):
+        return committed(*place.split(":"))
     tried = [Path(place), layout.results(place), root / "book" / "records" / place]
     path = next((path for path in tried if place and path.exists()), None)
     if path is None:
@@ -172,6 +203,20 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
             for row in rows]
 
 
+def told_of_intervals(one: Record, two: Record) -> str:
+    """How many numbers differ, and how."""
+    counts = Counter(pair.kind for pair in pairs(one, two))
+    return "; ".join(f"{counts[kind]} {text}" for kind, text in KINDS.items() if counts[kind])
+
+
+def told_of_verdicts(one: dict[str, Kept], two: dict[str, Kept]) -> list[str]:
+    """A line for every claim that the chapters of both judge otherwise."""
+    both = sorted(one.keys() & two.keys())
+    left, right = ({name: kept[name].record for name in both} for kept in (one, two))
+    return [f"claim {a.claim.id} ({a.claim.quantity}): {a.verdict} {a.side} → {b.verdict} {b.side}"
+            for a, b in verdict_changes(left, right, PROFILES[-1])]
+
+
 def compare(one: dict[str, Kept], two: dict[str, Kept]) -> tuple[list[str], bool]:
     """The lines to print, and whether everything is equal."""
     lines, same = [], True
@@ -185,9 +230,14 @@ def compare(one: dict[str, Kept], two: dict[str, Kept]) -> tuple[list[str], bool
         same = same and not found
         lines.append(f"== {notebook}: {'differs' if found else f'{len(a.metrics)} metrics equal'}")
         lines += parameters(a, b)
+        if found:
+            lines.append(told_of_intervals(a, b))
         if found.metrics:
             lines += table([("metric", "A", "B", ""), *found.metrics])
         lines += found.others
+    verdicts = told_of_verdicts(one, two)
+    if not same:
+        lines += verdicts or ["claims: all judged alike"]
     return lines, same
 
 
@@ -195,11 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("A", help="record, folder of records, or profile")
+    parser.add_argument("A", help="record, folder, profile, published, or COMMIT:PROFILE")
     parser.add_argument("B", help="the same, to compare with")
     options = parser.parse_args(arguments)
     try:
-        one, two = find(options.A), find(options.B)
+        one, two = find(options.A, options.B), find(options.B, options.A)
         if not one.keys() & two.keys():
             raise ValueError(f"{options.A} has {', '.join(one)}, {options.B} has "
                              f"{', '.join(two)}: no notebook is in both")

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,40 @@ def test_nothing_to_compare_is_one_clear_error(
     assert printed.out == ""
     assert printed.err.startswith("error: ")
     assert expected in printed.err
+
+
+def test_published_stands_for_the_other_ones_profile(capsys: pytest.CaptureFixture[str]):
+    text = told(capsys, "published", PUBLISHED / "study", 0)
+    assert "03_qlora_commitment: " in text
+    assert "claims" not in text  # nothing differs
+
+
+def test_a_commit_stands_for_what_it_had_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+):
+    """In a small repository of its own, since a clone may be shallow."""
+    folder = tmp_path / "book" / "records" / "laptop"
+    shutil.copytree(PUBLISHED / "laptop", folder)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "published"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(compare, "repository", lambda: tmp_path)
+    assert "differs" not in told(capsys, "HEAD:laptop", folder, 0)
+    changed = Record.read(folder / f"{NAME}.json")
+    changed.model_copy(update={"metrics": METRICS}).write(folder / f"{NAME}.json")
+    text = told(capsys, "HEAD:laptop", folder, 1)
+    assert f"== {NAME}: differs" in text
+    assert re.search(r"claim A\d\d .*→ not run", text)  # what measured it is gone
+    for wrong, why in (("nothing:laptop", "git has no commit 'nothing'"),
+                       ("HEAD:full", "published nothing of profile 'full'")):
+        assert compare.main([wrong, str(folder)]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_differences_are_counted_by_what_they_mean(
+    a: Path, record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    apart = METRICS[0].model_copy(update={"value": 0.9, "interval": (0.8, 0.95)})
+    b = keep(tmp_path / "b", record.model_copy(update={"metrics": (apart, *METRICS[1:])}))
+    assert "2 equal to the last digit; 1 differ by more than their intervals" in told(
+        capsys, a, b, 1)
