@@ -19,7 +19,16 @@ import nbformat
 from filelock import FileLock
 from nbformat import NotebookNode
 
-from lablog import beside, claims, claims_page, layout, model_list, speed_page
+from lablog import (
+    beside,
+    claims,
+    claims_page,
+    glossary,
+    layout,
+    model_list,
+    speed_page,
+    times_page,
+)
 from lablog.files import atomic_write, repository, sha256_of
 from lablog.provenance import source_dependencies
 from lablog.record import Record
@@ -126,6 +135,15 @@ def answered(notebook: NotebookNode, answer: str) -> NotebookNode:
     return notebook
 
 
+def explained(notebook: NotebookNode, names: Sequence[str]) -> NotebookNode:
+    """The chapter with links to the glossary where its terms first occur."""
+    seen: set[str] = set()
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = glossary.linked(cell.source, names, seen)
+    return notebook
+
+
 def models_page() -> str:
     """The models of others that a profile may use, from ``data/models.yaml`` (Markdown)."""
     parts = ["# Models of others\n\nThe default profile trains its own models. These are fetched "
@@ -192,6 +210,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     shutil.copytree(repository() / "book", source)
     (source / "notebooks").mkdir()
     published = claims.read_records(source / "records")
+    names = glossary.terms((source / "glossary.md").read_text())
     for record in records:
         name = f"{record.notebook}.ipynb"
         chapter = with_values(nbformat.read(folder / "notebooks" / name, as_version=4),
@@ -199,6 +218,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
         opening = source / "openings" / f"{record.notebook}.md"
         if opening.is_file():
             chapter = answered(chapter, cite(opening.read_text(), published))
+        chapter = explained(chapter, names)
         nbformat.write(chapter, source / "notebooks" / name)
     for page in source.glob("*.md"):
         page.write_text(cite(page.read_text(), published))
@@ -206,6 +226,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     (source / "published.md").write_text(published_page(source / "records"))
     (source / "models.md").write_text(models_page())
     (source / "yours.md").write_text(beside.page(records, published))
+    (source / "times.md").write_text(times_page.page(records, published))
     (source / "claims.md").write_text(claims_page.page(
         claims.ledger(published), source, {record.notebook for record in records}))
     (source / "speed.md").write_text(speed_page.page(speed_page.latest(), source))

@@ -1,0 +1,44 @@
+"""The book's page of times: how long every chapter took, where, and what took longest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lablog.claims import PROFILES
+from lablog.record import Record
+
+LONGEST = 3  # stages that are named
+
+
+def page(own: Sequence[Record], published: Mapping[str, Mapping[str, Record]]) -> str:
+    """Markdown: a table of this clone's records, and one for each profile that is published."""
+    parts = ["# How long everything took\n\nWall-clock times as the records have them, on machines "
+             "that may have done other work beside. What is trained once is kept and found again, "
+             "so that a chapter that runs a second time takes less.\n"]
+    if own:
+        parts.append(f"## This clone, profile {own[0].profile}\n\n{_table(own)}\n")
+    for profile in (name for name in PROFILES if name in published):
+        chapters = [record for _, record in sorted(published[profile].items())]
+        parts.append(f"## Published, profile {profile}\n\n{_table(chapters)}\n")
+    return "\n".join(parts)
+
+
+def _table(records: Sequence[Record]) -> str:
+    rows = [f"| {record.notebook} | {_clock(record.seconds)} | {_longest(record)} | "
+            f"{(record.peak_memory_bytes or 0) / 2**20:,.0f} MiB | {record.machine.processor}, "
+            f"{record.machine.threads} threads | `{record.source.commit[:10]}` |"
+            for record in records]
+    total = sum(record.seconds for record in records)
+    rows.append(f"| **all** | **{_clock(total)}** | | | | |")
+    names = "| chapter | time | longest stages | memory | machine | commit |"
+    return "\n".join([names, "|---|---|---|---|---|---|", *rows])
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+def _longest(record: Record) -> str:
+    stages = sorted(record.stages, key=lambda stage: -stage.seconds)[:LONGEST]
+    return ", ".join(f"{stage.name} {_clock(stage.seconds)}" for stage in stages)
