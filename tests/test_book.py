@@ -266,13 +266,20 @@ def test_a_clones_own_speed_is_shown_before_the_published(
         assert speed_page.latest().seconds == seconds
 
 
-def test_every_figure_links_its_data(made: tuple[Path, Path]):
+def test_a_chapter_links_its_record_its_notebook_and_the_data_of_its_figures(
+    made: tuple[Path, Path],
+):
     folder, html = made
     page = html / "notebooks" / f"{NAME}.html"
-    (link,) = (x for x in Links(page.read_text()).linked if x.endswith(".csv"))
-    target = (page.parent / unquote(link)).resolve()
-    assert target.read_bytes() == (folder / "figures" / NAME / "line.csv").read_bytes()
-    assert html.resolve() in target.parents
+    linked = Links(page.read_text()).linked
+    assert linked.count(f"../figures/{NAME}/line.csv") == 2  # under the figure, and at the end
+    for link, made_from in ((f"../figures/{NAME}/line.csv", folder / "figures" / NAME / "line.csv"),
+                            (f"../run/{NAME}.json", folder / "records" / f"{NAME}.json"),
+                            (f"../run/{NAME}.ipynb", folder / "notebooks" / f"{NAME}.ipynb")):
+        assert link in linked
+        target = (page.parent / unquote(link)).resolve()
+        assert target.read_bytes() == made_from.read_bytes()
+        assert html.resolve() in target.parents
 
 
 def test_every_local_link_leads_somewhere(made: tuple[Path, Path]):

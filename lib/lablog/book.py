@@ -36,6 +36,8 @@ from lablog.report import IN_PROSE, format_metric, reject_judgements
 
 INPUTS = ".inputs"
 """File in the built book with a hash of what it was made from."""
+OWN = "run"
+"""Folder of the built book with the records and executed notebooks of this clone's run."""
 CITED = re.compile(
     r"\{(?:claims:(?P<verdict>[a-z ]+)"
     r"|(?P<profile>[\w-]+)/(?P<notebook>\w+):(?P<metric>[\w.+-]+):(?P<style>\w+))\}")
@@ -135,6 +137,18 @@ def answered(notebook: NotebookNode, answer: str) -> NotebookNode:
     return notebook
 
 
+def downloadable(notebook: NotebookNode, record: Record) -> NotebookNode:
+    """The chapter with a line of what can be taken along, behind its last cell."""
+    links = [f'<a href="../{OWN}/{record.notebook}.json" download>record (JSON)</a>']
+    links += [f'<a href="../{figure.csv}" download>data of figure {figure.name} (CSV)</a>'
+              for figure in record.figures]
+    links.append(f'<a href="../{OWN}/{record.notebook}.ipynb" download>executed notebook</a>')
+    text = f'<p class="lablog-downloads">Download: {", ".join(links)}</p>'
+    notebook.cells.append(
+        nbformat.v4.new_markdown_cell(text, id=f"{notebook.cells[0].id}-downloads"))
+    return notebook
+
+
 def explained(notebook: NotebookNode, names: Sequence[str]) -> NotebookNode:
     """The chapter with links to the glossary where its terms first occur."""
     seen: set[str] = set()
@@ -218,7 +232,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
         opening = source / "openings" / f"{record.notebook}.md"
         if opening.is_file():
             chapter = answered(chapter, cite(opening.read_text(), published))
-        chapter = explained(chapter, names)
+        chapter = downloadable(explained(chapter, names), record)
         nbformat.write(chapter, source / "notebooks" / name)
     for page in source.glob("*.md"):
         page.write_text(cite(page.read_text(), published))
@@ -251,7 +265,10 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     for kept in source.glob("records/**/*.json"):
         (made / kept.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, made / kept.relative_to(source))
+    (made / OWN).mkdir()
     for record in records:
+        for kind, suffix in (("records", ".json"), ("notebooks", ".ipynb")):
+            shutil.copy(folder / kind / f"{record.notebook}{suffix}", made / OWN)
         figures = folder / "figures" / record.notebook
         if figures.is_dir():
             shutil.copytree(figures, made / "figures" / record.notebook)
