@@ -38,6 +38,10 @@ INPUTS = ".inputs"
 """File in the built book with a hash of what it was made from."""
 OWN = "run"
 """Folder of the built book with the records and executed notebooks of this clone's run."""
+THEBE = re.compile(r'<script>const THEBE_JS_URL.*?</script>\s*'
+                   r'|<script[^>]*src="[^"]*sphinx-thebe[^"]*"></script>\s*', re.DOTALL)
+"""Scripts for running cells elsewhere, which jupyter-book puts into every page, one of them twice,
+so that the browser reports an error."""
 CITED = re.compile(
     r"\{(?:claims:(?P<verdict>[a-z ]+)"
     r"|(?P<profile>[\w-]+)/(?P<notebook>\w+):(?P<metric>[\w.+-]+):(?P<style>\w+))\}")
@@ -261,6 +265,8 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     made = work / "_build" / "html"
     if run.returncode or not (made / "index.html").is_file():
         raise BookError(f"the book was not built:\n{run.stdout[-4000:]}")
+    for page in made.rglob("*.html"):
+        page.write_text(THEBE.sub("", page.read_text()))
     # Sphinx copies only what its pages name; figures link their data in HTML of their own.
     for kept in source.glob("records/**/*.json"):
         (made / kept.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)

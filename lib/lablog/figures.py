@@ -59,10 +59,10 @@ class ShownFigure:
 
     def _repr_html_(self) -> str:
         picture = self.svg[self.svg.index("<svg") :]
+        caption = html.escape(self.caption)
         return (
-            f'<figure class="lablog-figure" role="img" aria-label="{html.escape(self.caption)}">\n'
-            f"{picture}\n<figcaption>{html.escape(self.caption)}<br>"
-            f"<small>{html.escape(self.origin)} · "
+            f'<figure class="lablog-figure">\n<div role="img" aria-label="{caption}">\n{picture}\n'
+            f"</div>\n<figcaption>{caption}<br><small>{html.escape(self.origin)} · "
             f'<a href="{html.escape(self.csv)}" download>data (CSV)</a></small>'
             "</figcaption></figure>"
         )
