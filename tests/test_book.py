@@ -403,3 +403,20 @@ def test_the_models_of_others_are_told_with_maker_licence_and_hash():
         for name, part in package.files.items():
             assert f"`{package.package}:{name}`" in page
             assert part.sha256 in page
+
+
+def test_no_page_has_scripts_for_running_cells_elsewhere(made: tuple[Path, Path]):
+    """Twice in one page, their constants are an error in the browser's console."""
+    for page in pages(made[1]):
+        text = page.read_text()
+        assert "THEBE_JS_URL" not in text
+        assert "sphinx-thebe.js" not in text
+
+
+def test_what_a_screen_reader_takes_for_one_picture_holds_no_link():
+    shown = figures.ShownFigure("<?xml?><svg><a/></svg>", "Nine < ten", "here", "a.csv")
+    picture, rest = shown._repr_html_().split("</div>")
+    assert 'role="img" aria-label="Nine &lt; ten"' in picture
+    assert "<svg>" in picture
+    assert "<figcaption>" in rest
+    assert 'href="a.csv"' in rest
