@@ -34,7 +34,7 @@ ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 TOOL         := python3 lib/tools
 NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 
-.PHONY: help setup lock lab reproduce test book bench verify why claims compare publish clean distclean \
+.PHONY: help setup lock lab reproduce test book bench verify why claims compare notes publish clean distclean \
         test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -98,6 +98,9 @@ compare: ## say what changed between two runs: A=published B=laptop, or folders,
 
 claims: setup ## every claim of the logs beside its measured value (OF=own: of this clone's runs)
 	@$(PY) -m lablog.claims --of $(or $(OF),published)
+
+notes: setup ## notes for a release, from the ledger and the published records (SINCE=commit or tag)
+	@PYTHONPATH=lib $(PY) -m tools.release_notes $(SINCE)
 
 verify: setup ## run the notebooks twice and compare the records
 	@$(PY) -m lablog.runner verify $(ARGUMENTS)

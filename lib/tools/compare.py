@@ -55,23 +55,26 @@ class Changes:
         return bool(self.metrics or self.others)
 
 
-def committed(commit: str, profile: str) -> dict[str, Kept]:
-    """The records of a profile that a commit had published, by notebook, without figures' data."""
-    root, folder = repository(), f"book/records/{profile}/"
-
+def published_by(commit: str, folder: str) -> dict[str, Record]:
+    """The records in a folder of a commit, by notebook; ValueError if git knows no such commit."""
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(["git", *arguments], cwd=repository(), capture_output=True,
+                              text=True, check=False)
         if done.returncode:
             raise ValueError(f"git has no commit {commit!r}: {done.stderr.strip()}")
         return done.stdout
 
-    paths = git("ls-tree", "--name-only", commit, folder).split()
+    paths = git("ls-tree", "--name-only", commit, f"{folder}/").splitlines()
     texts = [git("show", f"{commit}:{path}") for path in paths if path.endswith(".json")]
-    if not texts:
+    return {record.notebook: record for record in map(Record.model_validate_json, texts)}
+
+
+def committed(commit: str, profile: str) -> dict[str, Kept]:
+    """The records of a profile that a commit had published, by notebook, without figures' data."""
+    found = published_by(commit, f"book/records/{profile}")
+    if not found:
         raise ValueError(f"commit {commit} has published nothing of profile {profile!r}")
-    return {record.notebook: Kept(record, root / "no figures")
-            for record in map(Record.model_validate_json, texts)}
+    return {name: Kept(record, repository() / "no figures") for name, record in found.items()}
 
 
 def find(place: str, other: str = "") -> dict[str, Kept]:
