@@ -34,7 +34,7 @@ ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 TOOL         := python3 lib/tools
 NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 
-.PHONY: help setup lock lab reproduce test book bench verify why claims compare notes publish clean distclean \
+.PHONY: help setup lock lab reproduce test book pdf bench verify why claims compare notes publish clean distclean \
         test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -107,6 +107,9 @@ verify: setup ## run the notebooks twice and compare the records
 
 book: setup ## build the book from the results at hand
 	@$(PY) -m lablog.runner book $(ARGUMENTS)
+
+pdf: book ## the book as one PDF, printed by Chromium, where there is one
+	@PYTHONPATH=lib $(PY) -m tools.pdf
 
 lab: setup ## JupyterLab with the notebooks as paired .ipynb
 	@$(ENV)/bin/jupytext --quiet --sync notebooks/*.py
