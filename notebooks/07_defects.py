@@ -45,7 +45,7 @@ context: int = 128  # tokens of a window
 batch_size: int = 4  # windows of a step
 base_steps: int = 400  # optimiser steps of the base run
 base_rate: float = 3e-3  # its highest learning rate
-tune_steps: int = 100  # optimiser steps of a fine-tuning
+tune_steps: int = 40  # optimiser steps of a fine-tuning
 tune_rate: float = 2e-3  # its highest learning rate
 answers: int = 20  # answers that are read
 remembered: int = 20  # dialogues of a training that may learn them by heart
@@ -59,10 +59,10 @@ commitment_steps: int = 24  # optimiser steps of a training of it
 commitment_rate: float = 0.01  # its highest learning rate
 
 # %% [markdown]
-# These values are those of all profiles: the chapter is as small as it can be and still show every
-# fault. Larger networks and longer texts change the size of a symptom; the list of faults, and
-# which check notices each, are the same. Eight faults belong to the context vectors of chapters 4
-# and 5, six to the fine-tuning of chapter 6, four to the commitment of chapters 1 to 3, and the
+# These values are nearly those of all profiles: the chapter is as small as it can be and still show
+# every fault. Larger networks and longer texts change the size of a symptom; the list of faults,
+# and which check notices each, are the same. Eight faults belong to the context vectors of chapters
+# 4 and 5, six to the fine-tuning of chapter 6, four to the commitment of chapters 1 to 3, and the
 # last to what is written about all of them.
 #
 # ## How a fault is planted

@@ -228,7 +228,8 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     shutil.copytree(repository() / "book", source)
     (source / "notebooks").mkdir()
     published = claims.read_records(source / "records")
-    names = glossary.terms((source / "glossary.md").read_text())
+    page = source / "glossary.md"
+    names = glossary.terms(page.read_text()) if page.is_file() else []
     for record in records:
         name = f"{record.notebook}.ipynb"
         chapter = with_values(nbformat.read(folder / "notebooks" / name, as_version=4),

@@ -297,8 +297,9 @@ def verify(profile: profiles.Profile, names: Sequence[str]) -> int:
 
 
 def summary(profile: profiles.Profile, names: Sequence[str]) -> str:
-    """One screen: each notebook's time and memory, and what it says of the logs' claims; the whole
-    report of one that no claim is about."""
+    """One screen: each notebook's time and memory, which of the logs' claims its values are within
+    the tolerance of, and what it says of the others; the whole report of one that no claim is
+    about."""
     folder = layout.results(profile.name)
     records = {name: Record.read(path) for name in _chosen(names)
                if (path := _result_paths(folder, name)["record"]).is_file()}
@@ -311,15 +312,17 @@ def summary(profile: profiles.Profile, names: Sequence[str]) -> str:
         record = records[name]
         memory = (record.peak_memory_bytes or 0) / 2**20
         lines.append(f"{name}: {record.seconds:.0f} s, {memory:.0f} MiB")
-        told = [f"  {row.claim.id} {row.claim.quantity}: {row.measured[0].shown}, the log: "
-                f"{row.claim.claimed} {row.claim.unit}".rstrip()
-                + (f" ({row.side})" if row.side else "")
-                for row in rows if row.measured and row.claim.notebook == name]
+        mine = [row for row in rows if row.measured and row.claim.notebook == name]
+        within = [row.claim.id for row in mine if row.side == "within"]
+        told = [f"  as the log says, within its tolerance: {', '.join(within)}"] if within else []
+        told += [f"  {row.claim.id} {row.claim.quantity}: {row.measured[0].shown}, the log: "
+                 f"{row.claim.claimed} {row.claim.unit}".rstrip()
+                 for row in mine if row.side != "within"]
         report = record.report.en.splitlines() if record.report else []
         lines += told or [f"  {line}" for line in report]
     shown = os.path.relpath(folder)
     return "\n".join([*lines, f"records, figures, notebooks: {shown}/; all numbers are in the "
-                      "book's page of results, verdicts in `make claims`"])
+                      "book's page of results, claims in `make claims OF=own`"])
 
 
 def _parser() -> argparse.ArgumentParser:
