@@ -137,7 +137,7 @@ with run.stage("tokenizer"):
     run.file(tokenizer.path)
 with run.stage("packing"):
     stream = pack(training, tokenizer, runs / "corpus")
-run.file(stream.folder / "manifest.json")
+    run.file(stream.folder / "manifest.json")
 
 # %% [markdown]
 # What was packed is counted by the stream itself, in its manifest: documents, the bytes of their
@@ -245,13 +245,13 @@ settings = TrainingSettings(
 with run.stage("base training"):
     base = (finetuning.adopt_base(adopted, context, settings, runs) if base_model else
             finetuning.train_base(shape, settings, stream, tokenizer, runs))
+    run.file(base.folder / "model.safetensors")
 log = finetuning.training_log(base.folder)
 run.metric("base.parameters", log["parameters"], "count")
 elsewhere = "trained elsewhere" if base_model else None
 for name, value in (("tokens", log.get("tokens")), ("steps", base_steps),
                     ("checkpoint.bytes", log.get("checkpoint_bytes"))):
     run.metric(f"base.{name}", None if base_model else value, "count", undefined=elsewhere)
-run.file(base.folder / "model.safetensors")
 
 # %% [markdown]
 # What it has learnt is read from base documents that were held out, from the first to the last at

@@ -449,7 +449,7 @@ with run.stage("base"):
     base = fine_tuning.small_base(
         corpus, runs, vocabulary=vocabulary, width=model_width, layers=model_layers, heads=heads,
         context=context, steps=base_steps, batch_size=batch_size, rate=base_rate, seed=first)
-run.file(base.folder / "model.safetensors")
+    run.file(base.folder / "model.safetensors")
 
 # %% [markdown]
 # The dialogues are divided into folds, at least as many as there are seeds. Training number $i$

@@ -420,3 +420,23 @@ def test_what_a_screen_reader_takes_for_one_picture_holds_no_link():
     assert "<svg>" in picture
     assert "<figcaption>" in rest
     assert 'href="a.csv"' in rest
+
+
+def test_code_is_folded_and_can_be_unfolded_without_a_script(made: tuple[Path, Path]):
+    text = (made[1] / "notebooks" / f"{NAME}.html").read_text()
+    cells = text.count('class="cell_input')
+    folded = re.findall(r'<details class="[^"]*hide above-input">\s*<summary[^>]*>(.*?)</summary>',
+                        text, re.DOTALL)
+    assert len(folded) == cells == 1
+    assert "code" in folded[0]
+    assert "_static/code.js" in text
+
+
+def test_the_parameters_say_what_they_are_when_folded():
+    cells = [nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell("print(k)")]
+    first, second = book.folded(nbformat.v4.new_notebook(cells=cells)).cells
+    assert first.metadata["tags"] == ["parameters", "hide-input"]
+    assert first.metadata["mystnb"]["code_prompt_show"] == "parameters of this run"
+    assert second.metadata["tags"] == ["hide-input"]
+    assert "mystnb" not in second.metadata

@@ -141,6 +141,18 @@ def answered(notebook: NotebookNode, answer: str) -> NotebookNode:
     return notebook
 
 
+def folded(notebook: NotebookNode) -> NotebookNode:
+    """The chapter with its code folded away, one click from being read."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            tags = cell.metadata.get("tags", [])
+            cell.metadata["tags"] = [*tags, "hide-input"]
+            if "parameters" in tags:
+                cell.metadata["mystnb"] = {"code_prompt_show": "parameters of this run",
+                                           "code_prompt_hide": "hide the parameters"}
+    return notebook
+
+
 def downloadable(notebook: NotebookNode, record: Record) -> NotebookNode:
     """The chapter with a line of what can be taken along, behind its last cell."""
     links = [f'<a href="../{OWN}/{record.notebook}.json" download>record (JSON)</a>']
@@ -237,7 +249,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
         opening = source / "openings" / f"{record.notebook}.md"
         if opening.is_file():
             chapter = answered(chapter, cite(opening.read_text(), published))
-        chapter = downloadable(explained(chapter, names), record)
+        chapter = folded(downloadable(explained(chapter, names), record))
         nbformat.write(chapter, source / "notebooks" / name)
     for page in source.glob("*.md"):
         page.write_text(cite(page.read_text(), published))
