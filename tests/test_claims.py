@@ -15,7 +15,7 @@ from lablog.claims import Claim, as_csv, as_text, counts, judge, ledger, load_cl
 from lablog.intervals import Interval
 from lablog.profiles import declared_parameters, notebook_path, notebooks
 from lablog.provenance import CloneState, Machine
-from lablog.record import Metric, Record
+from lablog.record import FigureFile, Metric, Record
 from lablog.report import reject_judgements
 
 ROOT = Path(__file__).parents[1]
@@ -281,3 +281,15 @@ def test_the_page_holds_every_claim_and_links_its_record(tmp_path):
     table = page[page.index("<table"): page.index("</table>")]
     assert "\n\n" not in table
     reject_judgements(as_text(ledger(read_records(ROOT / "book" / "records"))))
+
+
+def test_values_link_the_figures_that_are_published_with_their_record(tmp_path: Path):
+    figures = tuple(FigureFile(name=name, svg=f"{name}.svg", csv=f"{name}.csv", caption="")
+                    for name in ("shown", "kept"))
+    found = record(metric(0.56)).model_copy(update={"figures": figures})
+    published = tmp_path / "records" / "laptop"
+    published.mkdir(parents=True)
+    (published / "shown.svg").write_text("<svg/>")
+    page = claims_page.page([judged(claim(), found)], tmp_path, set())
+    assert '<a href="records/laptop/shown.svg">figure shown</a>' in page
+    assert "figure kept" not in page

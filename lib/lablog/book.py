@@ -281,7 +281,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     for page in made.rglob("*.html"):
         page.write_text(THEBE.sub("", page.read_text()))
     # Sphinx copies only what its pages name; figures link their data in HTML of their own.
-    for kept in source.glob("records/**/*.json"):
+    for kept in (path for kind in ("json", "svg") for path in source.glob(f"records/**/*.{kind}")):
         (made / kept.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, made / kept.relative_to(source))
     (made / OWN).mkdir()

@@ -25,7 +25,8 @@ MEANING = {
 def page(rows: Sequence[Judged], folder: Path, chapters: Collection[str]) -> str:
     """Markdown of the page; the table as CSV is written into `folder`.
 
-    chapters: names of the notebooks that the book has; values link to those and to their record.
+    chapters: names of the notebooks that the book has; values link to those, to their record, and
+    to the figures that are published with it.
     """
     atomic_write(folder / "claims.csv", as_csv(rows))
     found = counts(rows)
@@ -41,24 +42,26 @@ def page(rows: Sequence[Judged], folder: Path, chapters: Collection[str]) -> str
         "<claims.csv>`; in a terminal, `make claims`.\n",
     ]
     for experiment, group in groupby(rows, key=lambda row: row.claim.experiment):
-        parts.append(f"## {TITLES[experiment]}\n\n{_table(list(group), chapters)}\n")
+        table = _table(list(group), folder, chapters)
+        parts.append(f"## {TITLES[experiment]}\n\n{table}\n")
     return "\n".join(parts)
 
 
-def _table(rows: Sequence[Judged], chapters: Collection[str]) -> str:
+def _table(rows: Sequence[Judged], folder: Path, chapters: Collection[str]) -> str:
     """HTML of some rows; without empty lines, which would end it in Markdown."""
     head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
-    body = "\n".join(_row(row, chapters) for row in rows)
+    body = "\n".join(_row(row, folder, chapters) for row in rows)
     return (f'<table class="lablog-claims">\n<thead><tr>{head}</tr></thead>\n'
             f"<tbody>\n{body}\n</tbody>\n</table>")
 
 
-def _row(row: Judged, chapters: Collection[str]) -> str:
+def _row(row: Judged, folder: Path, chapters: Collection[str]) -> str:
     claim = row.claim
     told = [escape(claim.quantity)]
     if claim.conditions:
         told.append(f"<small>{escape(claim.conditions)}</small>")
-    measured = "<br>".join(_measured(each, chapters) for each in row.measured) or "nothing yet"
+    measured = "<br>".join(_measured(each, folder, chapters) for each in row.measured)
+    measured = measured or "nothing yet"
     why = f"<br><small>{escape(row.why)}</small>" if row.why else ""
     cells = (claim.id, "<br>".join(told), escape(f"{claim.claimed} {claim.unit}".strip()), measured,
              f"<strong>{row.verdict}</strong>{why}")
@@ -67,12 +70,15 @@ def _row(row: Judged, chapters: Collection[str]) -> str:
     return f'<tr id="{claim.id}" data-verdict="{row.verdict}">{inside}</tr>'
 
 
-def _measured(measured: Measured, chapters: Collection[str]) -> str:
-    """A value with its side, its profile, and the way to its record and chapter."""
+def _measured(measured: Measured, folder: Path, chapters: Collection[str]) -> str:
+    """A value with its side, its profile, and the way to its record, chapter and figures."""
     record, side = measured.record, {True: "within", False: "outside", None: ""}[measured.holds]
     place = "" if measured.profile == "bench" else f"{measured.profile}/"
     links = [f'<a href="records/{place}{escape(record.notebook)}.json">record</a>']
     if record.notebook in chapters:
         links.append(f'<a href="notebooks/{escape(record.notebook)}.html">chapter</a>')
+    pictures = [f"records/{place}{figure.name}.svg" for figure in record.figures]
+    links += [f'<a href="{escape(picture)}">figure {escape(Path(picture).stem)}</a>'
+              for picture in pictures if (folder / picture).is_file()]
     told = [measured.profile, side, *links]
     return f"{escape(measured.shown)} <small>({', '.join(filter(None, told))})</small>"
