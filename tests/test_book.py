@@ -134,7 +134,8 @@ def test_what_the_project_published_is_told_apart_from_the_clones_own(made: tupl
         record = Record.read(path)
         assert f"{record.notebook}, profile {record.profile}" in page
         assert record.source.commit[:10] in page
-        beside = [f for f in record.figures if (path.parent / f"{f.name}.svg").is_file()]
+        beside = [figure for figure in record.figures
+                  if (path.parent / f"{path.stem}.{figure.name}.svg").is_file()]
         assert all(escaping.escape(figure.caption[:30], quote=False) in page for figure in beside)
     assert "abcdef0123" not in page
 

@@ -289,7 +289,7 @@ def test_values_link_the_figures_that_are_published_with_their_record(tmp_path: 
     found = record(metric(0.56)).model_copy(update={"figures": figures})
     published = tmp_path / "records" / "laptop"
     published.mkdir(parents=True)
-    (published / "shown.svg").write_text("<svg/>")
+    (published / "04_cvfp_phase1.shown.svg").write_text("<svg/>")
     page = claims_page.page([judged(claim(), found)], tmp_path, set())
-    assert '<a href="records/laptop/shown.svg">figure shown</a>' in page
+    assert '<a href="records/laptop/04_cvfp_phase1.shown.svg">figure shown</a>' in page
     assert "figure kept" not in page

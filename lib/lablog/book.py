@@ -68,9 +68,9 @@ def published_page(folder: Path) -> str:
         for path in sorted(profile.glob("*.json")):
             record = Record.read(path)
             parts.append(_result(record, f"{record.notebook}, profile {record.profile}"))
-            parts += [f"![{figure.name}](records/{profile.name}/{figure.name}.svg)"
+            parts += [f"![{figure.name}](records/{profile.name}/{path.stem}.{figure.name}.svg)"
                       f"\n\n*{figure.caption}*\n" for figure in record.figures
-                      if (profile / f"{figure.name}.svg").is_file()]
+                      if (profile / f"{path.stem}.{figure.name}.svg").is_file()]
     return "\n".join(parts if len(parts) > 1 else [*parts, "Nothing has been published yet.\n"])
 
 

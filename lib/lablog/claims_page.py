@@ -77,8 +77,9 @@ def _measured(measured: Measured, folder: Path, chapters: Collection[str]) -> st
     links = [f'<a href="records/{place}{escape(record.notebook)}.json">record</a>']
     if record.notebook in chapters:
         links.append(f'<a href="notebooks/{escape(record.notebook)}.html">chapter</a>')
-    pictures = [f"records/{place}{figure.name}.svg" for figure in record.figures]
-    links += [f'<a href="{escape(picture)}">figure {escape(Path(picture).stem)}</a>'
-              for picture in pictures if (folder / picture).is_file()]
+    for figure in record.figures:
+        picture = f"records/{place}{record.notebook}.{figure.name}.svg"
+        if (folder / picture).is_file():
+            links.append(f'<a href="{escape(picture)}">figure {escape(figure.name)}</a>')
     told = [measured.profile, side, *links]
     return f"{escape(measured.shown)} <small>({', '.join(filter(None, told))})</small>"

@@ -16,10 +16,16 @@ from lablog import layout, profiles
 from lablog.files import repository
 
 SHOWN = {
+    "01_zero_shot_commitment": ("named_rows",),
     "02_lambda_calibration": ("heat",),
     "03_qlora_commitment": ("training", "arms", "kinds", "persistence", "ablations", "capacity"),
+    "04_cvfp_phase1": ("contraction",),
+    "05_cvfp_phase2": ("test",),
+    "06_arianna_finetune": ("conditions", "comparisons"),
+    "07_defects": ("normalised_loss",),
 }
-"""Figures that the README and the page of published results show, by notebook."""
+"""Figures that README, front page and the page of published results show, by notebook; published as
+``<notebook>.<figure>.svg``, since two chapters may have figures of one name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for record in records:
         shutil.copy(record, target)
-    figures = [source / "figures" / record.stem / f"{figure}.svg"
-               for record in records for figure in SHOWN.get(record.stem, ())]
-    for path in (path for path in figures if path.exists()):
-        shutil.copy(path, target)
+    for record in records:
+        for figure in SHOWN.get(record.stem, ()):
+            drawn = source / "figures" / record.stem / f"{figure}.svg"
+            if drawn.exists():
+                shutil.copy(drawn, target / f"{record.stem}.{figure}.svg")
     if layout.benchmark().exists():
         shutil.copy(layout.benchmark(), target.parent)
 

@@ -112,7 +112,8 @@ def test_records_chosen_figures_and_the_record_of_speed_are_published(
     publish.main(["--profile", "laptop", *chosen])
     published = {str(path.relative_to(clone / "book/records"))
                  for path in (clone / "book").rglob("*.*")}
-    assert published == {"bench.json", "laptop/heat.svg", "laptop/02_lambda_calibration.json"}
+    assert published == {"bench.json", "laptop/02_lambda_calibration.heat.svg",
+                         "laptop/02_lambda_calibration.json"}
 
 
 def test_a_run_that_failed_is_not_published(clone: Path):
