@@ -444,3 +444,23 @@ def test_the_parameters_say_what_they_are_when_folded():
     assert first.metadata["mystnb"]["code_prompt_show"] == "parameters of this run"
     assert second.metadata["tags"] == ["hide-input"]
     assert "mystnb" not in second.metadata
+
+
+@pytest.mark.parametrize("url", ["https://github.com/a-b/c.d", "https://github.com/a-b/c.d.git",
+                                 "https://github.com/a-b/c.d/"])
+def test_a_repository_url_given_once_makes_chapters_open_on_binder(url: str):
+    config = {"repository": {"url": url}}
+    address = book.binder(config, NAME)
+    assert address == ("https://mybinder.org/v2/gh/a-b/c.d/HEAD?labpath=notebooks%2F"
+                       f"{NAME}.ipynb")
+    record = Record.read(REPOSITORY / "book" / "records" / "laptop" / "07_defects.json")
+    cells = [nbformat.v4.new_markdown_cell("# A", id="a")]
+    last = book.downloadable(nbformat.v4.new_notebook(cells=cells), record, address).cells[-1]
+    assert f'<a href="{address}">Open in Binder</a>' in last.source
+
+
+def test_without_a_url_or_with_a_wrong_one():
+    for config in ({}, {"repository": None}, {"repository": {"url": ""}}):
+        assert book.binder(config, NAME) == ""
+    with pytest.raises(BookError, match=r"expected https://github\.com/OWNER/NAME"):
+        book.binder({"repository": {"url": "https://example.org/x"}}, NAME)

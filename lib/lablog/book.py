@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import yaml
 from filelock import FileLock
 from nbformat import NotebookNode
 
@@ -153,13 +154,31 @@ def folded(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def downloadable(notebook: NotebookNode, record: Record) -> NotebookNode:
-    """The chapter with a line of what can be taken along, behind its last cell."""
+GITHUB = re.compile(r"https://github\.com/([\w.-]+)/([\w.-]+?)(?:\.git|/)?")
+
+
+def binder(config: Mapping[str, Any], name: str) -> str:
+    """Where a chapter opens on Binder, if ``repository: url`` of the book's configuration says
+    where the repository lies; else nothing. BookError for an address that Binder could not build.
+    """
+    url = (config.get("repository") or {}).get("url") or ""
+    found = GITHUB.fullmatch(url)
+    if url and not found:
+        raise BookError(f"book/_config.yml: repository.url is {url!r}, expected "
+                        "https://github.com/OWNER/NAME, or nothing")
+    return (f"https://mybinder.org/v2/gh/{found[1]}/{found[2]}/HEAD"
+            f"?labpath=notebooks%2F{name}.ipynb") if found else ""
+
+
+def downloadable(notebook: NotebookNode, record: Record, elsewhere: str = "") -> NotebookNode:
+    """The chapter with a line of what can be taken along, behind its last cell, and `elsewhere`,
+    the address at which it can be run without an installation."""
     links = [f'<a href="../{OWN}/{record.notebook}.json" download>record (JSON)</a>']
     links += [f'<a href="../{figure.csv}" download>data of figure {figure.name} (CSV)</a>'
               for figure in record.figures]
     links.append(f'<a href="../{OWN}/{record.notebook}.ipynb" download>executed notebook</a>')
-    text = f'<p class="lablog-downloads">Download: {", ".join(links)}</p>'
+    run = f' · <a href="{elsewhere}">Open in Binder</a>' if elsewhere else ""
+    text = f'<p class="lablog-downloads">Download: {", ".join(links)}{run}</p>'
     notebook.cells.append(
         nbformat.v4.new_markdown_cell(text, id=f"{notebook.cells[0].id}-downloads"))
     return notebook
@@ -240,6 +259,7 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     shutil.copytree(repository() / "book", source)
     (source / "notebooks").mkdir()
     published = claims.read_records(source / "records")
+    config = yaml.safe_load((source / "_config.yml").read_text()) or {}
     page = source / "glossary.md"
     names = glossary.terms(page.read_text()) if page.is_file() else []
     for record in records:
@@ -249,7 +269,8 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
         opening = source / "openings" / f"{record.notebook}.md"
         if opening.is_file():
             chapter = answered(chapter, cite(opening.read_text(), published))
-        chapter = folded(downloadable(explained(chapter, names), record))
+        elsewhere = binder(config, record.notebook)
+        chapter = folded(downloadable(explained(chapter, names), record, elsewhere))
         nbformat.write(chapter, source / "notebooks" / name)
     for page in source.glob("*.md"):
         page.write_text(cite(page.read_text(), published))
