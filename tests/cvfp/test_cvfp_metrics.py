@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lablog.cvfp import metrics
+from lablog.cvfp import metrics, plots
 from lablog.cvfp.convergence import Trials
 from lablog.cvfp.lyapunov import batch_means
 from lablog.cvfp.passes import Passes
@@ -94,3 +94,14 @@ def test_exponent_trials_and_rollout_are_what_was_measured():
     told = by_name(metrics.accuracy_of(found, exact))
     assert told["error"].value == pytest.approx(0.1)
     assert (told["passes"].value, told["loop_tokens"].value) == (2.5, 0)
+
+
+@pytest.mark.parametrize(("network", "words"), [
+    ("w0.9.seed42", "parallel passes, w = 0.9, seed 42"),
+    ("true.w0.01.seed7", "true passes, w = 0.01, seed 7"),
+    ("untrained.seed42, validation, frozen", "untrained, seed 42, validation, frozen"),
+    ("w0.9.seed42, validation, frozen", "parallel passes, w = 0.9, seed 42, validation, frozen"),
+    ("v2.0", "v2.0"), ("zeros.seed43", "zeros.seed43"),
+])
+def test_figures_call_networks_by_words(network: str, words: str):
+    assert plots.called(network) == words

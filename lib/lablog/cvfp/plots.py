@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,15 @@ from lablog.cvfp.passes import Passes
 from lablog.cvfp.phase2 import Phase2Result, Predictions
 from lablog.cvfp.rollout import TOLERANCE, Rollout
 from lablog.figures import GREY, MARKERS, Drawn
+
+
+def called(network: object) -> str:
+    """A network's name in words: ``true.w0.5.seed42`` is "true passes, w = 0.5, seed 42"."""
+    def words(name: re.Match[str]) -> str:
+        return f"{'true' if name[1] else 'parallel'} passes, w = {name[2]}, seed {name[3]}"
+
+    told = re.sub(r"^(true\.)?w([\d.]+)\.seed(\d+)", words, str(network))
+    return re.sub(r"^untrained\.seed(\d+)", r"untrained, seed \1", told)
 
 
 def _axes(columns: int, height: float = 3.0) -> tuple[Figure, list[plt.Axes]]:
@@ -45,7 +55,7 @@ def convergence(histories: Sequence[pd.DataFrame], frozen: Mapping[str, Passes])
     frame = pd.concat([*histories, *passes])
     figure, (left, right) = _axes(2, 3.6)
     for i, (name, rows) in enumerate(frame.groupby("network", sort=False)):
-        style: dict[str, Any] = {"label": name, "marker": MARKERS[i % 6],
+        style: dict[str, Any] = {"label": called(name), "marker": MARKERS[i % 6],
                                  "linestyle": "-" if i < 6 else "--"}
         left.plot(rows["iteration"], 100 * rows["share"], **style)
         right.plot(rows["iteration"], rows["cvfp_loss"], **style)
@@ -67,7 +77,7 @@ def spectra(matrices: Mapping[str, Tensor]) -> Drawn:
         share = (values / values[0]).clamp_min(1e-7).numpy()
         floor = min(floor, share[int(0.98 * len(share)) - 1] / 2)
         axis.plot(np.arange(1, len(share) + 1), share,
-                  label=f"{name}: {effective_rank_of(values):.0f}")
+                  label=f"{called(name)}: {effective_rank_of(values):.0f}")
         frames.append(pd.DataFrame({"matrix": name, "index": range(1, len(share) + 1),
                                     "relative singular value": share}))
     axis.set(xlabel="index", ylabel="singular value / largest", yscale="log",
@@ -90,7 +100,7 @@ def rank_growth(matrices: Mapping[str, Tensor], weights: pd.DataFrame) -> Drawn:
     ]
     frame = pd.DataFrame(rows)
     for i, (name, part) in enumerate(frame.groupby("matrix", sort=False)):
-        left.plot(part["tokens"], part["effective rank"], label=name, marker=MARKERS[i % 6])
+        left.plot(part["tokens"], part["effective rank"], label=called(name), marker=MARKERS[i % 6])
     left.set(xlabel="tokens", ylabel="effective rank / dimensions")
     left.set_xscale("log", base=2)
     left.legend(fontsize=7)
@@ -109,7 +119,7 @@ def change_map(passes: Mapping[str, Passes], tokens: int) -> Drawn:
         shown = found.changes[:, :tokens].clamp_min(1e-14).log10().cpu().numpy()
         image = axis.imshow(shown, aspect="auto", vmin=-10, vmax=0.5, cmap="cividis",
                             extent=(0, shown.shape[1], len(shown) + 0.5, 0.5))
-        axis.set(title=name, xlabel="token", ylabel="pass")
+        axis.set(title=called(name), xlabel="token", ylabel="pass")
         axis.grid(False)
         frame = pd.DataFrame(shown).assign(network=name)
         frame["pass"] = frame.index + 1
@@ -130,7 +140,7 @@ def residuals(rollouts: Mapping[str, Rollout]) -> Drawn:
     for i, (name, rows) in enumerate(frame.groupby("run", sort=False)):
         curve = rows.dropna(subset=["residual"])
         if len(curve):  # the loop has no passes
-            left.plot(curve["pass"], curve["residual"], label=name, marker=MARKERS[i % 6],
+            left.plot(curve["pass"], curve["residual"], label=called(name), marker=MARKERS[i % 6],
                       color=f"C{i % 6}", linestyle="-" if i < 4 else "--")
         right.barh(str(name), rows["seconds"].iloc[0], color=f"C{i % 6}")
     left.axhline(TOLERANCE, color=GREY, linestyle=":")
@@ -147,7 +157,7 @@ def exactness(shares: Mapping[str, Sequence[float]], tokens: int) -> Drawn:
     frame = pd.DataFrame(dict(shares))
     frame["pass"] = frame.index + 1
     for i, name in enumerate(shares):
-        axis.plot(frame["pass"], 100 * frame[name], label=name, marker=MARKERS[i], ms=2)
+        axis.plot(frame["pass"], 100 * frame[name], label=called(name), marker=MARKERS[i], ms=2)
     axis.plot(frame["pass"], 100 * frame["pass"] / tokens, ":", color=GREY, label="one a pass")
     axis.set(xlabel="passes", ylabel="tokens within the tolerance / %")
     axis.legend()
@@ -161,7 +171,7 @@ def memory(curves: Mapping[str, Tensor]) -> Drawn:
     for i, (name, curve) in enumerate(curves.items()):
         quartiles = np.quantile(curve.cpu().numpy(), [0.25, 0.5, 0.75], axis=1)
         x = np.arange(len(curve))
-        axis.plot(x, quartiles[1], label=name, color=f"C{i}")
+        axis.plot(x, quartiles[1], label=called(name), color=f"C{i}")
         axis.fill_between(x, quartiles[0], quartiles[2], color=f"C{i}", alpha=0.2, linewidth=0)
         frames.append(pd.DataFrame({"network": name, "distance": x, "lower": quartiles[0],
                                     "median": quartiles[1], "upper": quartiles[2]}))
@@ -179,7 +189,7 @@ def contraction(observed: pd.DataFrame) -> Drawn:
     figure, axes = _axes(3, 3.4)
     for i, (name, rows) in enumerate(observed.groupby("network", sort=False)):
         for axis, column in zip(axes, ("exponent", "spectral_norm", "memory"), strict=True):
-            axis.plot(rows["iteration"], rows[column], label=name, marker=MARKERS[i % 6])
+            axis.plot(rows["iteration"], rows[column], label=called(name), marker=MARKERS[i % 6])
     axes[0].axhline(0, color=GREY, linestyle=":")
     for axis, label in zip(axes, ("Lyapunov exponent per token", "largest spectral norm",
                                   "memory / tokens"), strict=True):
@@ -198,7 +208,7 @@ def perplexity(trainings: Mapping[str, Phase2Result], levels: Mapping[str, float
     figure, axes = _axes(2, 3.4)
     for axis, split in zip(axes, ("training", "dev"), strict=True):
         for i, (name, rows) in enumerate(curves.groupby("arm", sort=False)):
-            axis.plot(rows["epoch"], rows[split], label=name, marker=MARKERS[i % 6],
+            axis.plot(rows["epoch"], rows[split], label=called(name), marker=MARKERS[i % 6],
                       linestyle="-" if i < 6 else "--")
         axis.set(xlabel="epoch", ylabel=f"{split} perplexity", yscale="log")
     for name, level in levels.items():
