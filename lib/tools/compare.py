@@ -82,7 +82,9 @@ def find(place: str, other: str = "") -> dict[str, Kept]:
     are to be compared with."""
     root = repository()
     if place == "published":
-        place = str(root / "book" / "records" / Path(other).name)
+        folder = Path(other.split(":")[-1])
+        name = folder.parent.name if folder.name == "records" else folder.name
+        place = str(root / "book" / "records" / name)
     if re.fullmatch(r"[\w./~^-]+:[\w-]+", place):
         return committed(*place.split(":"))
     tried = [Path(place), layout.results(place), root / "book" / "records" / place]

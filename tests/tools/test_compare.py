@@ -189,6 +189,9 @@ def test_published_stands_for_the_other_ones_profile(capsys: pytest.CaptureFixtu
     text = told(capsys, "published", PUBLISHED / "study", 0)
     assert "03_qlora_commitment: " in text
     assert "claims" not in text  # nothing differs
+    for other in ("laptop", "HEAD:laptop", "elsewhere/build/laptop", "build/laptop/records"):
+        assert compare.find("published", other).keys() == compare.find(
+            str(PUBLISHED / "laptop")).keys()
 
 
 def test_a_commit_stands_for_what_it_had_published(
