@@ -259,9 +259,10 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     shutil.copytree(repository() / "book", source)
     (source / "notebooks").mkdir()
     published = claims.read_records(source / "records")
-    config = yaml.safe_load((source / "_config.yml").read_text()) or {}
-    page = source / "glossary.md"
-    names = glossary.terms(page.read_text()) if page.is_file() else []
+    kept = {name: path.read_text() for name in ("_config.yml", "glossary.md")
+            if (path := source / name).is_file()}
+    config = yaml.safe_load(kept.get("_config.yml", "")) or {}
+    names = glossary.terms(kept.get("glossary.md", ""))
     for record in records:
         name = f"{record.notebook}.ipynb"
         chapter = with_values(nbformat.read(folder / "notebooks" / name, as_version=4),
