@@ -259,10 +259,10 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     shutil.copytree(repository() / "book", source)
     (source / "notebooks").mkdir()
     published = claims.read_records(source / "records")
-    kept = {name: path.read_text() for name in ("_config.yml", "glossary.md")
-            if (path := source / name).is_file()}
-    config = yaml.safe_load(kept.get("_config.yml", "")) or {}
-    names = glossary.terms(kept.get("glossary.md", ""))
+    own = {name: path.read_text() for name in ("_config.yml", "glossary.md")
+           if (path := source / name).is_file()}
+    config = yaml.safe_load(own.get("_config.yml", "")) or {}
+    names = glossary.terms(own.get("glossary.md", ""))
     for record in records:
         name = f"{record.notebook}.ipynb"
         chapter = with_values(nbformat.read(folder / "notebooks" / name, as_version=4),
