@@ -90,11 +90,11 @@ commitment_rate: float = 0.01  # its highest learning rate
 
 # %%
 import shutil
-import tempfile
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.nn import functional as F
@@ -117,7 +117,8 @@ from lablog.run import begin
 figures.use_style()
 run = begin("07_defects", globals())
 seed_everything(seeds[0], threads=1)
-first, scratch = seeds[0], Path(tempfile.mkdtemp())
+first, room = seeds[0], TemporaryDirectory()  # which goes with the run, however that ends
+scratch = Path(room.name)
 
 
 def record(defect, *details, **more):
@@ -816,7 +817,7 @@ record("judgement_word", "lines of a report that hold a number", "fraction", [],
 names = [metric.name.removesuffix(".caught_by") for metric in run.record().metrics
          if metric.name.endswith(".caught_by")]
 run.metric("defects.caught", len(names), "count")
-shutil.rmtree(scratch)
+room.cleanup()
 run.table(names, COLUMNS, "interval").rename(columns={
     "caught_by": "caught by", "log_check": "the log's own check says"})
 

@@ -15,7 +15,7 @@ import pytest
 from clone import contents
 from filelock import FileLock, Timeout
 
-from lablog import book, claims, figures, layout, speed_page
+from lablog import book, chapter_page, claims, figures, layout, speed_page
 from lablog.book import BookError, models_page
 from lablog.model_list import listed
 from lablog.profiles import notebooks
@@ -180,7 +180,7 @@ def test_a_chapter_has_one_cell_of_parameters_with_the_values_of_the_run():
         (PARAMETERS, "parameters"), ("steps = 900", "injected-parameters"))]
     notebook = nbformat.v4.new_notebook(cells=[*tagged, nbformat.v4.new_code_cell("x = 1")])
     values = {"steps": 900, "seeds": [1, 2], "rate": 3e-3, "data": "a.csv"}
-    told = book.with_values(notebook, values, "laptop")
+    told = chapter_page.with_values(notebook, values, "laptop")
     assert [cell.source for cell in told.cells[1:]] == ["x = 1"]
     assert told.cells[0].source.splitlines() == [
         "# Training", "steps: int = 900  # optimiser steps (laptop; default: 24)",
@@ -191,7 +191,7 @@ def test_a_chapter_has_one_cell_of_parameters_with_the_values_of_the_run():
 
 def test_a_chapter_begins_with_what_was_published():
     cells = [nbformat.v4.new_markdown_cell(text, id=f"01-{n}") for n, text in enumerate("ab")]
-    told = book.answered(nbformat.v4.new_notebook(cells=cells), "Yes: 79%.\n")
+    told = chapter_page.answered(nbformat.v4.new_notebook(cells=cells), "Yes: 79%.\n")
     assert [cell.source for cell in told.cells] == [
         "a", "```{admonition} What the published runs answer\nYes: 79%.\n```", "b"]
     nbformat.validate(told)
@@ -439,7 +439,7 @@ def test_code_is_folded_and_can_be_unfolded_without_a_script(made: tuple[Path, P
 def test_the_parameters_say_what_they_are_when_folded():
     cells = [nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}),
              nbformat.v4.new_code_cell("print(k)")]
-    first, second = book.folded(nbformat.v4.new_notebook(cells=cells)).cells
+    first, second = chapter_page.folded(nbformat.v4.new_notebook(cells=cells)).cells
     assert first.metadata["tags"] == ["parameters", "hide-input"]
     assert first.metadata["mystnb"]["code_prompt_show"] == "parameters of this run"
     assert second.metadata["tags"] == ["hide-input"]
@@ -450,17 +450,18 @@ def test_the_parameters_say_what_they_are_when_folded():
                                  "https://github.com/a-b/c.d/"])
 def test_a_repository_url_given_once_makes_chapters_open_on_binder(url: str):
     config = {"repository": {"url": url}}
-    address = book.binder(config, NAME)
+    address = chapter_page.binder(config, NAME)
     assert address == ("https://mybinder.org/v2/gh/a-b/c.d/HEAD?labpath=notebooks%2F"
                        f"{NAME}.ipynb")
     record = Record.read(REPOSITORY / "book" / "records" / "laptop" / "07_defects.json")
     cells = [nbformat.v4.new_markdown_cell("# A", id="a")]
-    last = book.downloadable(nbformat.v4.new_notebook(cells=cells), record, address).cells[-1]
+    chapter = nbformat.v4.new_notebook(cells=cells)
+    last = chapter_page.downloadable(chapter, record, address).cells[-1]
     assert f'<a href="{address}">Open in Binder</a>' in last.source
 
 
 def test_without_a_url_or_with_a_wrong_one():
     for config in ({}, {"repository": None}, {"repository": {"url": ""}}):
-        assert book.binder(config, NAME) == ""
+        assert chapter_page.binder(config, NAME) == ""
     with pytest.raises(BookError, match=r"expected https://github\.com/OWNER/NAME"):
-        book.binder({"repository": {"url": "https://example.org/x"}}, NAME)
+        chapter_page.binder({"repository": {"url": "https://example.org/x"}}, NAME)

@@ -33,10 +33,8 @@ def nothing(*_: Any, **__: Any) -> None:
     """Does what a check does where there is none."""
 
 
-def names(**values: Any) -> Without:
-    return lambda chapter: patch.dict(chapter, {
-        name: value(chapter) if callable(value) and name != value.__name__ else value
-        for name, value in values.items()})
+def named(name: str, value: Callable[[Names], Any]) -> Without:
+    return lambda chapter: patch.dict(chapter, {name: value(chapter)})
 
 
 def gone(where: Any, name: str, instead: Any = nothing) -> Without:
@@ -44,28 +42,28 @@ def gone(where: Any, name: str, instead: Any = nothing) -> Without:
 
 
 CHECKS: dict[str, Without] = {
-    "normalised_loss": names(spoilt=lambda chapter: chapter["right"]),
+    "normalised_loss": named("spoilt", lambda chapter: chapter["right"]),
     "missing_detach": gone(contexts, "read_with_steps", lambda *_: (20, "")),
     "context_reset": gone(checks.Convergence, "verdict", "between"),
     "fixed_target": gone(checks, "FINAL_FAILS", 1e9),
     "swapped_arguments": gone(model, "check_widths"),
     "embedding_norm": gone(phase1, "check_normalised"),
-    "missing_validation": names(read_validation=lambda chapter: nothing),
-    "auto_split": names(read_validation=lambda chapter: nothing),
-    "validation_is_training": names(refuse_overlap=lambda chapter: nothing),
+    "missing_validation": named("read_validation", lambda _: nothing),
+    "auto_split": named("read_validation", lambda _: nothing),
+    "validation_is_training": named("refuse_overlap", lambda _: nothing),
     "batch_size": gone(guards, "check_base"),
     "copied_weights": gone(training, "relative_update", lambda *_: 1.0),
     "resumed_counters": lambda chapter: patch.multiple(Fresh, on_train_begin=nothing,
                                                        on_step_end=nothing),
     "long_warmup": gone(training, "check_schedule"),
     "bare_prompt": gone(chat, "warn_of_form"),
-    "padding_commitment": names(moves=[[1.0], [1.0]]),
-    "counted_padding": names(padded={True: [0.0], False: [0.0]}),
+    "padding_commitment": named("moves", lambda _: [[1.0], [1.0]]),
+    "counted_padding": named("padded", lambda _: {True: [0.0], False: [0.0]}),
     "posterior_collapse": gone(training_metrics, "of_training",
                                lambda _: [Metric.of("collapsed", 0, "count")]),
     "shared_commitment": gone(commitments, "moved_bystanders",
                               lambda *_: {"planted": [0.0], "right": [0.0]}),
-    "judgement_word": names(reject_judgements=lambda chapter: nothing),
+    "judgement_word": named("reject_judgements", lambda _: nothing),
 }
 """For every defect, how its check is taken away: a function that does nothing in its place, or,
 where the check is a comparison of the chapter itself, values that no longer differ."""
@@ -90,7 +88,7 @@ def chapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Names, dict[str, 
                 if re.match(r"##+ ", cell.source) and cell.cell_type == "markdown":
                     sections.append([])
                 if cell.cell_type == "code" and "run.finish(" not in cell.source:
-                    source = cell.source.replace("shutil.rmtree(scratch)", "")
+                    source = cell.source.replace("room.cleanup()", "")
                     exec(compile(source, "<chapter 7>", "exec"), context)
                     if "parameters" in cell.metadata.get("tags", ()):
                         context |= QUICK

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from lablog.claims import Judged, ledger
+from lablog.claims import Judged, judged_otherwise, ledger
 from lablog.record import Metric, Record
 from lablog.report import format_metric
 
@@ -26,6 +25,13 @@ KINDS: dict[Kind, str] = {
     "missing": "are in one run only",
 }
 SHOWN = 12  # numbers without an interval that are listed, those that differ most first
+
+
+def overlapping(one: Metric, two: Metric) -> bool | None:
+    """Whether the intervals of two metrics have a number in common; None where one has none."""
+    if one.interval is None or two.interval is None:
+        return None
+    return one.interval[0] <= two.interval[1] and two.interval[0] <= one.interval[1]
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,10 @@ class Pair:
             return "equal"
         if not all(isinstance(each.value, int | float) for each in (self.one, self.two)):
             return "changed"
-        mine, theirs = self.one.interval, self.two.interval
-        if mine is None or theirs is None:
+        overlap = overlapping(self.one, self.two)
+        if overlap is None:
             return "no interval"
-        return "overlap" if mine[0] <= theirs[1] and theirs[0] <= mine[1] else "apart"
+        return "overlap" if overlap else "apart"
 
     @property
     def relative(self) -> float:
@@ -67,13 +73,11 @@ def pairs(one: Record, two: Record) -> list[Pair]:
     return [Pair(name, left.get(name), right.get(name)) for name in names]
 
 
-def verdict_changes(one: Mapping[str, Record], two: Mapping[str, Record],
-                    profile: str) -> list[tuple[Judged, Judged]]:
-    """Claims that the records of two runs of one profile, by notebook, judge otherwise, or whose
-    value falls on another side."""
-    judged = [ledger({profile: dict(records)}, [profile]) for records in (one, two)]
-    return [(a, b) for a, b in zip(*judged, strict=True)
-            if (a.verdict, a.side) != (b.verdict, b.side)]
+def verdict_changes(one: Mapping[str, Record],
+                    two: Mapping[str, Record]) -> list[tuple[Judged, Judged]]:
+    """Claims that two runs of the same chapters, records by notebook, judge otherwise."""
+    judged = [ledger({"run": dict(records)}, ["run"]) for records in (one, two)]
+    return judged_otherwise(*judged)
 
 
 def page(own: Sequence[Record], published: Mapping[str, Mapping[str, Record]]) -> str:
@@ -101,9 +105,8 @@ def page(own: Sequence[Record], published: Mapping[str, Mapping[str, Record]]) -
 
 
 def _verdicts(compared: Sequence[tuple[Record, Record, list[Pair]]]) -> str:
-    profile = compared[0][0].profile
     changed = verdict_changes({theirs.notebook: theirs for _, theirs, _ in compared},
-                              {mine.notebook: mine for mine, _, _ in compared}, profile)
+                              {mine.notebook: mine for mine, _, _ in compared})
     if not changed:
         return "\nAll claims are judged alike, each by the records of the same chapters.\n"
     rows = "\n".join(f"| {a.claim.id} | {a.claim.quantity} | {_judged(a)} | {_judged(b)} |"
@@ -143,7 +146,3 @@ def _chapter(mine: Record, theirs: Record, found: Sequence[Pair]) -> str:
 def _told(metric: Metric | None) -> str:
     return "missing" if metric is None else format_metric(metric, "interval").replace("|", "\\|")
 
-
-def own_records(folder: Path) -> list[Record]:
-    """The records in the results of a profile, in the order of the chapters."""
-    return [Record.read(path) for path in sorted((folder / "records").glob("*.json"))]

@@ -6,22 +6,20 @@ the pages of claims, of results and of speed are rendered from records.
 
 from __future__ import annotations
 
-import ast
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import yaml
 from filelock import FileLock
-from nbformat import NotebookNode
 
 from lablog import (
     beside,
+    chapter_page,
     claims,
     claims_page,
     glossary,
@@ -30,6 +28,7 @@ from lablog import (
     speed_page,
     times_page,
 )
+from lablog.chapter_page import BookError
 from lablog.files import atomic_write, repository, sha256_of
 from lablog.provenance import source_dependencies
 from lablog.record import Record
@@ -37,8 +36,6 @@ from lablog.report import IN_PROSE, format_metric, reject_judgements
 
 INPUTS = ".inputs"
 """File in the built book with a hash of what it was made from."""
-OWN = "run"
-"""Folder of the built book with the records and executed notebooks of this clone's run."""
 THEBE = re.compile(r'<script>const THEBE_JS_URL.*?</script>\s*'
                    r'|<script[^>]*src="[^"]*sphinx-thebe[^"]*"></script>\s*', re.DOTALL)
 """Scripts for running cells elsewhere, which jupyter-book puts into every page, one of them twice,
@@ -46,10 +43,6 @@ so that the browser reports an error."""
 CITED = re.compile(
     r"\{(?:claims:(?P<verdict>[a-z ]+)"
     r"|(?P<profile>[\w-]+)/(?P<notebook>\w+):(?P<metric>[\w.+-]+):(?P<style>\w+))\}")
-
-
-class BookError(RuntimeError):
-    """A book that was not built; the message says why and the remedy."""
 
 
 def results_page(records: Sequence[Record]) -> str:
@@ -103,96 +96,6 @@ def cite(text: str, records: Mapping[str, Mapping[str, Record]]) -> str:
     return told
 
 
-PARAMETER = re.compile(r"(?P<head>(?P<name>\w+): [^=]+ = )(?P<value>.*?)(?P<tail>  # .*)?$")
-
-
-def with_values(notebook: NotebookNode, parameters: Mapping[str, Any],
-                profile: str) -> NotebookNode:
-    """The chapter with one parameters cell: each line holds the value that the run had, and where
-    that is not the notebook's own, the name of the profile and what it replaced."""
-    def line(text: str) -> str:
-        found = PARAMETER.match(text)
-        if not found or found["name"] not in parameters:
-            return text
-        try:
-            value, default = parameters[found["name"]], ast.literal_eval(found["value"])
-        except SyntaxError as error:
-            raise BookError(f"parameter {found['name']}: its default must stand on its line, "
-                            f"and {found['value']!r} is no value") from error
-        if value == default:
-            return text
-        return f"{found['head']}{value!r}{found['tail'] or '  #'} ({profile}; default: {default!r})"
-
-    cells = []
-    for cell in notebook.cells:
-        tags = cell.metadata.get("tags", [])
-        if "parameters" in tags:
-            cell.source = "\n".join(map(line, cell.source.splitlines()))
-        if "injected-parameters" not in tags:
-            cells.append(cell)
-    notebook.cells = cells
-    return notebook
-
-
-def answered(notebook: NotebookNode, answer: str) -> NotebookNode:
-    """The chapter with the published answer to its question behind its first cell."""
-    text = f"```{{admonition}} What the published runs answer\n{answer.strip()}\n```"
-    cell = nbformat.v4.new_markdown_cell(text, id=f"{notebook.cells[0].id}-answer")
-    notebook.cells.insert(1, cell)
-    return notebook
-
-
-def folded(notebook: NotebookNode) -> NotebookNode:
-    """The chapter with its code folded away, one click from being read."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            tags = cell.metadata.get("tags", [])
-            cell.metadata["tags"] = [*tags, "hide-input"]
-            if "parameters" in tags:
-                cell.metadata["mystnb"] = {"code_prompt_show": "parameters of this run",
-                                           "code_prompt_hide": "hide the parameters"}
-    return notebook
-
-
-GITHUB = re.compile(r"https://github\.com/([\w.-]+)/([\w.-]+?)(?:\.git|/)?")
-
-
-def binder(config: Mapping[str, Any], name: str) -> str:
-    """Where a chapter opens on Binder, if ``repository: url`` of the book's configuration says
-    where the repository lies; else nothing. BookError for an address that Binder could not build.
-    """
-    url = (config.get("repository") or {}).get("url") or ""
-    found = GITHUB.fullmatch(url)
-    if url and not found:
-        raise BookError(f"book/_config.yml: repository.url is {url!r}, expected "
-                        "https://github.com/OWNER/NAME, or nothing")
-    return (f"https://mybinder.org/v2/gh/{found[1]}/{found[2]}/HEAD"
-            f"?labpath=notebooks%2F{name}.ipynb") if found else ""
-
-
-def downloadable(notebook: NotebookNode, record: Record, elsewhere: str = "") -> NotebookNode:
-    """The chapter with a line of what can be taken along, behind its last cell, and `elsewhere`,
-    the address at which it can be run without an installation."""
-    links = [f'<a href="../{OWN}/{record.notebook}.json" download>record (JSON)</a>']
-    links += [f'<a href="../{figure.csv}" download>data of figure {figure.name} (CSV)</a>'
-              for figure in record.figures]
-    links.append(f'<a href="../{OWN}/{record.notebook}.ipynb" download>executed notebook</a>')
-    run = f' · <a href="{elsewhere}">Open in Binder</a>' if elsewhere else ""
-    text = f'<p class="lablog-downloads">Download: {", ".join(links)}{run}</p>'
-    notebook.cells.append(
-        nbformat.v4.new_markdown_cell(text, id=f"{notebook.cells[0].id}-downloads"))
-    return notebook
-
-
-def explained(notebook: NotebookNode, names: Sequence[str]) -> NotebookNode:
-    """The chapter with links to the glossary where its terms first occur."""
-    seen: set[str] = set()
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = glossary.linked(cell.source, names, seen)
-    return notebook
-
-
 def models_page() -> str:
     """The models of others that a profile may use, from ``data/models.yaml`` (Markdown)."""
     parts = ["# Models of others\n\nThe default profile trains its own models. These are fetched "
@@ -242,7 +145,7 @@ def build(folder: Path, target: Path) -> Path:
     Raises BookError when there is no result, and with Sphinx's output when it warns or fails; the
     book that was there before then stays.
     """
-    records = beside.own_records(folder)
+    records = [Record.read(path) for path in sorted((folder / "records").glob("*.json"))]
     if not records:
         raise BookError(f"{folder} holds no results: run `make reproduce` first")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -265,13 +168,16 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     names = glossary.terms(own.get("glossary.md", ""))
     for record in records:
         name = f"{record.notebook}.ipynb"
-        chapter = with_values(nbformat.read(folder / "notebooks" / name, as_version=4),
-                              record.parameters, record.profile)
+        chapter = chapter_page.with_values(
+            nbformat.read(folder / "notebooks" / name, as_version=4), record.parameters,
+            record.profile)
         opening = source / "openings" / f"{record.notebook}.md"
         if opening.is_file():
-            chapter = answered(chapter, cite(opening.read_text(), published))
-        elsewhere = binder(config, record.notebook)
-        chapter = folded(downloadable(explained(chapter, names), record, elsewhere))
+            chapter = chapter_page.answered(chapter, cite(opening.read_text(), published))
+        chapter = chapter_page.explained(chapter, names)
+        chapter = chapter_page.downloadable(
+            chapter, record, chapter_page.binder(config, record.notebook))
+        chapter = chapter_page.folded(chapter)
         nbformat.write(chapter, source / "notebooks" / name)
     for page in source.glob("*.md"):
         page.write_text(cite(page.read_text(), published))
@@ -306,10 +212,10 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     for kept in (path for kind in ("json", "svg") for path in source.glob(f"records/**/*.{kind}")):
         (made / kept.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, made / kept.relative_to(source))
-    (made / OWN).mkdir()
+    (made / chapter_page.OWN).mkdir()
     for record in records:
         for kind, suffix in (("records", ".json"), ("notebooks", ".ipynb")):
-            shutil.copy(folder / kind / f"{record.notebook}{suffix}", made / OWN)
+            shutil.copy(folder / kind / f"{record.notebook}{suffix}", made / chapter_page.OWN)
         figures = folder / "figures" / record.notebook
         if figures.is_dir():
             shutil.copytree(figures, made / "figures" / record.notebook)

@@ -258,6 +258,13 @@ def counts(rows: Sequence[Judged]) -> dict[Verdict, int]:
     return {verdict: found[verdict] for verdict in VERDICTS}
 
 
+def judged_otherwise(one: Sequence[Judged],
+                     two: Sequence[Judged]) -> list[tuple[Judged, Judged]]:
+    """The claims that two ledgers judge otherwise, or whose value falls on another side."""
+    return [(a, b) for a, b in zip(one, two, strict=True)
+            if (a.verdict, a.side) != (b.verdict, b.side)]
+
+
 COLUMNS = ("id", "experiment", "quantity", "claimed", "verdict", "measured", "side", "profile",
            "commit", "why", "conditions")
 

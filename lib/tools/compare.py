@@ -26,8 +26,7 @@ from pathlib import Path
 import pandas as pd
 
 from lablog import layout
-from lablog.beside import KINDS, pairs, verdict_changes
-from lablog.claims import PROFILES
+from lablog.beside import KINDS, overlapping, pairs, verdict_changes
 from lablog.files import repository
 from lablog.record import Metric, Record, ReportText
 
@@ -114,8 +113,7 @@ def remarks(one: Metric, two: Metric) -> str:
     told = []
     if all(isinstance(m.value, float | int) for m in (one, two)) and one.value != two.value:
         told.append(f"{two.value - one.value:+.3g}")  # type: ignore[operator]
-    if one.interval and two.interval and one.interval != two.interval:
-        overlap = one.interval[0] <= two.interval[1] and two.interval[0] <= one.interval[1]
+    if one.interval != two.interval and (overlap := overlapping(one, two)) is not None:
         told.append("intervals overlap" if overlap else "intervals apart")
     left, right = (metric.model_dump(mode="json") for metric in (one, two))
     told += [f"{name} {left[name]} → {right[name]}" for name in left
@@ -219,7 +217,7 @@ def told_of_verdicts(one: dict[str, Kept], two: dict[str, Kept]) -> list[str]:
     both = sorted(one.keys() & two.keys())
     left, right = ({name: kept[name].record for name in both} for kept in (one, two))
     return [f"claim {a.claim.id} ({a.claim.quantity}): {a.verdict} {a.side} → {b.verdict} {b.side}"
-            for a, b in verdict_changes(left, right, PROFILES[-1])]
+            for a, b in verdict_changes(left, right)]
 
 
 def compare(one: dict[str, Kept], two: dict[str, Kept]) -> tuple[list[str], bool]:

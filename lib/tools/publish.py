@@ -51,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for record in records:
         shutil.copy(record, target)
-    for record in records:
         for figure in SHOWN.get(record.stem, ()):
             drawn = source / "figures" / record.stem / f"{figure}.svg"
             if drawn.exists():

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
-from lablog.claims import BENCH, PROFILES, Judged, counts, ledger, read_records
+from lablog.claims import BENCH, PROFILES, counts, judged_otherwise, ledger, read_records
 from lablog.files import repository
 from lablog.record import Record
 from tools.compare import published_by
@@ -28,19 +28,14 @@ def since_then(commit: str) -> Records:
     return found
 
 
-def changed(before: Sequence[Judged], now: Sequence[Judged]) -> list[str]:
-    """A line for every claim whose verdict, or the side that its value falls on, is another one."""
-    return [f"- {b.claim.id}, {b.claim.quantity}: {a.verdict} {a.side} → **{b.verdict}** {b.side}"
-            for a, b in zip(before, now, strict=True) if (a.verdict, a.side) != (b.verdict, b.side)]
-
-
 def notes(now: Records, before: Records | None = None, commit: str = "") -> str:
     """The notes; `before` is what `commit` had published."""
     rows = ledger(now)
     parts = ["## Claims of the logs\n", "| verdict | claims |\n|---|---|"]
     parts += [f"| {verdict} | {number} |" for verdict, number in counts(rows).items()]
     if before is not None:
-        told = changed(ledger(before), rows)
+        told = [f"- {b.claim.id}, {b.claim.quantity}: {a.verdict} {a.side} → **{b.verdict}** "
+                f"{b.side}" for a, b in judged_otherwise(ledger(before), rows)]
         parts += [f"\n### Since {commit}\n", *(told or ["No claim is judged otherwise."])]
     parts += ["\n## Records\n",
               "| profile | chapter | commit | machine | minutes |\n|---|---|---|---|---|"]
