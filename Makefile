@@ -6,6 +6,10 @@ PROFILE   ?= laptop
 SET       ?=
 ## NOTEBOOKS="01 02"   only these
 NOTEBOOKS ?=
+## CLUSTER=tcp://127.0.0.1:8786   where tasks run (or tls://HOST:PORT, jobs.yaml); none: here
+CLUSTER   ?=
+## DASHBOARD=8787   watch them in a browser, at this port of this machine
+DASHBOARD ?=
 PYTHON    ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(minor))) python3)
 CMAKE     ?= cmake
 # CMake finds the compiler by itself; make's own default for CXX is not a wish.
@@ -28,14 +32,15 @@ ENV_STAMP    := build/.environment$(subst /,-,$(ENV))
 NATIVE_STAMP := build/native/.built
 BINDING      := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.toml)
 SDIST        := build/source/$(subst -,_,$(firstword $(subst ==, ,$(BINDING))))-$(lastword $(subst ==, ,$(BINDING))).tar.gz
-RUN          := $(PY) -m lablog.runner run
+RUN          := $(PY) -m lablog.runner run $(if $(CLUSTER),--cluster '$(CLUSTER)') \
+                $(if $(DASHBOARD),--dashboard $(DASHBOARD))
 ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 # What helps Make is written in Python as well, and where there is no environment yet, for any.
 TOOL         := python3 lib/tools
 NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 
 .PHONY: help setup lock lab reproduce test book pdf bench verify why claims compare notes publish clean distclean \
-        test-native test-native-sanitize _setup _results
+        cluster worker certificates test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -110,6 +115,16 @@ book: setup ## build the book from the results at hand
 
 pdf: book ## the book as one PDF, printed by Chromium, where there is one
 	@PYTHONPATH=lib $(PY) -m tools.pdf
+
+cluster: setup ## a scheduler for workers to join (HOST=0.0.0.0 PORT=8786: demands certificates)
+	@$(PY) -m lablog.cluster scheduler $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) \
+	  $(if $(DASHBOARD),--dashboard $(DASHBOARD))
+
+worker: setup ## a worker for the scheduler SCHEDULER=tcp://127.0.0.1:8786 (THREADS=: all cores)
+	@$(PY) -m lablog.cluster worker '$(SCHEDULER)' $(if $(THREADS),--threads $(THREADS))
+
+certificates: setup ## certificates for a cluster of several machines: build/certificates
+	@$(PY) -m lablog.cluster certificates
 
 lab: setup ## JupyterLab with the notebooks as paired .ipynb
 	@$(ENV)/bin/jupytext --quiet --sync notebooks/*.py

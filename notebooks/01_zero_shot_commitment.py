@@ -46,10 +46,11 @@ parity: bool = False  # compare the engine's logits with PyTorch's; a Llama only
 
 # %%
 from lablog import figures
+from lablog.cluster.client import Cluster
 from lablog.commitment import coherence, engine_comparison, log_experiments, plots
 from lablog.commitment import probes, sampler, sweep
 from lablog.commitment import sweep_metrics as metrics
-from lablog.commitment.llama_cpp_speaker import Speakers
+from lablog.commitment.llama_cpp_speaker import Engine, EngineSettings
 from lablog.commitment.log_experiments import AT_LOG_DOSE, NAMED_ROWS, RANGES
 from lablog.commitment.steering import steering_vectors
 from lablog.models import locate
@@ -58,6 +59,7 @@ from lablog.text.dialogues import settings_for
 
 figures.use_style()
 run = begin("01_zero_shot_commitment", globals())
+cluster = Cluster.of(run)
 
 # %% [markdown]
 # ## The model
@@ -110,8 +112,8 @@ dialogues = settings_for(chat)
 asked = probes.make_items(dialogues, item_seed, items)
 material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)
 with run.stage("baseline"):
-    engine = Speakers(gguf, sequences=sequences, window=window, chat=chat,
-                      gpu_layers=gpu_layers, system=dialogues.chat.system)
+    engine = Engine(EngineSettings(gguf, sequences=sequences, window=window, chat=chat,
+                                   gpu_layers=gpu_layers, system=dialogues.chat.system))
     norms = engine.residual_norms(material.texts)
     baseline = coherence.baseline(engine, material)
 sample = sampler.sample(seeds[0], k, engine.model.width)
@@ -130,8 +132,7 @@ run.metric("initialisations", initialisations, "count")
 # %%
 if parity:
     spans = {name: log_experiments.layer_range(name, engine.model.layers) for name in RANGES}
-    with engine.one() as speaker:
-        ids = speaker.history(material.texts[0])
+    ids = engine.speaker.history(material.texts[0])
     with run.stage("parity"):
         found = engine_comparison.parity(model, run.artifacts, ids, sample.direction, spans)
     run.metrics(found, under="parity")
@@ -241,7 +242,7 @@ for row in named:
         tasks += [sweep.Task(control=control, strength=row.strength, layers=row.layers, seed=seed)
                   for seed in seeds]
 with run.stage("sweep"):
-    rows = sweep.sweep(engine, tasks, conditions, run.artifacts)
+    rows = sweep.sweep(cluster, engine, tasks, conditions, run.artifacts)
 run.metrics(metrics.of_named_rows(rows, named))
 table = metrics.summarise(rows)
 
@@ -290,6 +291,7 @@ for task in (tasks[0], *(task for task in tasks if task.seed == seeds[0])):
 
 # %%
 engine.close()
+cluster.close()
 run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE], aids=aids, steered=bool(steering))
 
 # %% [markdown]

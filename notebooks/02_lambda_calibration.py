@@ -45,9 +45,10 @@ gpu_layers: int = 0  # layers on the GPU, for builds of llama.cpp that have one
 
 # %%
 from lablog import figures
+from lablog.cluster.client import Cluster
 from lablog.commitment import calibration, coherence, log_experiments, plots, probes, sweep
 from lablog.commitment import sweep_metrics as metrics
-from lablog.commitment.llama_cpp_speaker import Speakers
+from lablog.commitment.llama_cpp_speaker import Engine, EngineSettings
 from lablog.commitment.sweep import Task
 from lablog.models import locate
 from lablog.run import begin
@@ -57,6 +58,7 @@ import pandas as pd
 
 figures.use_style()
 run = begin("02_lambda_calibration", globals())
+cluster = Cluster.of(run)
 with run.stage("model"):
     gguf = run.file(locate.gguf_file(model, run.artifacts))
 
@@ -69,8 +71,8 @@ dialogues = settings_for(chat)
 asked = probes.make_items(dialogues, item_seed, items)
 material = coherence.make_material(dialogues, item_seed, texts, continuations, tokens)
 with run.stage("baseline"):
-    engine = Speakers(gguf, sequences=sequences, window=window, chat=chat,
-                      gpu_layers=gpu_layers, system=dialogues.chat.system)
+    engine = Engine(EngineSettings(gguf, sequences=sequences, window=window, chat=chat,
+                                   gpu_layers=gpu_layers, system=dialogues.chat.system))
     norms = engine.residual_norms(material.texts)
     conditions = sweep.Conditions(k=k, items=asked, material=material, residual_norms=norms,
                                   baseline=coherence.baseline(engine, material))
@@ -123,7 +125,7 @@ for control in ("commitment", "redrawn"):
             Task(control=control, strength=strength, layers=name, seed=seed, language=language)
             for strength in strengths if strength != 0 for seed in seeds]
 with run.stage("sweep"):
-    rows = sweep.sweep(engine, tasks, conditions, run.artifacts)
+    rows = sweep.sweep(cluster, engine, tasks, conditions, run.artifacts)
 run.metrics(metrics.of_named_rows(rows))
 table = metrics.summarise(rows)
 
@@ -214,7 +216,7 @@ shown.round(4)
 
 # %%
 with run.stage("calibration"):
-    solved = calibration.calibrate(engine, ranges, seeds, kl_budget, conditions)
+    solved = calibration.calibrate(cluster, engine, ranges, seeds, kl_budget, conditions)
 budgets = []
 for name, found in solved.items():
     doses = [sweep.dose(Task(control="commitment", strength=1.0, layers=name, seed=seed),
@@ -223,6 +225,7 @@ for name, found in solved.items():
     budgets.append(metrics.budget_table(name, found, seeds, doses))
     run.metrics(metrics.of_budget(budgets[-1]), under=f"budget.{name.replace(' ', '_')}")
 engine.close()
+cluster.close()
 
 # %%
 run.figure(

@@ -64,7 +64,7 @@ weight_decay: float = 0.0  # Adam's, a unit of learning rate
 seeds: list[int] = [1, 2]  # one training of z* each, on every base
 control_seeds: list[int] = [1]  # of these, with which the controls are trained too
 ablations: list[str] = []  # trainings besides, on the first base with the first seed (`TRAININGS`)
-workers: int = 2  # processes that train and measure at a time, one thread each
+workers: int = 2  # trainings and measurements at a time on this machine, one thread each
 trainings: str = ""  # folder of trainings from another machine to take over; empty: train here
 
 # The probes
@@ -85,6 +85,7 @@ personas_leave_out: list[int] = []  # rows of that file to ignore, the header be
 from pathlib import Path
 
 from lablog import figures
+from lablog.cluster.client import Cluster
 from lablog.commitment import arms, diagnostics, engine_comparison, export
 from lablog.commitment import training_metrics as metrics
 from lablog.commitment import training_plots as plots
@@ -103,7 +104,8 @@ from lablog.text.dialogues import settings_for, trained_part
 
 figures.use_style()
 run = begin("03_qlora_commitment", globals())
-processes = arms.Workers(workers)
+cluster = Cluster.of(run, workers)
+gpus = 1 / workers if device == "cuda" else 0
 
 # %% [markdown]
 # ## The bases in 4 bits
@@ -121,9 +123,8 @@ processes = arms.Workers(workers)
 # %%
 wanted = base_seeds if model.startswith("offline:") else base_seeds[:1]
 with run.stage("model"):
-    bases = dict(zip(wanted, processes.together("bases", [
-        (locate.hugging_face_folder, (model, run.artifacts, seed)) for seed in wanted
-    ]), strict=True))
+    bases = dict(zip(wanted, cluster.map("bases", locate.hugging_face_folder, [
+        (model, run.artifacts, seed) for seed in wanted]), strict=True))
 for folder in bases.values():
     for weights in sorted(folder.glob("*.safetensors")):
         run.file(weights)
@@ -238,7 +239,8 @@ calls = [(base, seed, name) for base in bases for name in ("commitment", "lora",
          for seed in (seeds if name == "commitment" else control_seeds)]
 calls += [(wanted[0], seeds[0], name) for name in ablations]
 with run.stage("training"):
-    folders = processes.together("training", [(experiment.train, call) for call in calls])
+    folders = cluster.map("training", arms.Experiment.train, calls, common=(experiment,),
+                        reads=[*bases.values()], gpus=gpus)
 runs = dict(zip(calls, folders, strict=True))
 history = metrics.history({(base, seed): folder for (base, seed, name), folder in runs.items()
                            if name == "commitment"})
@@ -291,7 +293,7 @@ run.figure("budget", *plots.budget(runs), "Tokens and time of each training.")
 # %%
 def measured(stage, calls):
     with run.stage(stage):
-        found = processes.together(stage, [(experiment.measure, call) for call in calls])
+        found = experiment.measured(cluster, stage, calls, gpus)
     return [metrics.Measured(*call, values) for call, values in zip(calls, found, strict=True)]
 
 
@@ -409,7 +411,7 @@ if tried:
 sizes = [name for name in ablations if name.startswith(("values", "independent"))]
 each = Asked(seed=item_seed, items=items, kind="seen form", families=("fork",))
 held = measured("capacity", [(wanted[0], seeds[0], f"{name}.prefix", each) for name in sizes])
-processes.close()
+cluster.close()
 run.metrics(metrics.of_arms(held, "seen form"), under="capacity")
 if sizes:
     display(run.figure("capacity", *plots.capacity(held, sizes),

@@ -61,6 +61,7 @@ check3_passes: int = 5  # sequential passes of check 3, the first included
 lyapunov_tokens: int = 100  # tokens along which the Lyapunov exponent is measured
 memory_distance: int = 40  # tokens after a changed one that are compared
 device: str = "cpu"  # cpu or cuda
+threads: int = 1  # of each training; as many trainings at a time as there are cores for
 
 # %% [markdown]
 # ## The network and its texts
@@ -82,6 +83,7 @@ import pandas as pd
 import torch
 
 from lablog import figures
+from lablog.cluster.client import Cluster
 from lablog.cvfp import contraction, convergence, lyapunov, memory, metrics, passes, phase1, plots
 from lablog.cvfp.checks import effective_rank
 from lablog.cvfp.data import prepare, shuffled
@@ -93,6 +95,8 @@ from lablog.run import begin
 
 figures.use_style()
 run = begin("04_cvfp_phase1", globals())
+cluster = Cluster.of(run)
+gpus = int(device == "cuda")
 seed_everything(seeds[0])
 
 # %% [markdown]
@@ -248,13 +252,15 @@ untaught = contraction.contraction_of(blocks[bare], part, memory_distance, CHANG
 watched = []
 
 # %%
-for variant, settings_of, seed, w in cases:
-    name = f"{variant}w{w:g}.seed{seed}"
-    start = contexts[f"untrained.seed{seed}"]["training"]
-    config = replace(settings_of, seed=seed, diversity_weight=w)
-    with run.stage(f"train {name}"):
-        blocks[name], result = phase1.trained(
-            folder, shape, config, training, start, watch if name in (main, truly) else None)
+names = [f"{variant}w{w:g}.seed{seed}" for variant, _, seed, w in cases]
+with run.stage("training"):
+    results = cluster.map("training", phase1.trained, [
+        (replace(settings_of, seed=seed, diversity_weight=w),
+         contexts[f"untrained.seed{seed}"]["training"], watch if name in (main, truly) else None)
+        for name, (_, settings_of, seed, w) in zip(names, cases, strict=True)
+    ], common=(folder, shape, training), threads=threads, gpus=gpus)
+for name, (block, result) in zip(names, results, strict=True):
+    blocks[name] = block
     if name in (main, truly):
         watched.append(metrics.observed(result, name, untaught))
     contexts[name] = {"training": result.contexts}
@@ -578,8 +584,12 @@ part = training[:sequential_tokens]
 start = contexts[bare]["training"][: len(part)]
 config = replace(settings, variant="sequential", diversity_weight=sequential_weight,
                  iterations=sequential_iterations)
+other = replace(config, ema_start="first_pass")
 with run.stage("train sequential"):
-    from_zero, result = phase1.trained(folder, shape, config, part, start)
+    (from_zero, result), (from_mean, _) = cluster.map(
+        "sequential training", phase1.trained, [(config, start), (other, start)],
+        common=(folder, shape, part), threads=threads, gpus=gpus)
+cluster.close()
 run.metrics(metrics.phase1_training(result), under="sequential")
 frame = metrics.iterations(result, "sequential")
 frame[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
@@ -587,14 +597,11 @@ frame[["iteration", "loss", "cvfp_loss", "diversity_loss", "share"]].round(4)
 # %% [markdown]
 # Its diversity loss needs no other context than the present one: mean and variance move along with
 # the text, each as large as a single context. Where they start the log does not say. Here it is
-# zero; how much that decides is seen by training the same network once more with a mean that starts
-# as that of iteration 0, and comparing the weights with those of the first training, relative to
-# how far that moved them.
+# zero; how much that decides is seen by training the same network once more, above, with a mean
+# that starts as that of iteration 0, and comparing the weights with those of the first training,
+# relative to how far that moved them.
 
 # %%
-with run.stage("train sequential, other mean"):
-    other = replace(config, ema_start="first_pass")
-    from_mean, _ = phase1.trained(folder, shape, other, part, start)
 before, zero, mean = (torch.nn.utils.parameters_to_vector(block.parameters()).detach()
                       for block in (blocks[bare], from_zero, from_mean))
 apart = (mean - zero).norm() / (zero - before).norm()

@@ -61,6 +61,7 @@ head_std: float = 0.02  # standard deviation of the head's initial weights
 window_tokens: int = 4  # tokens in the window that replaces C*; divides context_dim
 lags: list[int] = [0, 1, 2, 4]  # how many tokens back a token is read off a context
 device: str = "cpu"  # cpu or cuda
+threads: int = 1  # of each training; as many trainings at a time as there are cores for
 
 # %% [markdown]
 # ## Stage 1: contexts, once
@@ -78,6 +79,7 @@ import pandas as pd
 import torch
 
 from lablog import figures
+from lablog.cluster.client import Cluster
 from lablog.cvfp import metrics, phase1, phase2, plots, readout
 from lablog.cvfp.data import prepare, shuffled
 from lablog.cvfp.model import CVFPBlock, ModelConfig
@@ -87,6 +89,8 @@ from lablog.run import begin
 
 figures.use_style()
 run = begin("05_cvfp_phase2", globals())
+cluster = Cluster.of(run)
+gpus = int(device == "cuda")
 seed_everything(seeds[0])
 
 # %% [markdown]
@@ -127,27 +131,31 @@ for path in texts.files.values():
 # say which contexts the rest of the chapter stands on.
 
 # %%
-blocks, true_blocks = {}, {}
 true_pass = replace(settings, variant="true_pass", segment=true_pass_segment,
                     diversity_weight=true_pass_weight)
-for made, variant, w, base in ((blocks, "", diversity_weight, settings),
-                               (true_blocks, "true.", true_pass_weight, true_pass)):
-    for seed in seeds:
-        name, config = f"{variant}w{w:g}.seed{seed}", replace(base, seed=seed)
-        with run.stage(f"train {name}"):
-            made[seed], result = phase1.trained(folder, shape, config, texts.tokens["training"])
-        run.metrics(metrics.phase1_training(result), under=name)
+wanted = [(variant, seed, replace(base, seed=seed))
+          for variant, base in (("", settings), ("true.", true_pass)) for seed in seeds]
+with run.stage("networks"):
+    networks = cluster.map(
+        "network", phase1.trained, [(config,) for *_, config in wanted],
+        common=(folder, shape, texts.tokens["training"]), threads=threads, gpus=gpus)
+for (variant, seed, config), (_, result) in zip(wanted, networks, strict=True):
+    run.metrics(metrics.phase1_training(result),
+                under=f"{variant}w{config.diversity_weight:g}.seed{seed}")
+blocks, true_blocks = ({seed: block for (variant, seed, _), (block, _) in zip(
+    wanted, networks, strict=True) if variant == mine} for mine in ("", "true."))
 
 # %% [markdown]
 # And their contexts, a row for each token of each of the four texts. Every text is read from the
 # zero context: the validation text is a part of the training text, but its contexts begin anew.
 
 # %%
-fixed, true_fixed = {}, {}
+calls = [(block, tokens) for block, _ in networks for tokens in texts.tokens.values()]
 with run.stage("contexts"):
-    for made, networks in ((fixed, blocks), (true_fixed, true_blocks)):
-        for seed, block in networks.items():
-            made[seed] = {k: phase1.contexts_of(folder, block, t) for k, t in texts.tokens.items()}
+    rows = iter(cluster.map("contexts", phase1.contexts_of, calls, common=(folder,),
+                            threads=threads, gpus=gpus))
+fixed, true_fixed = ({seed: {k: next(rows) for k in texts.tokens} for seed in seeds}
+                     for _ in ("", "true."))
 
 # %% [markdown]
 # ## Stage 2: prediction
@@ -243,20 +251,26 @@ suffix = {seed: "" if seed == first else f".seed{seed}" for seed in seeds}
 # epoch, while weights still changed: no pass is spent on reading it again.
 
 # %%
-trained, seen, rates = {}, {}, {}
-for arm, seed, block, contexts in arms:
-    key, version = arm + suffix[seed], "v1.0" if arm == "v1.0" else "v2.0"
+def call(arm, seed, block, contexts, rates):
+    version = "v1.0" if arm == "v1.0" else "v2.0"
     chosen = replace(config, version=version, seed=seed, train_norm=arm == "norm")
     read = {k: phase2.FixedText(texts.ids[k], texts.tokens[k], c) for k, c in contexts.items()}
-    with run.stage(f"phase 2 {key}"):
-        trained[key] = phase2.train_at_best_rate(
-            block, texts.vocabulary, read["training"], read["dev"], chosen,
-            rates.get(arm, phase2_learning_rates), key, progress=True)
-    rates[arm] = [trained[key].config.learning_rate]
-    seen[key] = {k: phase2.predict(trained[key].model, read[k]) for k in ("validation", "test")}
-    for split, found in seen[key].items():
-        run.metrics(metrics.predictions(found, dialogue_tokens), under=f"{key}.{split}")
-    run.metrics(metrics.phase2_training(trained[key]), under=key)
+    return block, texts.vocabulary, read, chosen, rates, arm + suffix[seed]
+
+
+trained, seen, rates = {}, {}, {}
+for mine in ([each for each in arms if (each[1] == first) == once] for once in (True, False)):
+    calls = [call(*each, rates.get(each[0], phase2_learning_rates)) for each in mine]
+    with run.stage(f"phase 2, {'first seed' if not rates else 'further seeds'}"):
+        found = cluster.map("phase 2", phase2.trained_and_read, calls, threads=threads, gpus=gpus)
+    for (arm, seed, *_), (result, predictions) in zip(mine, found, strict=True):
+        key = arm + suffix[seed]
+        rates.setdefault(arm, [result.config.learning_rate])
+        trained[key], seen[key] = result, predictions
+        for split, each in predictions.items():
+            run.metrics(metrics.predictions(each, dialogue_tokens), under=f"{key}.{split}")
+        run.metrics(metrics.phase2_training(result), under=key)
+cluster.close()
 
 # %% [markdown]
 # Two baselines need no network: the frequency of each token, and bigrams with Witten-Bell

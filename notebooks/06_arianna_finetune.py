@@ -89,6 +89,7 @@ import numpy as np
 import pandas as pd
 
 from lablog import figures
+from lablog.cluster.client import Cluster
 from lablog.arianna import chat, dialogues, exports, finetuning, plots
 from lablog.arianna.bits_per_byte import byte_sizes, estimate, evenly, gap, read_bits, text_items
 from lablog.files import repository
@@ -101,6 +102,7 @@ from lablog.run import begin
 
 figures.use_style()
 run = begin("06_arianna_finetune", globals())
+cluster = Cluster.of(run)
 runs = run.artifacts / "arianna-runs"
 
 # %% [markdown]
@@ -290,8 +292,9 @@ run.metrics_table("base")
 # %%
 main = finetuning.Tuning(rate=tune_rate, batch_size=batch_size, steps=tune_steps)
 with run.stage("cross-validation"):
-    tuned = [finetuning.tune(base, main, dialogues.sides(known, part), fold)
-             for fold, part in enumerate(parts)]
+    tuned = cluster.map("fold", finetuning.tune, [
+        (main, dialogues.sides(known, part), fold) for fold, part in enumerate(parts)
+    ], common=(base,), reads=[base.folder], threads=base.settings.threads)
 logs = [finetuning.training_log(folder) for folder in tuned]
 updates = [log["relative_update"] for log in logs]
 run.metric("after.relative_update", float(np.mean(updates)), "", n=len(updates))
@@ -372,12 +375,15 @@ for rate in (log_rate, tune_rate):
 # The seed is the same for all, so all read the same windows in the same order, as far as they go.
 
 # %%
-first, models, read = parts[0], {}, {}
+first, tunings = parts[0], [arm for _, arm in arms]
+sides = dialogues.sides(known, first)
 with run.stage("comparisons"):
-    for _, arm in arms:
-        ablation = ["batch_size"] if arm.batch_size != batch_size else []
-        models[arm] = finetuning.tune(base, arm, dialogues.sides(known, first), 0, ablation)
-        read[arm] = read_bits(models[arm], [items["qa"][i] for i in first])
+    models = dict(zip(tunings, cluster.map("comparison", finetuning.tune, [
+        (arm, sides, 0, ["batch_size"] if arm.batch_size != batch_size else [])
+        for arm in tunings
+    ], common=(base,), reads=[base.folder], threads=base.settings.threads), strict=True))
+    read = {arm: read_bits(models[arm], [items["qa"][i] for i in first]) for arm in tunings}
+cluster.close()
 
 # %% [markdown]
 # Every arm is compared with the base model, and the larger batches with the smaller one at the

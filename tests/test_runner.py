@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -188,61 +187,31 @@ def test_an_unknown_parameter_does_not_reach_a_notebook(clone: Clone):
     assert results(folder) == {}
 
 
-SUBMIT = """
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-import os
-from lablog import runner
-
-def execute_there(function, spec):
-    return os.getpid(), function(spec)
-
-def submit(function, spec):
-    there, outcome = pool.submit(execute_there, function, spec).result()
-    print(there != os.getpid(), outcome.status, outcome.record)
-    return outcome
-
-if __name__ == "__main__":
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        sys.exit(runner.main(sys.argv[1:], submit=submit))
-"""
-
-
-def test_runs_can_be_handed_to_an_executor(clone: Clone):
-    folder = clone.planned("executor")
-    script = clone.write("submit.py", SUBMIT)
-    done = clone.call(clone.python, str(script), "run", str(folder), "01_alpha")
-    assert done.returncode == 0, done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("True "))
-    assert line.split()[1:] == ["ok", str(folder / "records" / "01_alpha.json")]
-    assert read(folder / "records" / "01_alpha.json")["status"] == "ok"
-
-
 @pytest.mark.parametrize(("status", "code"), [
     ("ok", 0), ("failed", 1), ("timeout", 124), ("interrupted", 130),
 ])
 def test_the_exit_code_tells_how_a_run_ended(
-    status: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    status: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     folder = tmp_path / "own"
     (folder / "parameters").mkdir(parents=True)
     (folder / "parameters" / "01_alpha.json").write_text('{"k": 3}')
     handed = []
 
-    def submit(function: object, spec: runner.RunSpec) -> runner.Outcome:
-        handed.append((function, spec))
+    def execute(spec: runner.RunSpec) -> runner.Outcome:
+        handed.append(spec)
         return runner.Outcome(status, folder / "failed" / "01_alpha.json", "because")
 
+    monkeypatch.setattr(runner, "execute", execute)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        arguments = ["run", str(folder), "01_alpha", "--timeout", "5"]
-        assert runner.main(arguments, submit=submit) == code
+        arguments = ["run", str(folder), "01_alpha", "--timeout", "5", "--cluster", "jobs.yaml"]
+        assert runner.main(arguments) == code
     finally:
         signal.signal(signal.SIGTERM, before)
-    spec = runner.RunSpec("01_alpha", "own", {"k": 3}, folder.resolve(), 5.0)
-    assert handed == [(runner.execute, spec)]
-    assert pickle.loads(pickle.dumps(spec)) == spec
+    spec = runner.RunSpec("01_alpha", "own", {"k": 3}, folder.resolve(), 5.0, "jobs.yaml")
+    assert handed == [spec]
     assert ("because" in capsys.readouterr().err) == (code != 0)
 
 

@@ -48,6 +48,16 @@ def cache() -> Path:
     return built("cache")
 
 
+def certificates() -> Path:
+    """Certificates of a cluster whose machines speak to each other over a network."""
+    return built("certificates")
+
+
+def lent_artifacts() -> Path:
+    """What a worker keeps for clients whose files it does not see."""
+    return built("worker", "artifacts")
+
+
 def fetched() -> Path:
     """Models from package indexes, as their publishers made them."""
     return built("fetched")

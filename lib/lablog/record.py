@@ -89,6 +89,15 @@ class Stage(Strict):
     seconds: float
 
 
+class TaskPlace(Strict):
+    """Where one task ran: host, vector instructions and address of its worker, and how long."""
+
+    kind: str
+    name: str
+    worker: str
+    seconds: float
+
+
 class ReportText(Strict):
     """The mandated report of the run as rendered from its metrics."""
 
@@ -115,6 +124,7 @@ class Record(Strict):
     started: datetime
     seconds: float
     stages: tuple[Stage, ...] = ()
+    tasks: tuple[TaskPlace, ...] = ()
     peak_memory_bytes: int | None = None
     source: CloneState
     machine: Machine
@@ -141,9 +151,11 @@ class Record(Strict):
         raise KeyError(f"record of {self.notebook} ({self.profile}) holds no metric {name!r}")
 
     def results(self) -> dict[str, Any]:
-        """The part that two runs on one machine must share: everything but times and memory."""
+        """The part that two runs on one machine must share: everything but times, memory, and where
+        tasks ran."""
         return self.model_dump(
-            mode="json", exclude={"started", "seconds", "stages", "peak_memory_bytes", "profile"}
+            mode="json",
+            exclude={"started", "seconds", "stages", "tasks", "peak_memory_bytes", "profile"},
         )
 
     def write(self, path: Path) -> Path:

@@ -19,7 +19,7 @@ from lablog import layout
 from lablog.intervals import Interval
 from lablog.profiles import declared_parameters, notebook_path
 from lablog.provenance import FileHash, machine, peak_memory_bytes, source_state
-from lablog.record import FigureFile, Metric, Record, ReportText, Stage
+from lablog.record import FigureFile, Metric, Record, ReportText, Stage, TaskPlace
 from lablog.report import Report, fill, format_metric, mandated, reject_judgements
 
 if TYPE_CHECKING:
@@ -37,11 +37,17 @@ It says where results go, never what is computed; without it results go to build
 
 
 class Run:
-    """The open run of one notebook; collects what its record will hold."""
+    """The open run of one notebook; collects what its record will hold.
+
+    cluster: where its tasks are to run, as :class:`lablog.cluster.client.Cluster` is told; tasks:
+    where they did. dashboard: a port for the engine's own pages.
+    """
 
     def __init__(self, notebook: str, profile: str, folder: Path, artifacts: Path,
-                 parameters: Mapping[str, Any]) -> None:
+                 parameters: Mapping[str, Any], cluster: str = "",
+                 dashboard: int | None = None) -> None:
         self.notebook, self.profile = notebook, profile
+        self.cluster, self.dashboard = cluster, dashboard
         self.folder, self.artifacts = folder, artifacts
         self.parameters = dict(parameters)
         self.started, self._clock = datetime.now(UTC), time.perf_counter()
@@ -49,6 +55,7 @@ class Run:
         self._metrics: list[Metric] = []
         self._figures: list[FigureFile] = []
         self._stages: list[Stage] = []
+        self.tasks: list[TaskPlace] = []
         self._files: dict[str, FileHash] = {}
 
     def metric(self, name: str, value: float | int | bool | str | None, unit: str, *,
@@ -130,6 +137,7 @@ class Run:
             notebook=self.notebook, profile=self.profile, status="ok", parameters=self.parameters,
             seeds=(*seeds, *self.parameters.get("seeds", ())), started=self.started,
             seconds=time.perf_counter() - self._clock, stages=tuple(self._stages),
+            tasks=tuple(self.tasks),
             peak_memory_bytes=peak_memory_bytes(), source=self.source, machine=self.machine,
             files=tuple(self._files.values()), figures=tuple(self._figures),
             metrics=tuple(self._metrics),
@@ -166,4 +174,5 @@ def begin(notebook: str, namespace: Mapping[str, Any]) -> Run:
     return Run(
         notebook, settings["profile"], Path(settings["folder"]), Path(settings["artifacts"]),
         {name: namespace[name] for name in declared},
+        settings.get("cluster", ""), settings.get("dashboard"),
     )

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,13 +46,18 @@ PINS = "packages.txt"
 
 @dataclass(frozen=True)
 class RunSpec:
-    """All that a run depends on besides the source tree; it writes only below `folder`."""
+    """All that a run depends on besides the source tree; it writes only below `folder`.
+
+    cluster, dashboard: where its tasks run and where that can be watched; results are the same.
+    """
 
     notebook: str
     profile: str
     parameters: Mapping[str, Any]
     folder: Path
     timeout: float | None = None
+    cluster: str = ""
+    dashboard: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,6 @@ class Outcome:
     status: str
     record: Path
     message: str = ""
-
-
-Executor = Callable[[Callable[[RunSpec], Outcome], RunSpec], Outcome]
-"""Hands a run to whatever computes it: ``submit(execute, spec) -> Outcome``.
-
-For a cluster: ``lambda function, spec: client.submit(function, spec).result()``.
-"""
-
-
-def here(function: Callable[[RunSpec], Outcome], spec: RunSpec) -> Outcome:
-    """The local executor: this process."""
-    return function(spec)
 
 
 def _result_paths(folder: Path, notebook: str) -> dict[str, Path]:
@@ -147,7 +140,8 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
     context = scratch / "context.json"
     context.write_text(json.dumps({
         "profile": spec.profile, "folder": str(scratch),
-        "artifacts": str(layout.artifacts(spec.folder)),
+        "artifacts": str(layout.artifacts(spec.folder)), "cluster": spec.cluster,
+        "dashboard": spec.dashboard,
     }))
     os.environ[RUN_VARIABLE] = str(context)
     print(f"[{spec.notebook}] running, profile {spec.profile}", flush=True)
@@ -343,17 +337,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("folder", type=Path, help="build/<profile>")
     run.add_argument("notebook")
     run.add_argument("--timeout", type=float, help="seconds that one cell may take")
+    run.add_argument("--cluster", default="", help="where tasks run: an address, or a file of jobs")
+    run.add_argument("--dashboard", type=int, help="port, on this machine alone, to watch them at")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, submit: Executor = here) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (0 ok, 1 failed, 2 usage, 124 timeout, 130 Ctrl-C)."""
     options = _parser().parse_args(arguments)
     # A terminated run ends like an interrupted one: remains kept aside, record written.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if options.command == "run":
-            return _run(options, submit)
+            return _run(options)
         profile = profiles.load(options.profile, options.set)
         match options.command:
             case "verify":
@@ -390,13 +386,12 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(options: argparse.Namespace, submit: Executor) -> int:
+def _run(options: argparse.Namespace) -> int:
     folder = options.folder.resolve()
     planned = folder / "parameters" / f"{options.notebook}.json"
     parameters = json.loads(planned.read_text())
-    outcome = submit(
-        execute, RunSpec(options.notebook, folder.name, parameters, folder, options.timeout)
-    )
+    outcome = execute(RunSpec(options.notebook, folder.name, parameters, folder, options.timeout,
+                              options.cluster, options.dashboard))
     if outcome.status != "ok":
         print(f"[{options.notebook}] {outcome.status}: {outcome.message}\n"
               f"[{options.notebook}] partial output: {outcome.record.parent}", file=sys.stderr)

@@ -1,10 +1,6 @@
 """What is trained and compared: ablations, keys, the cache of measures, runs side by side."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from lablog.cluster.client import Cluster
 from lablog.commitment import arms, diagnostics, qlora
 from lablog.commitment.arms import (
     ARMS,
@@ -21,7 +18,6 @@ from lablog.commitment.arms import (
     Asked,
     Experiment,
     Training,
-    Workers,
     planned,
 )
 from lablog.commitment.conversations import Conversations, collate
@@ -264,9 +260,9 @@ def test_the_metric_of_collapse_tells_a_collapsed_run_from_another(experiment):
 
 def test_trainings_side_by_side_have_the_bits_of_one_after_the_other(experiment, tmp_path):
     apart = replace(experiment, artifacts=tmp_path)
-    with Workers(2) as workers:
-        folders = workers.together(
-            "training", [(apart.train, (1, seed, "commitment")) for seed in (1, 2)])
+    with Cluster("", tmp_path, 2) as cluster:
+        folders = cluster.map("training", Experiment.train,
+                              [(1, seed, "commitment") for seed in (1, 2)], common=(apart,))
     alone = [experiment.train(1, seed, "commitment") for seed in (1, 2)]
     assert [f.name for f in folders] == [f.name for f in alone]
     for one, other in zip(folders, alone, strict=True):
@@ -286,43 +282,3 @@ def test_conversations_of_one_topic_name_each_thing(experiment):
         prefix = tokenizer.decode(data[i].prefix.ids.tolist())
         assert data[i].commitment == i % 24
         assert f" {values[i % 24]}" in prefix.replace("\n", " ").replace(".", " ")
-
-
-def test_workers_end_with_a_chapter_that_was_killed(tmp_path):
-    """Else they go on training for nobody, beside the run that resumes."""
-    told = tmp_path / "pid"
-    script = tmp_path / "chapter.py"
-    script.write_text(
-        "import time\nfrom lablog.commitment.arms import Workers\n"
-        "if __name__ == '__main__':\n"
-        f"    told = __import__('pathlib').Path({str(told)!r})\n"
-        "    workers = Workers(1)\n"
-        "    future = workers.pool.submit(__import__('os').getpid)\n"
-        "    told.with_suffix('.new').write_text(str(future.result()))\n"
-        "    told.with_suffix('.new').rename(told)\n"
-        "    workers.pool.submit(time.sleep, 600)\n"
-        "    time.sleep(600)\n")
-    chapter = subprocess.Popen([sys.executable, str(script)])
-    try:
-        wait_until(told.is_file, 120)
-        worker = int(told.read_text())
-    finally:
-        chapter.kill()
-        chapter.wait()
-    wait_until(lambda: not alive(worker), 20)
-
-
-def wait_until(true, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{process}/stat")
-    return not (state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z")

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lablog import layout
 from lablog.commitment import probes, rendering, sweep
-from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.llama_cpp_speaker import Engine, EngineSettings, Injection, LlamaCppSpeaker
 from lablog.commitment.log_experiments import PROMPT, layer_range
 from lablog.commitment.qlora import CommittedModel
 from lablog.commitment.sweep import AIDS
@@ -123,7 +123,7 @@ def test_long_messages_are_not_cut(chat_model):
 
 def test_a_model_that_chats_but_is_spoken_to_in_lines_is_said(chatting):
     with pytest.warns(UserWarning, match="chat=auto uses its template"), \
-            Speakers(chatting, 2, 64):
+            Engine(EngineSettings(chatting, 2, 64)):
         pass
 
 

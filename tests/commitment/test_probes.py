@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lablog.commitment import coherence, probes
-from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.llama_cpp_speaker import Engine, EngineSettings, Injection, LlamaCppSpeaker
 from lablog.commitment.qlora import CommittedModel
 from lablog.commitment.torch_injection import injected
 from lablog.commitment.torch_speaker import TorchSpeaker
@@ -335,13 +335,13 @@ def test_a_shared_direction_that_decides_makes_both_forms_agree_and_redrawn_ones
 
 
 def test_coherence_equals_pytorch(gguf, folder, torch_model, material, commitment):
-    with Speakers(gguf, 27, 256) as engine:
+    with Engine(EngineSettings(gguf, 27, 256)) as engine:
         unmodified = coherence.baseline(engine, material)
         base = unmodified.coherence
         assert base.kl_mean == base.kl_p95 == 0
         assert base.same_top == 1
-        with engine.one() as speaker:
-            measured = coherence.coherence(speaker, material, injection_of(commitment), unmodified)
+        measured = coherence.coherence(engine.speaker, material, injection_of(commitment),
+                                       unmodified)
     slow, plain = Slow(folder, torch_model, commitment), Slow(folder, torch_model)
     loss, kl = [], []
     for turns in material.texts:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from in_order import InOrder
 
 from lablog.commitment import coherence, probes, sweep
-from lablog.commitment.llama_cpp_speaker import Speakers
+from lablog.commitment.llama_cpp_speaker import Engine, EngineSettings
 from lablog.commitment.steering import STATEMENTS, statements, steering_vectors
 from lablog.commitment.sweep import Task
 from lablog.models.llama_cpp import Context, EngineError
@@ -21,7 +22,7 @@ TASK = Task("steering", 1.0, "middle layer")
 
 @pytest.fixture(scope="module")
 def engine(gguf):
-    with Speakers(gguf, 27, 256) as opened:
+    with Engine(EngineSettings(gguf, 27, 256)) as opened:
         yield opened
 
 
@@ -86,8 +87,7 @@ def test_each_item_is_asked_under_the_direction_of_its_topic(engine, conditions)
     for number, item in enumerate(conditions.items.fork):
         under = sweep.injection(TASK, engine.model, 16, conditions.steering[item.values])
         assert under.commitments[0].layers == (LAYER, LAYER)
-        with engine.one() as speaker:
-            expected[number] = probes.fork(speaker, [item], under).yes_sum[0]
+        expected[number] = probes.fork(engine.speaker, [item], under).yes_sum[0]
     np.testing.assert_allclose([float(x) for x in row["yes_sum_items"].split()], expected,
                                rtol=1e-4)
     lengths = [np.linalg.norm(vector) for vector in conditions.steering.values()]
@@ -95,10 +95,10 @@ def test_each_item_is_asked_under_the_direction_of_its_topic(engine, conditions)
 
 
 def test_other_vectors_are_other_rows(engine, conditions, tmp_path):
-    sweep.sweep(engine, [TASK], conditions, tmp_path)
+    sweep.sweep(InOrder(), engine, [TASK], conditions, tmp_path)
     turned = replace(conditions, steering={
         values: -vector for values, vector in conditions.steering.items()})
-    sweep.sweep(engine, [TASK], turned, tmp_path)
+    sweep.sweep(InOrder(), engine, [TASK], turned, tmp_path)
     assert len(list(tmp_path.glob("sweep-*.jsonl"))) == 2
 
 

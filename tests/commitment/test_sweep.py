@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from in_order import InOrder
 from scipy import stats
 
 from lablog.commitment import (
@@ -30,11 +31,12 @@ from lablog.text.dialogues import load_settings
 class Laboratory:
     """A model, and what its configurations share."""
 
-    engine: llama_cpp_speaker.Speakers
+    engine: llama_cpp_speaker.Engine
     conditions: sweep.Conditions
 
-    def run(self, tasks, artifacts):
-        return sweep.sweep(self.engine, tasks, self.conditions, artifacts)
+    def run(self, configurations, artifacts, tasks=None):
+        return sweep.sweep(tasks or InOrder(), self.engine, configurations, self.conditions,
+                           artifacts)
 
     def evaluate(self, task):
         return sweep.evaluate(self.engine, task, self.conditions)
@@ -50,7 +52,7 @@ class Laboratory:
 def laboratory(gguf):
     items = probes.make_items(load_settings(), 0, 4)
     material = coherence.make_material(load_settings(), 0, 4, 2, 12)
-    with llama_cpp_speaker.Speakers(gguf, 27, 256) as engine:
+    with llama_cpp_speaker.Engine(llama_cpp_speaker.EngineSettings(gguf, 27, 256)) as engine:
         yield Laboratory(engine, sweep.Conditions(
             k=16, items=items, material=material,
             residual_norms=engine.residual_norms(material.texts),
@@ -62,19 +64,17 @@ TASKS = [Task("none"), Task("text"), *(
     for layers in ("all", "layer 0") for seed in (1, 2))]
 
 
-def test_a_sweep_that_was_cut_off_resumes_to_the_same_table(laboratory, tmp_path, monkeypatch):
+def test_a_sweep_that_was_cut_off_resumes_to_the_same_table(laboratory, tmp_path):
     whole = laboratory.run(TASKS, tmp_path / "whole")
     journal = next((tmp_path / "whole").glob("sweep-*.jsonl"))
     cut = tmp_path / "cut" / journal.name
     cut.parent.mkdir()
     lines = journal.read_text().splitlines()
     cut.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])  # killed while writing a line
-    calls, one = [], llama_cpp_speaker.Speakers.one
-    monkeypatch.setattr(llama_cpp_speaker.Speakers, "one",
-                        lambda engine: calls.append(engine) or one(engine))
-    resumed = laboratory.run(TASKS, cut.parent)
+    tasks = InOrder()
+    resumed = laboratory.run(TASKS, cut.parent, tasks)
     assert resumed.equals(whole)
-    assert len(calls) == len(TASKS) - 3
+    assert tasks.calls["sweep"] == math.ceil((len(TASKS) - 3) / sweep.BLOCK)
     assert laboratory.run(TASKS, cut.parent).equals(whole)
     assert all(json.loads(line) for line in cut.read_text().splitlines()[4:])
 
@@ -84,9 +84,11 @@ def test_rows_of_another_number_of_threads_or_another_device_are_not_taken(
 ):
     """Sums may be taken in another order there."""
     for name, value in (("threads", 7), ("gpu_layers", 3)):
-        laboratory.run(TASKS[:1], tmp_path)
+        whole = laboratory.run(TASKS[:1], tmp_path).drop(columns="span")
         with monkeypatch.context() as changed:
-            changed.setattr(laboratory.engine, name, value)
+            changed.setattr(sweep, "evaluate_block", lambda *_, rows=whole: rows.to_dict("records"))
+            changed.setattr(laboratory.engine, "settings",
+                            replace(laboratory.engine.settings, **{name: value}))
             laboratory.run(TASKS[:1], tmp_path)
     assert len(list(tmp_path.glob("sweep-*.jsonl"))) == 3
 
@@ -173,9 +175,9 @@ def test_rows_hold_their_items(laboratory):
     """What the journal keeps is what the probes said, item by item."""
     task = Task("redrawn", 0.5, "all", 1)
     row, injection = laboratory.evaluate(task), laboratory.injection(task)
-    with laboratory.engine.one() as speaker:
-        recall = probes.recall(speaker, laboratory.conditions.items.recall, injection)
-        fork = probes.fork(speaker, laboratory.conditions.items.fork, injection)
+    speaker = laboratory.engine.speaker
+    recall = probes.recall(speaker, laboratory.conditions.items.recall, injection)
+    fork = probes.fork(speaker, laboratory.conditions.items.fork, injection)
     expected = {"answered": recall.answered, "recall": recall.recalled,
                 "eviction": recall.recalled_after_eviction, "same_choice": fork.same,
                 "yes_sum": fork.yes_sum, "answer_mass": fork.answer_mass,
@@ -256,7 +258,7 @@ def test_an_impossible_budget_is_refused(budget):
 
 def test_calibration_spends_its_budget(laboratory):
     ranges, seeds = ("all", "first quarter", "layer 0"), (1, 2)
-    solutions = calibration.calibrate(laboratory.engine, ranges, seeds, 0.2,
+    solutions = calibration.calibrate(InOrder(), laboratory.engine, ranges, seeds, 0.2,
                                       laboratory.conditions)
     assert list(solutions) == list(ranges)
     for name, found in solutions.items():
@@ -265,9 +267,9 @@ def test_calibration_spends_its_budget(laboratory):
             assert solution.divergence == pytest.approx(0.2, rel=0.02)
             again = laboratory.injection(
                 Task("commitment", solution.strength, name, seed))
-            with laboratory.engine.one() as speaker:
-                kl = coherence.divergence(speaker, laboratory.conditions.material, again,
-                                          laboratory.conditions.baseline)
+            kl = coherence.divergence(laboratory.engine.speaker,
+                                      laboratory.conditions.material, again,
+                                      laboratory.conditions.baseline)
             assert np.percentile(kl, 95) == pytest.approx(solution.divergence)
     strengths = {name: [s.strength for s in found] for name, found in solutions.items()}
     assert strengths["all"][0] < strengths["layer 0"][0]  # six layers spend it sooner than one

@@ -191,11 +191,11 @@ def test_a_trained_network_and_its_contexts_are_found_again(
 ):
     """What one notebook has trained or read is what another asks for, whatever it asked before."""
     tokens = embeddings(30).float()
-    block, result = trained(tmp_path, small, phase1, tokens)
+    block, result = trained(tmp_path, small, tokens, phase1)
     read = contexts_of(tmp_path, block, tokens)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(files) == 2
-    fresh, again = trained(tmp_path, small, phase1, tokens)
+    fresh, again = trained(tmp_path, small, tokens, phase1)
     assert again.history == result.history
     assert torch.equal(again.contexts, result.contexts)
     assert torch.equal(contexts_of(tmp_path, fresh, tokens), read)

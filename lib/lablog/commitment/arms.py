@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +39,7 @@ from lablog.determinism import seed_everything
 from lablog.files import atomic_write
 from lablog.keys import key
 from lablog.models.training import model_hash
-from lablog.progress import progress
+from lablog.tasks import Tasks
 from lablog.text.chat_tokenizer import tokenizer_of
 from lablog.text.dialogues import ASKED, load_settings, new_phrasings, settings_for, things
 
@@ -247,17 +242,36 @@ class Experiment:
             untrained.projection.copy_(sampled)
         return CommittedModel(model, untrained.to(model.device))
 
-    def measure(self, base: int, seed: int, name: str, asked: Asked) -> dict[str, list[float]]:
-        """The measures of an arm, a list over items or texts each.
-
-        They are kept in `artifacts` under the digest of all that decides them.
-        """
+    def _kept(self, base: int, seed: int, name: str, asked: Asked) -> Path:
+        """Where the measures of an arm are kept: under the digest of all that decides them."""
         arm = ARMS[name]
         made = "commitment" if arm.training == "random" else arm.training
         trained = self.folder(base, seed, made).name if made in TRAININGS else ""
         made_of = key(Experiment.measure, trained, model_hash(self.bases[base]), self.plan, arm,
                       seed, asked)
-        kept = self.artifacts / "measured" / f"{made_of}.json"
+        return self.artifacts / "measured" / f"{made_of}.json"
+
+    def measured(self, tasks: Tasks, kind: str, calls: Sequence[tuple[int, int, str, Asked]],
+                 gpus: float = 0) -> list[dict[str, list[float]]]:
+        """`measure` of all `calls`, by `tasks`; what is kept in `artifacts` is taken from there."""
+        kept = [self._kept(*call) for call in calls]
+        missing = [index for index, path in enumerate(kept) if not path.is_file()]
+        made = {ARMS[name].training for _, _, name, _ in calls} & {*TRAININGS}
+        folders = {self.folder(base, seed, training) for base, seed, *_ in calls
+                   for training in {*made, "commitment"}}
+
+        def keep(index: int, found: dict[str, list[float]]) -> None:
+            if not kept[missing[index]].is_file():  # the worker has folders of its own
+                atomic_write(kept[missing[index]], json.dumps(found))
+
+        tasks.map(kind, Experiment.measure, [calls[i] for i in missing], common=(self,), gpus=gpus,
+                  reads=[*self.bases.values(), *sorted(path for path in folders if path.is_dir())],
+                  done=keep)
+        return [json.loads(path.read_text()) for path in kept]
+
+    def measure(self, base: int, seed: int, name: str, asked: Asked) -> dict[str, list[float]]:
+        """The measures of an arm, a list over items or texts each; kept in `artifacts`."""
+        arm, kept = ARMS[name], self._kept(base, seed, name, asked)
         if kept.is_file():
             found: dict[str, list[float]] = json.loads(kept.read_text())
             return found
@@ -313,42 +327,3 @@ def _measures(speaker: TorchSpeaker, source: Source, probes: ProbeSet, asked: As
         words = latent_sources.own_words(speaker, source, probes, base())
         found |= {"nll": words.nll, "own_tokens": words.tokens, "kl_base": words.kl}
     return {name: np.asarray(values).astype(float).tolist() for name, values in found.items()}
-
-
-def _end_with(parent: int) -> None:
-    """End this process when `parent` has: a killed one tells its children nothing."""
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class Workers:
-    """Processes that live as long as the chapter, one thread each: several small models at a time
-    are faster than one on several threads. They end with the chapter, also if that is killed. A
-    context manager, or `close` it."""
-
-    def __init__(self, number: int) -> None:
-        self.pool = ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"),
-                                        initializer=_end_with, initargs=(os.getpid(),))
-
-    def together(self, description: str,
-                 calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
-        """Results of independent calls, in order, with a progress bar."""
-        with progress(len(calls), description, "run") as bar:
-            futures = [self.pool.submit(function, *arguments) for function, arguments in calls]
-            for future in futures:
-                future.add_done_callback(lambda _: bar.update())
-            return [future.result() for future in futures]
-
-    def close(self) -> None:
-        """End the processes; calls that have not begun are dropped."""
-        self.pool.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

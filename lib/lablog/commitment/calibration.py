@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import brentq
 
 from lablog.commitment import coherence
-from lablog.commitment.llama_cpp_speaker import Injection, Speakers
+from lablog.commitment.llama_cpp_speaker import Engine, EngineSettings, Injection
 from lablog.commitment.log_experiments import layer_range
 from lablog.commitment.sweep import Conditions, Task, injection
-from lablog.progress import progress
+from lablog.tasks import Tasks
 
 BRACKET = (1e-3, 1e3)
 """λ is sought in this range."""
@@ -29,6 +28,12 @@ class Solution:
     evaluations: int
 
 
+def check_budget(budget: float) -> None:
+    """Raise ValueError for a budget that is no positive number of nats."""
+    if not (math.isfinite(budget) and budget > 0):
+        raise ValueError(f"KL budget = {budget}: expected a positive number of nats")
+
+
 def solve_budget(divergence: Callable[[float], float], budget: float,
                  tolerance: float = 1e-3) -> Solution | None:
     """Smallest λ in `BRACKET` with divergence(λ) = budget, to a relative `tolerance` in λ.
@@ -38,8 +43,7 @@ def solve_budget(divergence: Callable[[float], float], budget: float,
 
     divergence: non-negative, 0 at λ = 0; need not be monotone beyond the first crossing.
     """
-    if not (math.isfinite(budget) and budget > 0):
-        raise ValueError(f"KL budget = {budget}: expected a positive number of nats")
+    check_budget(budget)
     calls = 0
 
     def excess(log_strength: float) -> float:
@@ -59,33 +63,36 @@ def solve_budget(divergence: Callable[[float], float], budget: float,
     return Solution(strength, divergence(strength), calls + 1)
 
 
-def calibrate(engine: Speakers, ranges: Sequence[str], seeds: Sequence[int], budget: float,
-              conditions: Conditions) -> dict[str, list[Solution | None]]:
+def calibrate(tasks: Tasks, engine: Engine, ranges: Sequence[str], seeds: Sequence[int],
+              budget: float, conditions: Conditions) -> dict[str, list[Solution | None]]:
     """For each range and seed, λ at which the 95th percentile of KL per held-out token is `budget`.
 
     Ranges that name the same layers of this model are solved once. Raises ValueError for a budget
     that is no positive number of nats.
     """
+    check_budget(budget)
     layers = {name: layer_range(name, engine.model.layers) for name in ranges}
     cells = {(layers[name], seed): name for name in ranges for seed in seeds}
-    with (ThreadPoolExecutor(engine.workers) as pool,
-          progress(len(cells), "calibration", "λ") as bar):
-        def solve(cell: tuple[tuple[int, int], int]) -> Solution | None:
-            solution = _solve(engine, Task("commitment", 1.0, cells[cell], cell[1]), budget,
-                              conditions)
-            bar.update()
-            return solution
-
-        found = dict(zip(cells, pool.map(solve, cells), strict=True))
+    asked = engine.settings
+    solutions = tasks.map(
+        "calibration", solve_alone, [(name, seed) for (_, seed), name in cells.items()],
+        common=(asked, conditions, budget), reads=[asked.gguf], threads=asked.threads,
+        gpus=float(asked.gpu_layers > 0), unit="λ")
+    found = dict(zip(cells, solutions, strict=True))
     return {name: [found[layers[name], seed] for seed in seeds] for name in ranges}
 
 
-def _solve(engine: Speakers, task: Task, budget: float, conditions: Conditions) -> Solution | None:
-    (unit,) = injection(task, engine.model, conditions.k).commitments
-    with engine.one() as speaker:
+def solve_alone(settings: EngineSettings, conditions: Conditions, budget: float, layers: str,
+                seed: int) -> Solution | None:
+    """The solution for one range and seed, by an engine of its own."""
+    with Engine(settings) as engine:
+        (unit,) = injection(Task("commitment", 1.0, layers, seed), engine.model,
+                            conditions.k).commitments
+
         def percentile(strength: float) -> float:
             scaled = Injection((replace(unit, strength=strength),))
-            kl = coherence.divergence(speaker, conditions.material, scaled, conditions.baseline)
+            kl = coherence.divergence(engine.speaker, conditions.material, scaled,
+                                      conditions.baseline)
             return float(np.percentile(kl, 95))
 
         return solve_budget(percentile, budget)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lablog.commitment.language import divergences, reading
-from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.llama_cpp_speaker import Engine, Injection, LlamaCppSpeaker
 from lablog.text.dialogues import DialogueSettings, Turn, generate
 
 
@@ -109,11 +109,10 @@ def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def baseline(engine: Speakers, material: Material) -> Baseline:
+def baseline(engine: Engine, material: Material) -> Baseline:
     """What the unmodified model makes of the material."""
-    with engine.one() as speaker:
-        rows = tuple(speaker.read(material.texts, Injection()))
-        return Baseline(rows, _coherence(speaker, material, Injection(), rows, rows))
+    rows = tuple(engine.speaker.read(material.texts, Injection()))
+    return Baseline(rows, _coherence(engine.speaker, material, Injection(), rows, rows))
 
 
 def coherence(speaker: LlamaCppSpeaker, material: Material, injection: Injection,

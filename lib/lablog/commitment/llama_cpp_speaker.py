@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -357,55 +356,57 @@ def _exact_log_softmax(logits: np.ndarray) -> np.ndarray:
     return log_softmax(logits.astype(np.float64))
 
 
-class Speakers:
-    """A model in memory, and as many contexts of it as are worth having: each speaks by itself, in
-    one thread at a time. A context manager, or `close` it.
+@dataclass(frozen=True)
+class EngineSettings:
+    """Which model is spoken to, and how: the same settings speak alike in every process.
 
-    workers: how many there are, of so many `threads` each. gpu_layers: layers on the GPU, of a
-    llama.cpp built for it.
+    sequences, window: of the context; gpu_layers: layers on the GPU, of a llama.cpp built for it;
+    threads: how many it computes with, 0 for one of a small model and all there are of a large one.
     """
 
-    def __init__(self, gguf: Path, sequences: int, window: int, chat: str = "plain",
-                 gpu_layers: int = 0, system: str = "") -> None:
-        self.gguf, self.sequences, self.window = gguf, sequences, window
-        self.chat, self.system, self.gpu_layers = chat, system, gpu_layers
-        self._stack = ExitStack()
-        self.model = self._stack.enter_context(Model(gguf, gpu_layers))
-        if chat == "plain" and self.model.chat_template is not None:
-            warnings.warn(f"{gguf.name} was taught to chat in a template of its own and is spoken "
-                          "to in plain lines; chat=auto uses its template", stacklevel=2)
-        small = self.model.parameters <= SMALL
-        self.workers, self.threads = (usable_threads(), 1) if small else (1, usable_threads())
-        self._idle: queue.SimpleQueue[LlamaCppSpeaker] = queue.SimpleQueue()
-        for _ in range(self.workers):
-            context = Context(self.model, sequences, window,
-                              threads=self.threads, cache_type="f16")
-            self._idle.put(LlamaCppSpeaker(self._stack.enter_context(context), chat, system))
+    gguf: Path
+    sequences: int
+    window: int
+    chat: str = "plain"
+    gpu_layers: int = 0
+    system: str = ""
+    threads: int = 0
 
-    @contextmanager
-    def one(self) -> Iterator[LlamaCppSpeaker]:
-        """A speaker that nobody else uses while the block lasts; waits until one is free."""
-        speaker = self._idle.get()
-        try:
-            yield speaker
-        finally:
-            self._idle.put(speaker)
+
+class Engine:
+    """A model in memory and a speaker of it, used by one at a time. A context manager, or `close`
+    it. `settings` have their threads decided, so that other processes can open the same."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._stack = ExitStack()
+        self.model = self._stack.enter_context(Model(settings.gguf, settings.gpu_layers))
+        if settings.chat == "plain" and self.model.chat_template is not None:
+            warnings.warn(f"{settings.gguf.name} was taught to chat in a template of its own and "
+                          "is spoken to in plain lines; chat=auto uses its template", stacklevel=2)
+        self.small = self.model.parameters <= SMALL
+        self.settings = replace(
+            settings, threads=settings.threads or (1 if self.small else usable_threads()))
+        context = Context(self.model, settings.sequences, settings.window,
+                          threads=self.settings.threads, cache_type="f16")
+        self.speaker = LlamaCppSpeaker(self._stack.enter_context(context), settings.chat,
+                                       settings.system)
 
     def residual_norms(self, texts: Sequence[Turns]) -> np.ndarray:
         """Mean ‖h‖ after each layer of the unmodified model, over all tokens of `texts`, [layers].
 
         In a context of its own, in f32.
         """
-        with Context(self.model, min(16, self.sequences), self.window, usable_threads(),
+        asked = self.settings
+        with Context(self.model, min(16, asked.sequences), asked.window, usable_threads(),
                      watch_residual=True) as context:
-            LlamaCppSpeaker(context, self.chat, self.system).read(texts, Injection())
+            LlamaCppSpeaker(context, asked.chat, asked.system).read(texts, Injection())
             return context.residual_norms()
 
     def close(self) -> None:
-        """Free the contexts and the model."""
+        """Free the context and the model."""
         self._stack.close()
 
-    def __enter__(self) -> Speakers:
+    def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:

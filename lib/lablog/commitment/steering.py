@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lablog.commitment.llama_cpp_speaker import LlamaCppSpeaker, Speakers
+from lablog.commitment.llama_cpp_speaker import Engine, LlamaCppSpeaker
 from lablog.models.llama_cpp import Context
 from lablog.text.dialogues import DialogueSettings, Draw, Turn
 
@@ -34,7 +34,7 @@ def statements(settings: DialogueSettings, topic: str, value: str) -> list[tuple
     return found
 
 
-def steering_vectors(engine: Speakers, settings: DialogueSettings, layer: int,
+def steering_vectors(engine: Engine, settings: DialogueSettings, layer: int,
                      toward: int = 0) -> Mapping[tuple[str, ...], np.ndarray]:
     """For each topic, by its values, the direction toward value number `toward`, float32 [width],
     of the states behind `layer`, counted from 0.
@@ -44,8 +44,9 @@ def steering_vectors(engine: Speakers, settings: DialogueSettings, layer: int,
     if not 0 <= layer < engine.model.layers:
         raise ValueError(f"layer = {layer}: the model has layers 0 to {engine.model.layers - 1}")
     found = {}
-    with Context(engine.model, 1, engine.window, engine.threads, keep_layer=layer) as context:
-        speaker = LlamaCppSpeaker(context, engine.chat, engine.system)
+    asked = engine.settings
+    with Context(engine.model, 1, asked.window, asked.threads, keep_layer=layer) as context:
+        speaker = LlamaCppSpeaker(context, asked.chat, asked.system)
 
         def state(question: Turn, answer: str) -> np.ndarray:
             context.clear()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,11 +13,16 @@ import numpy as np
 import pandas as pd
 
 from lablog.commitment import coherence, probes, sampler
-from lablog.commitment.llama_cpp_speaker import Injection, LlamaCppSpeaker, Speakers
+from lablog.commitment.llama_cpp_speaker import (
+    Engine,
+    EngineSettings,
+    Injection,
+    LlamaCppSpeaker,
+)
 from lablog.commitment.log_experiments import PROMPT, layer_range, span
 from lablog.keys import key
 from lablog.models.llama_cpp import Commitment, Model
-from lablog.progress import progress
+from lablog.tasks import Tasks
 from lablog.text.dialogues import Turn
 
 R = TypeVar("R", probes.RecallResult, probes.ForkResult)
@@ -26,6 +30,8 @@ Control = Literal["commitment", "redrawn", "none", "text", "system", "instructio
 AIDS: dict[str, probes.Aid] = {"text": "note", "system": "system", "instruction": "instruction"}
 """Controls that inject nothing and help by text instead."""
 LOG_TOKENS = 32  # of an answer to the log's own prompt
+BLOCK = 4
+"""Configurations of a small model that one process evaluates, so that starting it costs little."""
 REDRAWN = 1024
 """Directions of the redrawn control. More than a fork has questions; no multiple of 13 is one."""
 
@@ -49,7 +55,7 @@ class Conditions:
     """What all configurations of a sweep share.
 
     k: latent dimension; items, material: what is asked, read and continued; residual_norms,
-    baseline: of the unmodified model (`Speakers.residual_norms` on the texts of the material,
+    baseline: of the unmodified model (`Engine.residual_norms` on the texts of the material,
     `coherence.baseline`), so that they follow from the material and the model. steering: the
     direction for each topic, by its values, that the control ``steering`` injects.
     """
@@ -98,17 +104,17 @@ def dose(task: Task, model: Model, k: int, residual_norms: np.ndarray,
     return task.strength * (last - first + 1) * norm / float(residual_norms.mean())
 
 
-def evaluate(engine: Speakers, task: Task, conditions: Conditions) -> dict[str, Any]:
+def evaluate(engine: Engine, task: Task, conditions: Conditions) -> dict[str, Any]:
     """One row: the task, its dose, and all metrics; those of the probes item by item too."""
     items, aid = conditions.items, AIDS.get(task.control)
-    with engine.one() as speaker:
-        recall = _by_topic(task, engine.model, conditions, items.recall, probes.RecallResult,
-                           lambda part, under: _recall(speaker, part, under, aid))
-        fork = _by_topic(task, engine.model, conditions, items.fork, probes.ForkResult,
-                         lambda part, under: probes.fork(speaker, part, under, aid))
-        language = coherence.coherence(
-            speaker, conditions.material, _injected(task, engine.model, conditions),
-            conditions.baseline) if task.language else None
+    speaker = engine.speaker
+    recall = _by_topic(task, engine.model, conditions, items.recall, probes.RecallResult,
+                       lambda part, under: _recall(speaker, part, under, aid))
+    fork = _by_topic(task, engine.model, conditions, items.fork, probes.ForkResult,
+                     lambda part, under: probes.fork(speaker, part, under, aid))
+    language = coherence.coherence(
+        speaker, conditions.material, _injected(task, engine.model, conditions),
+        conditions.baseline) if task.language else None
     by_item = {
         "answered": recall.answered, "recall": recall.recalled,
         "eviction": recall.recalled_after_eviction, "same_choice": fork.same,
@@ -163,39 +169,44 @@ def _recall(speaker: LlamaCppSpeaker, items: Sequence[probes.RecallItem], inject
                                  for name in ("first", "again", "evicted")))
 
 
-def continuation(engine: Speakers, task: Task, conditions: Conditions) -> str:
+def continuation(engine: Engine, task: Task, conditions: Conditions) -> str:
     """What the model writes under a task behind the first opening."""
     material, injected = conditions.material, _injected(task, engine.model, conditions)
-    with engine.one() as speaker:
-        (tokens,) = speaker.write(material.openings[:1], injected, material.uniforms[:1])
+    (tokens,) = engine.speaker.write(material.openings[:1], injected, material.uniforms[:1])
     return engine.model.detokenize(tokens)
 
 
-def log_prompt(engine: Speakers, task: Task, conditions: Conditions) -> tuple[str, str, str]:
+def log_prompt(engine: Engine, task: Task, conditions: Conditions) -> tuple[str, str, str]:
     """What the model answers greedily to the log's own prompt under a task: first, again, and again
     when the first exchange has left the window. In lower case where turns are plain lines."""
     injected = _injected(task, engine.model, conditions)
-    question, again = (Turn("U", text.lower() if engine.chat == "plain" else text, "log")
+    question, again = (Turn("U", text.lower() if engine.settings.chat == "plain" else text, "log")
                        for text in PROMPT)
-    with engine.one() as speaker:
-        (first,) = speaker.say([[question]], injected, LOG_TOKENS)
-        told = [question, Turn("A", first, "answer"), again]
-        (second,) = speaker.say([told], injected, LOG_TOKENS)
-        (evicted,) = speaker.say([[again]], injected, LOG_TOKENS, first=1)
+    speaker = engine.speaker
+    (first,) = speaker.say([[question]], injected, LOG_TOKENS)
+    told = [question, Turn("A", first, "answer"), again]
+    (second,) = speaker.say([told], injected, LOG_TOKENS)
+    (evicted,) = speaker.say([[again]], injected, LOG_TOKENS, first=1)
     return first, second, evicted
 
 
-def sweep(engine: Speakers, tasks: Sequence[Task], conditions: Conditions,
+def evaluate_block(settings: EngineSettings, conditions: Conditions,
+                   *configurations: Task) -> list[dict[str, Any]]:
+    """`evaluate` of several configurations in turn, by an engine of their own."""
+    with Engine(settings) as engine:
+        return [evaluate(engine, task, conditions) for task in configurations]
+
+
+def sweep(tasks: Tasks, engine: Engine, configurations: Sequence[Task], conditions: Conditions,
           artifacts: Path) -> pd.DataFrame:
-    """Evaluate all tasks, one row each, in their order.
+    """Evaluate all configurations by `tasks`, one row each, in their order.
 
     Finished rows are kept in `artifacts`, under the key of all that decides them, and not computed
     again after an interruption. Ranges that name the same layers of this model are computed once.
     """
+    asked = engine.settings
     made_of = key(evaluate, conditions.k, conditions.items, conditions.material,
-                  list(conditions.steering.values()), engine.sequences,
-                  engine.window, engine.chat, engine.system, engine.gguf, engine.gpu_layers,
-                  engine.threads)
+                  list(conditions.steering.values()), *astuple(asked))
     artifacts.mkdir(parents=True, exist_ok=True)
     journal = artifacts / f"sweep-{made_of}.jsonl"
     layers = engine.model.layers
@@ -204,25 +215,26 @@ def sweep(engine: Speakers, tasks: Sequence[Task], conditions: Conditions,
         return (task.control, task.strength, layer_range(task.layers, layers), task.seed,
                 task.language)
 
-    done = {identity(Task(*(row[one.name] for one in fields(Task)))): row
-            for row in _journalled(journal)}
-    missing = {identity(task): task for task in tasks if identity(task) not in done}
-    bar = progress(len(missing), "sweep", "run")
-    with ThreadPoolExecutor(engine.workers) as pool, journal.open("a") as file, bar:
-        futures = {pool.submit(evaluate, engine, task, conditions): name
-                   for name, task in missing.items()}
-        try:
-            for future in as_completed(futures):
-                done[futures[future]] = row = future.result()
+    def as_task(row: Mapping[str, Any]) -> Task:
+        return Task(*(row[one.name] for one in fields(Task)))
+
+    done = {identity(as_task(row)): row for row in _journalled(journal)}
+    missing = list({identity(task): task for task in configurations
+                    if identity(task) not in done}.values())
+    size = BLOCK if engine.small else 1
+    blocks = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
+    with journal.open("a") as file:
+        def keep(_: int, rows: list[dict[str, Any]]) -> None:
+            for row in rows:
+                done[identity(as_task(row))] = row
                 file.write(json.dumps(row) + "\n")
-                file.flush()
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            file.flush()
+
+        tasks.map("sweep", evaluate_block, blocks, common=(asked, conditions), reads=[asked.gguf],
+                  threads=asked.threads, gpus=float(asked.gpu_layers > 0), done=keep)
     return pd.DataFrame([
         done[identity(task)] | asdict(task) | {"span": span(task.layers, layers)}
-        for task in tasks
+        for task in configurations
     ])
 
 

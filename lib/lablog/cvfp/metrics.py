@@ -16,7 +16,7 @@ from lablog.cvfp.lyapunov import batch_means
 from lablog.cvfp.memory import memory_length
 from lablog.cvfp.passes import Passes
 from lablog.cvfp.phase1 import Phase1Result
-from lablog.cvfp.phase2 import Phase2Result, Predictions
+from lablog.cvfp.phase2 import Phase2History, Predictions
 from lablog.cvfp.rollout import Rollout, relative_errors
 from lablog.intervals import Interval, percentiles, ratio_replicas
 from lablog.record import Metric
@@ -177,7 +177,7 @@ def predictions(found: Predictions, block: int) -> list[Metric]:
     ]
 
 
-def phase2_training(result: Phase2Result) -> list[Metric]:
+def phase2_training(result: Phase2History) -> list[Metric]:
     """The best epoch of a training, and how the training text was predicted during it."""
     best = result.best
     return [

@@ -400,7 +400,7 @@ def train(
 
 
 def trained(
-    folder: Path, shape: ModelConfig, config: Phase1Config, tokens: Tensor,
+    folder: Path, shape: ModelConfig, tokens: Tensor, config: Phase1Config,
     initial: Tensor | None = None, observe: Observer | None = None,
 ) -> tuple[CVFPBlock, Phase1Result]:
     """The network of `config.seed`, trained on `tokens` [n, embed_dim], and how it went.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -152,13 +152,19 @@ class Epoch:
 
 
 @dataclass
-class Phase2Result:
-    """The model of the best epoch, by the loss on the watched text, and the history of all."""
+class Phase2History:
+    """All epochs, and the best one by the loss on the watched text."""
 
-    model: Phase2Model
     history: list[Epoch]
     best: Epoch
     config: Phase2Config
+
+
+@dataclass
+class Phase2Result(Phase2History):
+    """The same with the model of the best epoch."""
+
+    model: Phase2Model
 
 
 def train_phase2(
@@ -211,7 +217,7 @@ def train_phase2(
                 break
     assert best is not None  # epochs >= 1
     model.load_state_dict(weights)
-    return Phase2Result(model, history, best, config)
+    return Phase2Result(history, best, config, model)
 
 
 def train_at_best_rate(
@@ -237,6 +243,18 @@ def train_at_best_rate(
     if best is None:
         raise ValueError("rates is empty: expected at least one learning rate")
     return best
+
+
+def trained_and_read(
+    block: CVFPBlock, vocabulary: int, texts: Mapping[str, FixedText], config: Phase2Config,
+    rates: Sequence[float], label: str,
+) -> tuple[Phase2History, dict[str, Predictions]]:
+    """How :func:`train_at_best_rate` went on the text ``training``, watched on ``dev``, and what
+    the model predicts of ``validation`` and ``test``, each read once."""
+    best = train_at_best_rate(block, vocabulary, texts["training"], texts["dev"], config, rates,
+                              label, progress=True)
+    return (Phase2History(best.history, best.best, best.config),
+            {k: predict(best.model, texts[k]) for k in ("validation", "test")})
 
 
 def window_contexts(table: Tensor, ids: Tensor, width: int, size: int) -> Tensor:

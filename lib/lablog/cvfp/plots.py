@@ -16,7 +16,7 @@ from torch import Tensor
 from lablog.cvfp.checks import effective_rank, effective_rank_of, singular_values
 from lablog.cvfp.metrics import bootstrap_perplexity
 from lablog.cvfp.passes import Passes
-from lablog.cvfp.phase2 import Phase2Result, Predictions
+from lablog.cvfp.phase2 import Phase2History, Predictions
 from lablog.cvfp.rollout import TOLERANCE, Rollout
 from lablog.figures import GREY, MARKERS, Drawn
 
@@ -198,7 +198,7 @@ def contraction(observed: pd.DataFrame) -> Drawn:
     return figure, observed
 
 
-def perplexity(trainings: Mapping[str, Phase2Result], levels: Mapping[str, float]) -> Drawn:
+def perplexity(trainings: Mapping[str, Phase2History], levels: Mapping[str, float]) -> Drawn:
     """Training and dev perplexity per epoch for each arm; n-grams as dotted lines."""
     curves = pd.DataFrame([
         {"arm": name, "epoch": e.epoch, "training": e.train_perplexity,

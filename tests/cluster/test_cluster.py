@@ -1,0 +1,229 @@
+"""Tasks on this machine and on workers that were started by hand: results, refusals, faults."""
+
+import math
+import operator
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import calls
+import psutil
+import pytest
+
+from lablog.cluster import client as clients
+from lablog.cluster.child import TaskCrashed
+from lablog.cluster.client import Cluster, ClusterLost
+from lablog.cluster.fingerprint import OtherSoftware
+from lablog.files import repository
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    with Cluster("", tmp_path_factory.mktemp("artifacts"), 2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def connected(two, tmp_path):
+    with Cluster(two.address, tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["local", "two"])
+def anywhere(request):
+    return request.getfixturevalue({"local": "local", "two": "connected"}[request.param])
+
+
+def test_results_come_in_order_and_each_is_told(anywhere):
+    told, before = {}, len(anywhere.ran)
+    found = anywhere.map("power", operator.pow, [(i,) for i in range(20)], common=(2,),
+                         done=told.__setitem__)
+    assert found == [2**i for i in range(20)] == [told[i] for i in range(20)]
+    places = anywhere.ran[before:]
+    assert {place.name for place in places} == {f"power {i}" for i in range(20)}
+    assert all(place.seconds > 0 and place.worker for place in places)
+
+
+def test_equal_calls_are_made_once(anywhere):
+    first, second, third = anywhere.map("process", calls.process, [(), (), ()])
+    assert first == second == third
+
+
+def test_every_task_has_a_process_of_its_own_and_exactly_its_threads(anywhere):
+    found = anywhere.map("threads", calls.threads, [()], threads=1)
+    assert found == [1]
+    assert os.getpid() not in anywhere.map("process", calls.process, [()])
+
+
+def test_more_threads_than_a_worker_has(local, connected):
+    assert local.map("threads", calls.threads, [()], threads=2) == [2]
+    with pytest.raises(ValueError, match="needs 2 threads, and no worker has more than 1 threads"):
+        connected.map("threads", calls.threads, [()], threads=2)
+
+
+def test_an_error_is_raised_here_and_names_the_task(anywhere):
+    with pytest.raises(ValueError, match="math domain error") as caught:
+        anywhere.map("root", math.sqrt, [(4.0,), (-1.0,)])
+    assert "in the task root -1.0" in caught.value.__notes__[0]
+    assert anywhere.map("root", math.sqrt, [(9.0,)]) == [3.0]  # the worker lives
+
+
+@pytest.mark.parametrize(("function", "arguments", "reason"), [
+    (os._exit, (3,), "exit code 3"), (os.abort, (), "SIGABRT"),
+])
+def test_a_crash_is_an_error_of_its_task(anywhere, function, arguments, reason):
+    with pytest.raises(TaskCrashed, match=rf"crash.* ended without a result.*{reason}"):
+        anywhere.map("crash", function, [arguments])
+    assert anywhere.map("root", math.sqrt, [(9.0,)]) == [3.0]
+
+
+def test_files_go_where_they_are_lacking_and_come_back(connected, tmp_path):
+    """As between machines without a shared folder; these have one, and are told otherwise."""
+    assert connected.shared
+    connected.shared = False
+    lent = repository() / "build" / "worker" / "artifacts"
+    source, target = tmp_path / "read" / "text", tmp_path / f"made-{os.getpid()}"
+    source.parent.mkdir()
+    source.write_text("twice ")
+    (found,) = connected.map("copy", calls.copied, [(source, target)], reads=[source.parent])
+    assert found == target
+    assert (target / "inner" / "text").read_text() == "twice twice "
+    assert (lent / "read" / "text").read_text() == "twice "  # the worker's own
+    source.write_text("other")
+    with pytest.raises(OSError, match="there with other contents"):
+        connected.map("copy", calls.copied, [(source, target)], reads=[source.parent])
+    for left in (lent / "read" / "text", lent / target.name / "inner" / "text"):
+        left.unlink()
+
+
+def test_a_worker_with_other_software_refuses_with_the_difference(connected, monkeypatch):
+    mine = {**clients.fingerprint(), "torch": "1.0", "library": "another"}
+    monkeypatch.setattr(clients, "fingerprint", lambda: mine)
+    with pytest.raises(OtherSoftware, match=r"library is .* and another here; torch is .* and 1.0"):
+        connected.map("root", math.sqrt, [(9.0,)])
+
+
+def test_a_task_that_nobody_waits_for_ends(anywhere, tmp_path):
+    """The error of one call lets go of the others; else they would hold the workers."""
+    folder = tmp_path / "began"
+    with pytest.raises(ValueError, match="math domain error"):
+        anywhere.map("mixed", mixed, [(folder, 0), (folder, 1)])
+    wait_until(lambda: not any(alive(int(path.stem)) for path in folder.glob("*.pid")), 30)
+
+
+def mixed(folder: Path, number: int) -> None:
+    if number:
+        end = time.monotonic() + 60
+        while not list(folder.glob("*.pid")) and time.monotonic() < end:
+            time.sleep(0.05)
+        math.sqrt(-1.0)
+    calls.slow(folder, 600)
+
+
+def test_no_scheduler_and_no_worker_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(clients, "PATIENCE", "1s")
+    with pytest.raises(ClusterLost, match="no scheduler answers at tcp://127"):
+        Cluster("tcp://127.0.0.1:9", tmp_path)
+
+
+def test_a_killed_worker_s_task_is_made_by_another(fragile, tmp_path):
+    folder = tmp_path / "began"
+
+    def kill() -> None:
+        wait_until(lambda: list(folder.glob("*.pid")), 60)
+        (first,) = folder.glob("*.pid")
+        worker, began = calls.worker_of(int(first.stem)), int(first.stem)
+        worker.send_signal(signal.SIGKILL)
+        wait_until(lambda: not alive(began), 20)  # children die with their worker
+
+    with Cluster(fragile.address, tmp_path) as cluster:
+        thread = in_background(kill)
+        assert cluster.map("twice", calls.once_slow, [(folder,)]) == [2]
+        thread.join()
+
+
+def test_a_task_that_kills_every_worker_ends_in_one_error(fragile, tmp_path):
+    with Cluster(fragile.address, tmp_path) as cluster, \
+            pytest.raises(TaskCrashed, match="deadly λ = 3: 4 workers died one after the other"):
+        cluster.map("deadly", calls.kill_the_worker, [("λ = 3",)])
+
+
+def test_without_its_scheduler_a_run_stops_and_keeps_what_is_finished(fragile, tmp_path):
+    finished = []
+
+    def kill() -> None:
+        wait_until(lambda: len(finished) > 2, 60)
+        fragile.scheduler.send_signal(signal.SIGKILL)
+
+    with Cluster(fragile.address, tmp_path) as cluster:
+        thread = in_background(kill)
+        with pytest.raises(ClusterLost, match="has gone: what was finished is kept"):
+            cluster.map("slow", calls.slow, [(tmp_path / str(i), 0.2) for i in range(300)],
+                        done=lambda index, result: finished.append(index))
+        thread.join()
+    assert 2 < len(finished) < 300
+
+
+def test_tasks_end_with_a_chapter_that_was_killed(tmp_path):
+    """Else they go on training for nobody, beside the run that resumes."""
+    folder = tmp_path / "began"
+    script = tmp_path / "chapter.py"
+    script.write_text(
+        "from pathlib import Path\nimport calls\nfrom lablog.cluster.client import Cluster\n"
+        "if __name__ == '__main__':\n"
+        f"    cluster = Cluster('', Path({str(tmp_path)!r}), 1)\n"
+        f"    cluster.map('slow', calls.slow, [(Path({str(folder)!r}), 600.0)])\n")
+    path = os.pathsep.join([str(repository() / "lib"), str(Path(__file__).parent)])
+    chapter = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": path})
+    try:
+        wait_until(lambda: list(folder.glob("*.pid")), 120)
+        (began,) = folder.glob("*.pid")
+    finally:
+        chapter.kill()
+        chapter.wait()
+    wait_until(lambda: not alive(int(began.stem)), 20)
+
+
+def test_jobs_of_a_queue_are_workers(tmp_path, monkeypatch):
+    """A stand-in for Slurm starts the job's script here, as ``sbatch`` would on a node."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {
+        "sbatch": f'cp "$1" {tmp_path}/job.sh; setsid bash {tmp_path}/job.sh > {tmp_path}/job.log '
+                  '2>&1 & echo "Submitted batch job $!"',
+        "scancel": 'for job in "$@"; do kill -TERM -- "-$job" 2>/dev/null; done; true',
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs.yaml").write_text(
+        "queue: slurm\njobs: 1\ncores: 1\nmemory: 2GB\nwalltime: 00:10:00\n")
+    with Cluster(str(tmp_path / "jobs.yaml"), tmp_path) as cluster:
+        assert cluster.map("power", operator.pow, [(2, 5), (2, 6)]) == [32, 64]
+
+
+def in_background(function):
+    import threading
+
+    thread = threading.Thread(target=function)
+    thread.start()
+    return thread
+
+
+def wait_until(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def alive(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
