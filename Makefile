@@ -32,8 +32,8 @@ ENV_STAMP    := build/.environment$(subst /,-,$(ENV))
 NATIVE_STAMP := build/native/.built
 BINDING      := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.toml)
 SDIST        := build/source/$(subst -,_,$(firstword $(subst ==, ,$(BINDING))))-$(lastword $(subst ==, ,$(BINDING))).tar.gz
-RUN          := $(PY) -m lablog.runner run $(if $(CLUSTER),--cluster '$(CLUSTER)') \
-                $(if $(DASHBOARD),--dashboard $(DASHBOARD))
+RUN          := $(strip $(PY) -m lablog.runner run $(if $(CLUSTER),--cluster '$(CLUSTER)') \
+                $(if $(DASHBOARD),--dashboard $(DASHBOARD)))
 ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 # What helps Make is written in Python as well, and where there is no environment yet, for any.
 TOOL         := python3 lib/tools

@@ -86,9 +86,8 @@ from pathlib import Path
 
 from lablog import figures
 from lablog.cluster.client import Cluster
-from lablog.commitment import arms, diagnostics, engine_comparison, export
-from lablog.commitment import training_metrics as metrics
-from lablog.commitment import training_plots as plots
+from lablog.commitment import (arms, diagnostics, engine_comparison, export,
+                               training_metrics as metrics, training_plots as plots)
 from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.conversations import ConversationSettings
 from lablog.commitment.novelty import HEADLINE, KINDS, probe_set, whole_topics
@@ -104,8 +103,7 @@ from lablog.text.dialogues import settings_for, trained_part
 
 figures.use_style()
 run = begin("03_qlora_commitment", globals())
-cluster = Cluster.of(run, workers)
-gpus = 1 / workers if device == "cuda" else 0
+cluster, gpus = Cluster.of(run, workers), 1 / workers if device == "cuda" else 0
 
 # %% [markdown]
 # ## The bases in 4 bits

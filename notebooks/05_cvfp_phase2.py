@@ -129,6 +129,10 @@ for path in texts.files.values():
 # Two networks a seed: one trained on parallel passes at the adopted $w$, one on true passes, whose
 # contexts come back when a text is read again. Their numbers go into this record too, where they
 # say which contexts the rest of the chapter stands on.
+#
+# Trainings are tasks: each has a process of its own and exactly as many `threads` as it is given,
+# and as many run at a time as there are cores for, on this machine or on the workers of a
+# `CLUSTER`. What a task returns depends on none of that.
 
 # %%
 true_pass = replace(settings, variant="true_pass", segment=true_pass_segment,
@@ -249,6 +253,14 @@ suffix = {seed: "" if seed == first else f".seed{seed}" for seed in seeds}
 # and keeps the one with the lowest perplexity on dev; further seeds take that rate. They carry
 # their seed in the name. Of the training text only what was met on the way is known, in the best
 # epoch, while weights still changed: no pass is spent on reading it again.
+#
+# So there are two rounds of tasks: all arms of the first seed, which choose the rates, and then all
+# arms of further seeds, which take them. A task is given the network that it starts from and the
+# arm's contexts of every text, and returns the history of its epochs and what the model predicts.
+# The model itself stays behind; with a vocabulary of 49,152 pieces it is a quarter of a gigabyte,
+# and there may be twenty of them. Order and number of tasks at a time change no digit, because an
+# arm's draws come from its own seed, and its sums are taken by as many threads as the parameter
+# says.
 
 # %%
 def call(arm, seed, block, contexts, rates):

@@ -288,6 +288,10 @@ run.metrics_table("base")
 # The relative change of the weights is the Euclidean norm of their difference, before and after,
 # over that before; its mean over folds is recorded. Far below a thousandth, a model has hardly been
 # trained; near one, little of the base model is left.
+#
+# A fold is a task with a process of its own. Here they take turns, since each uses all threads of
+# the base run; on the workers of a `CLUSTER` they run side by side, with the same result. What was
+# trained before a kill is found again by its name, and a worker that dies is replaced by another.
 
 # %%
 main = finetuning.Tuning(rate=tune_rate, batch_size=batch_size, steps=tune_steps)

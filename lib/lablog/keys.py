@@ -64,13 +64,14 @@ def made_from(source: Path) -> list[Path]:
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
     """The version of each distribution that provides one of the imported `packages`."""
-    provided = _distributions()
+    provided = distributions()
     return {name: metadata.version(name)
             for name in sorted({d for package in packages for d in provided.get(package, ())})}
 
 
 @cache
-def _distributions() -> Mapping[str, list[str]]:
+def distributions() -> Mapping[str, list[str]]:
+    """Which distributions provide each package that is installed; found out once a process."""
     return metadata.packages_distributions()
 
 

@@ -25,9 +25,12 @@ TARGETS = {
     "cvfp.rollout.best_over_sequential.true_pass": "at least 1",
     "arianna.train.f32_compiled.mfu": "at least 0.60",
     "arianna.packing.mb_per_s": "at least 5",
+    "scale.efficiency.two_workers": "at least 0.9",
+    "scale.trainings.tasks_over_pool": "at least 1.0",
+    "scale.efficiency.simulated": "at least 0.95",
 }
 TITLES = {"native": "llama.cpp with a commitment", "qlora": "Training the commitment",
-          "cvfp": "CVFP", "arianna": "Arianna"}
+          "cvfp": "CVFP", "arianna": "Arianna", "scale": "Many workers"}
 
 
 def latest() -> Record | None:

@@ -14,13 +14,20 @@ from lablog.record import Metric
 from lablog.report import format_metric
 from lablog.run import Run
 from lablog.speed_page import TARGETS
-from tools import bench_arianna, bench_cvfp, bench_native, bench_pretrained, bench_qlora
+from tools import (
+    bench_arianna,
+    bench_cvfp,
+    bench_native,
+    bench_pretrained,
+    bench_qlora,
+    bench_scale,
+)
 
 STAGES = {
     "native_build": bench_native.build, "native_decode": bench_native.decode,
     "pretrained_speed": bench_pretrained.record,
     "qlora_speed": bench_qlora.record, "cvfp_speed": bench_cvfp.record,
-    "arianna_speed": bench_arianna.record,
+    "arianna_speed": bench_arianna.record, "scale": bench_scale.record,
 }
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from in_order import InOrder
 from scipy import stats
 
+from lablog.cluster.client import Cluster
 from lablog.commitment import (
     calibration,
     coherence,
@@ -77,6 +78,15 @@ def test_a_sweep_that_was_cut_off_resumes_to_the_same_table(laboratory, tmp_path
     assert tasks.calls["sweep"] == math.ceil((len(TASKS) - 3) / sweep.BLOCK)
     assert laboratory.run(TASKS, cut.parent).equals(whole)
     assert all(json.loads(line) for line in cut.read_text().splitlines()[4:])
+
+
+def test_one_slot_two_and_none_give_the_same_digits(laboratory, tmp_path):
+    expected = laboratory.run(TASKS, tmp_path / "here")
+    for slots in (1, 2):
+        artifacts = tmp_path / str(slots)
+        with Cluster("", artifacts, slots) as cluster:
+            assert laboratory.run(TASKS, artifacts, cluster).equals(expected)
+            assert len(cluster.ran) == math.ceil(len(TASKS) / sweep.BLOCK)
 
 
 def test_rows_of_another_number_of_threads_or_another_device_are_not_taken(

@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def run_alone(head: bytes, call: bytes, places: Places, threads: int, name: str,
     Raises what the call raised, TaskCrashed naming it where the process died, and
     InterruptedError once `wanted` says that nobody waits for it any more.
     """
+    start_server(preload)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*preload])  # read once, when the server starts
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(theirs, head, call, dict(places), threads),
                               daemon=False)  # it may have processes of its own
@@ -64,6 +65,12 @@ def run_alone(head: bytes, call: bytes, places: Places, threads: int, name: str,
         error.add_note(f"in the task {name}:\n{where}")
         raise error
     return told[0], told[1]
+
+
+def start_server(preload: Sequence[str]) -> None:
+    """Start the server that tasks are forked from, if there is none, and let it load `preload`."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*preload])
+    forkserver.ensure_running()
 
 
 def _reason(code: int | None) -> str:
@@ -124,6 +131,8 @@ def end_with_parent() -> None:
 
 
 def imported_here() -> tuple[str, ...]:
-    """Modules of this package that are loaded already: what a server of processes loads first."""
-    loaded = (name for name in sys.modules if name.startswith("lablog."))
-    return ("lablog.cluster.warm", *sorted(name for name in loaded if "__main__" not in name))
+    """What a server of processes loads first: modules of this package's folders that are loaded
+    here already, without those that draw."""
+    loaded = (name for name in sys.modules if name.startswith("lablog.") and name.count(".") == 2)
+    return ("lablog.cluster.warm", *sorted(
+        name for name in loaded if not name.endswith(("plots", "__main__", "cluster.client"))))

@@ -26,7 +26,7 @@ from distributed.scheduler import KilledWorker
 
 from lablog import layout
 from lablog.cluster import addresses, work
-from lablog.cluster.child import TaskCrashed, imported_here
+from lablog.cluster.child import TaskCrashed, imported_here, start_server
 from lablog.cluster.fingerprint import fingerprint
 from lablog.cluster.parcels import Parcel, Places, listed, pack, unload
 from lablog.cluster.settings import PATIENCE, SETTINGS, offered
@@ -75,6 +75,7 @@ class Cluster:
     def _connect(self, slots: int | None, dashboard: int | None) -> Client:
         if not self.where:
             slots = slots or usable_threads()
+            start_server(imported_here())  # it loads while the chapter prepares its data
             self.cluster = LocalCluster(
                 n_workers=1, threads_per_worker=slots, processes=False, memory_limit=0,
                 dashboard_address=f"127.0.0.1:{dashboard or 0}",
