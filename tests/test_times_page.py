@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 from lablog import times_page
 from lablog.provenance import CloneState, Machine
-from lablog.record import Record, Stage
+from lablog.record import Record, Stage, TaskPlace
 
 
 def record(notebook: str, seconds: float, stages: dict[str, float], profile: str) -> Record:
@@ -19,14 +19,16 @@ def record(notebook: str, seconds: float, stages: dict[str, float], profile: str
 
 def test_times_are_added_and_the_longest_stages_named():
     stages = {"short": 1.0, "long": 90.0, "longer": 100.0, "middle": 5.0}
-    own = [record("04_cvfp_phase1", 200.4, stages, "smoke"),
+    tasks = tuple(TaskPlace(kind="training", name=str(i), worker=f"host{i % 2}", seconds=1.0)
+                  for i in range(5))
+    own = [record("04_cvfp_phase1", 200.4, stages, "smoke").model_copy(update={"tasks": tasks}),
            record("05_cvfp_phase2", 3600.0, {}, "smoke")]
     theirs = {"laptop": {"04_cvfp_phase1": record("04_cvfp_phase1", 61.0, {}, "laptop")},
               "bench": {"bench": record("bench", 9.0, {}, "bench")}}
     page = times_page.page(own, theirs)
     mine, published = page.split("## Published, profile laptop")
     assert "## This clone, profile smoke" in mine
-    assert ("| 04_cvfp_phase1 | 3:20 | longer 1:40, long 1:30, middle 0:05 | 1,536 MiB | "
+    assert ("| 04_cvfp_phase1 | 3:20 | longer 1:40, long 1:30, middle 0:05 | 5 on 2 | 1,536 MiB | "
             f"{own[0].machine.processor}, 2 threads | `{'a' * 10}` |") in mine
     assert "| **all** | **63:20** |" in mine
     assert "| **all** | **1:01** |" in published

@@ -14,7 +14,8 @@ def page(own: Sequence[Record], published: Mapping[str, Mapping[str, Record]]) -
     """Markdown: a table of this clone's records, and one for each profile that is published."""
     parts = ["# How long everything took\n\nWall-clock times as the records have them, on machines "
              "that may have done other work beside. What is trained once is kept and found again, "
-             "so that a chapter that runs a second time takes less.\n"]
+             "so that a chapter that runs a second time takes less. *Tasks* says how many there "
+             "were and on how many workers they ran.\n"]
     if own:
         parts.append(f"## This clone, profile {own[0].profile}\n\n{_table(own)}\n")
     for profile in (name for name in PROFILES if name in published):
@@ -25,18 +26,25 @@ def page(own: Sequence[Record], published: Mapping[str, Mapping[str, Record]]) -
 
 def _table(records: Sequence[Record]) -> str:
     rows = [f"| {record.notebook} | {_clock(record.seconds)} | {_longest(record)} | "
-            f"{(record.peak_memory_bytes or 0) / 2**20:,.0f} MiB | {record.machine.processor}, "
-            f"{record.machine.threads} threads | `{record.source.commit[:10]}` |"
+            f"{_tasks(record)} | {(record.peak_memory_bytes or 0) / 2**20:,.0f} MiB | "
+            f"{record.machine.processor}, {record.machine.threads} threads | "
+            f"`{record.source.commit[:10]}` |"
             for record in records]
     total = sum(record.seconds for record in records)
-    rows.append(f"| **all** | **{_clock(total)}** | | | | |")
-    names = "| chapter | time | longest stages | memory | machine | commit |"
-    return "\n".join([names, "|---|---|---|---|---|---|", *rows])
+    rows.append(f"| **all** | **{_clock(total)}** | | | | | |")
+    names = "| chapter | time | longest stages | tasks | memory | machine | commit |"
+    return "\n".join([names, "|---|---|---|---|---|---|---|", *rows])
 
 
 def _clock(seconds: float) -> str:
     """Minutes and seconds."""
     return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+def _tasks(record: Record) -> str:
+    """How many there were, and on how many workers."""
+    workers = len({task.worker for task in record.tasks})
+    return f"{len(record.tasks)} on {workers}" if workers else ""
 
 
 def _longest(record: Record) -> str:

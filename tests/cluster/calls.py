@@ -8,6 +8,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from lablog.models.shape import ModelShape
+from lablog.models.training import TrainingSettings, train_causal_lm
+from lablog.text.datasets import DialogueDataset
+from lablog.text.dialogues import load_settings
+from lablog.text.tokenizer import Tokenizer
+
 
 def threads() -> int:
     return torch.get_num_threads()
@@ -41,6 +47,21 @@ def once_slow(folder: Path) -> int:
     if begun == 1:
         time.sleep(600)
     return begun
+
+
+def train(folder: Path, output: Path, tokenizer: Path) -> Path:
+    """Note the process, and train a tiny model with many checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{os.getpid()}.pid").touch()
+    shape = ModelShape(layers=1, width=16, heads=2, kv_heads=1, feed_forward=32, context=512,
+                       tied_embeddings=True, initializer_range=0.02)
+    plan = TrainingSettings(
+        steps=150, batch_size=4, learning_rate=3e-3, warmup_steps=4, schedule="cosine",
+        betas=(0.9, 0.98), weight_decay=0.01, precision="f32", threads=1, checkpoint_every=10,
+        log_every=50)
+    data = DialogueDataset(load_settings(), Tokenizer(tokenizer), 0, 600, 4, user_weight=0.1,
+                           value_weight=3)
+    return train_causal_lm(shape, data, plan, output, tokenizer=tokenizer, data_key="d")
 
 
 def worker_of(process: int) -> psutil.Process:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lablog.cluster import client
 from lablog.files import repository
 
 TESTS = Path(__file__).parents[1]
@@ -54,6 +55,14 @@ def by_hand(workers: int) -> ByHand:
     made = ByHand(scheduler, address)
     made.join(workers)
     return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _light():
+    """A chapter's processes find loaded what it has imported; all that tests have would be slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "imported_here", lambda: ("lablog.cluster.warm",))
+        yield
 
 
 @pytest.fixture(scope="session")

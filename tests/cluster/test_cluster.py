@@ -18,6 +18,8 @@ from lablog.cluster.child import TaskCrashed
 from lablog.cluster.client import Cluster, ClusterLost
 from lablog.cluster.fingerprint import OtherSoftware
 from lablog.files import repository
+from lablog.text.dialogues import generate, load_settings, render
+from lablog.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +147,32 @@ def test_a_killed_worker_s_task_is_made_by_another(fragile, tmp_path):
         thread.join()
 
 
+def test_a_training_whose_worker_was_killed_ends_in_the_same_bits(fragile, tmp_path):
+    """Its checkpoints lie where the other worker finds them."""
+    lines = sorted({line for i in range(300)
+                    for line in render(generate(load_settings(), 0, i).turns).splitlines()})
+    tokenizer = train_tokenizer(lines, 700, tmp_path / "tokenizer.model").path
+    began, output = tmp_path / "began", tmp_path / "there" / "model"
+    kept = output.parent / ".model.work"
+
+    def kill() -> None:
+        wait_until(lambda: list(kept.glob("checkpoint-*/complete")), 120)
+        (first,) = began.glob("*.pid")
+        calls.worker_of(int(first.stem)).send_signal(signal.SIGKILL)
+
+    with Cluster(fragile.address, tmp_path) as cluster:
+        thread = in_background(kill)
+        assert cluster.map("training", calls.train, [(began, output, tokenizer)]) == [output]
+        thread.join()
+    assert len(list(began.glob("*.pid"))) == 2
+    alone = calls.train(tmp_path / "alone", tmp_path / "here" / "model", tokenizer)
+    one, other = ((folder / "model.safetensors").read_bytes() for folder in (output, alone))
+    assert one == other
+
+
 def test_a_task_that_kills_every_worker_ends_in_one_error(fragile, tmp_path):
     with Cluster(fragile.address, tmp_path) as cluster, \
-            pytest.raises(TaskCrashed, match="deadly λ = 3: 4 workers died one after the other"):
+            pytest.raises(TaskCrashed, match="deadly λ = 3: 3 workers died one after the other"):
         cluster.map("deadly", calls.kill_the_worker, [("λ = 3",)])
 
 
@@ -186,6 +211,27 @@ def test_tasks_end_with_a_chapter_that_was_killed(tmp_path):
         chapter.kill()
         chapter.wait()
     wait_until(lambda: not alive(int(began.stem)), 20)
+
+
+def test_the_workers_are_free_again_when_a_client_was_killed(two, tmp_path):
+    folder, path = tmp_path / "began", os.pathsep.join(
+        [str(repository() / "lib"), str(Path(__file__).parent)])
+    script = tmp_path / "chapter.py"
+    script.write_text(
+        "from pathlib import Path\nimport calls\nfrom lablog.cluster.client import Cluster\n"
+        f"cluster = Cluster({two.address!r}, Path({str(tmp_path)!r}))\n"
+        f"cluster.map('slow', calls.slow, [(Path({str(folder)!r}) / str(i), 600.0)\n"
+        "                                 for i in range(2)])\n")
+    chapter = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": path})
+    try:
+        wait_until(lambda: len(list(folder.glob("*/*.pid"))) == 2, 120)
+    finally:
+        chapter.kill()
+        chapter.wait()
+    with Cluster(two.address, tmp_path) as cluster:
+        assert cluster.map("power", operator.pow, [(2, 5), (2, 6)]) == [32, 64]
+    wait_until(lambda: not any(alive(int(p.stem)) for p in folder.glob("*/*.pid")), 30)
 
 
 def test_jobs_of_a_queue_are_workers(tmp_path, monkeypatch):

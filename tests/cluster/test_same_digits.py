@@ -15,14 +15,15 @@ def test_a_chapter_on_two_workers_leaves_the_record_of_one_machine(two):
     root = repository()
     here, there = root / "build" / "smoke", root / "build" / "smoke-elsewhere"
     shutil.rmtree(there, ignore_errors=True)
-    subprocess.run(["make", "reproduce", "PROFILE=smoke", "NOTEBOOKS=02"], cwd=root, check=True,
-                   capture_output=True)
+    runner = [sys.executable, "-m", "lablog.runner"]
+    for command in (["plan", "--profile", "smoke", "--", "02"], ["run", str(here), NAME]):
+        subprocess.run([*runner, *command], cwd=root, check=True, capture_output=True)
     shutil.copytree(here / "parameters", there / "parameters")
     (there / "artifacts").mkdir()
     for made in (here / "artifacts").glob("dialogue-*"):  # the model, and no row of the sweep
         (shutil.copytree if made.is_dir() else shutil.copy)(made, there / "artifacts" / made.name)
-    subprocess.run([sys.executable, "-m", "lablog.runner", "run", str(there), NAME, "--cluster",
-                    two.address], cwd=root, check=True, capture_output=True)
+    subprocess.run([*runner, "run", str(there), NAME, "--cluster", two.address], cwd=root,
+                   check=True, capture_output=True)
     one, other = (Record.read(folder / "records" / f"{NAME}.json") for folder in (here, there))
     assert difference(one, other) == []
     assert figure_differences(here / "figures" / NAME, there / "figures" / NAME) == []

@@ -12,7 +12,7 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.daemon": False,  # a task's process may have processes of its own
     "distributed.worker.memory.terminate": False,  # it sees the worker's memory, not the task's
     "distributed.worker.memory.pause": False,
-    "distributed.scheduler.allowed-failures": 3,  # deaths of workers under one task
+    "distributed.scheduler.allowed-failures": 2,  # deaths of workers under one task
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.comm.timeouts.connect": PATIENCE,
     # Threads are set for each task, exactly; the engine would quietly allow one.
