@@ -258,7 +258,7 @@ with run.stage("training"):
         (replace(settings_of, seed=seed, diversity_weight=w),
          contexts[f"untrained.seed{seed}"]["training"], watch if name in (main, truly) else None)
         for name, (_, settings_of, seed, w) in zip(names, cases, strict=True)
-    ], common=(folder, shape, training), threads=threads, gpus=gpus)
+    ], common=(folder, shape, training), threads=threads, gpus=gpus, names=names)
 for name, (block, result) in zip(names, results, strict=True):
     blocks[name] = block
     if name in (main, truly):
@@ -588,7 +588,7 @@ other = replace(config, ema_start="first_pass")
 with run.stage("train sequential"):
     (from_zero, result), (from_mean, _) = cluster.map(
         "sequential training", phase1.trained, [(config, start), (other, start)],
-        common=(folder, shape, part), threads=threads, gpus=gpus)
+        common=(folder, shape, part), threads=threads, gpus=gpus, names=["zero", "first pass"])
 cluster.close()
 run.metrics(metrics.phase1_training(result), under="sequential")
 frame = metrics.iterations(result, "sequential")

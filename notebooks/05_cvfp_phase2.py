@@ -132,7 +132,9 @@ for path in texts.files.values():
 #
 # Trainings are tasks: each has a process of its own and exactly as many `threads` as it is given,
 # and as many run at a time as there are cores for, on this machine or on the workers of a
-# `CLUSTER`. What a task returns depends on none of that.
+# `CLUSTER`. What a task returns does not depend on where it ran, or beside what: its draws are
+# those of its own seed, and its sums are taken in an order that the number of threads alone
+# decides. Each has a name, under which the record says where it ran and for how long.
 
 # %%
 true_pass = replace(settings, variant="true_pass", segment=true_pass_segment,
@@ -142,7 +144,8 @@ wanted = [(variant, seed, replace(base, seed=seed))
 with run.stage("networks"):
     networks = cluster.map(
         "network", phase1.trained, [(config,) for *_, config in wanted],
-        common=(folder, shape, texts.tokens["training"]), threads=threads, gpus=gpus)
+        common=(folder, shape, texts.tokens["training"]), threads=threads, gpus=gpus,
+        names=[f"{variant}seed{seed}" for variant, seed, _ in wanted])
 for (variant, seed, config), (_, result) in zip(wanted, networks, strict=True):
     run.metrics(metrics.phase1_training(result),
                 under=f"{variant}w{config.diversity_weight:g}.seed{seed}")
@@ -274,7 +277,8 @@ trained, seen, rates = {}, {}, {}
 for mine in ([each for each in arms if (each[1] == first) == once] for once in (True, False)):
     calls = [call(*each, rates.get(each[0], phase2_learning_rates)) for each in mine]
     with run.stage(f"phase 2, {'first seed' if not rates else 'further seeds'}"):
-        found = cluster.map("phase 2", phase2.trained_and_read, calls, threads=threads, gpus=gpus)
+        found = cluster.map("phase 2", phase2.trained_and_read, calls, threads=threads, gpus=gpus,
+                            names=[arm + suffix[seed] for arm, seed, *_ in mine])
     for (arm, seed, *_), (result, predictions) in zip(mine, found, strict=True):
         key = arm + suffix[seed]
         rates.setdefault(arm, [result.config.learning_rate])

@@ -10,7 +10,7 @@ class InOrder:
         self.calls = {}
 
     def map(self, kind, function, calls, *, common=(), reads=(), threads=1, gpus=0, memory=0,
-            unit="run", done=told_nobody):
+            unit="run", names=(), done=told_nobody):
         results = []
         for index, call in enumerate(calls):
             self.calls[kind] = self.calls.get(kind, 0) + 1

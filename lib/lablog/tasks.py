@@ -17,7 +17,7 @@ class Tasks(Protocol):
 
     def map(self, kind: str, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *,
             common: tuple[Any, ...] = (), reads: Sequence[Path] = (), threads: int = 1,
-            gpus: float = 0, memory: int = 0, unit: str = "run",
+            gpus: float = 0, memory: int = 0, unit: str = "run", names: Sequence[str] = (),
             done: Callable[[int, Any], None] = told_nobody) -> list[Any]:
         """Results of ``function(*common, *call)`` for all `calls`, in their order."""
         ...

@@ -57,7 +57,7 @@ def by_hand(workers: int) -> ByHand:
     return made
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _light():
     """A chapter's processes find loaded what it has imported; all that tests have would be slow."""
     with pytest.MonkeyPatch.context() as patch:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -322,14 +321,9 @@ def test_the_logs_own_prompt_is_asked_in_its_own_words(engines):
             heard.append([turn.text for turn in conversations[0]])
             return [f"answer {len(heard)}"]
 
-    class Engine:
-        chat, model = "auto", ours.model
-
-        @contextmanager
-        def one(self):
-            yield Listener()
-
-    answers = sweep.log_prompt(Engine(), sweep.Task("none"), SimpleNamespace(k=4))
+    engine = SimpleNamespace(settings=SimpleNamespace(chat="auto"), model=ours.model,
+                             speaker=Listener())
+    answers = sweep.log_prompt(engine, sweep.Task("none"), SimpleNamespace(k=4))
     assert answers == ("answer 1", "answer 2", "answer 3")
     question, again = PROMPT
     assert heard == [[question], [question, "answer 1", again], [again]]

@@ -471,7 +471,7 @@ def test_what_cannot_be_probed_is_refused_before_anything_is_trained(folder):
                                          "0 to 5"):
         check(folder, wrong)
     chapter = (repository() / "notebooks" / "03_qlora_commitment.py").read_text()
-    assert chapter.index("check_readable(folder, ") < chapter.index("experiment.train")
+    assert chapter.index("check_readable(folder, ") < chapter.index("Experiment.train")
 
 
 def small_copy(folder: Path, path: Path, **changes) -> Path:

@@ -203,8 +203,8 @@ def test_a_trained_network_and_its_contexts_are_found_again(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
     contexts_of(tmp_path, CVFPBlock(small, phase1.seed), tokens)
     contexts_of(tmp_path, block, tokens[:20])
-    trained(tmp_path, small, replace(phase1, seed=1), tokens)
-    trained(tmp_path, replace(small, weight_std=0.2), phase1, tokens)
+    trained(tmp_path, small, tokens, replace(phase1, seed=1))
+    trained(tmp_path, replace(small, weight_std=0.2), tokens, phase1)
     assert len(list(tmp_path.iterdir())) == 6, "another network, text, seed or shape is not it"
 
 

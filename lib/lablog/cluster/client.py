@@ -8,6 +8,7 @@ once does nothing else for a minute, and workers that join late find something t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -117,14 +118,15 @@ class Cluster:
 
     def map(self, kind: str, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *,
             common: tuple[Any, ...] = (), reads: Sequence[Path] = (), threads: int = 1,
-            gpus: float = 0, memory: int = 0, unit: str = "run",
+            gpus: float = 0, memory: int = 0, unit: str = "run", names: Sequence[str] = (),
             done: Callable[[int, Any], None] = told_nobody) -> list[Any]:
         """Results of ``function(*common, *call)`` for all `calls`, in their order.
 
         function: one of this package, and the same for equal arguments, since it may run twice.
         reads: files and folders that it reads. threads: how many it uses, exactly; gpus, memory
-        (bytes): what else it needs. `done` is told of each result as it comes. Paths in what it
-        returns are brought here if the workers have file systems of their own.
+        (bytes): what else it needs. names: of the calls, in errors and in the record; else the
+        plain values among their arguments. `done` is told of each result as it comes. Paths in what
+        it returns are brought here if the workers have file systems of their own.
 
         Raises what a call raised, with a note that names it; ValueError if no worker has what
         is needed; ClusterLost where the scheduler has gone.
@@ -133,18 +135,18 @@ class Cluster:
             name: float(value) for name, value in (("gpus", gpus), ("memory", memory)) if value}
         head, _ = pack((function, common), self.places)
         entries = {} if self.shared else listed(reads, self.places)
-        names = [f"{kind} {_shown(call)}" for call in calls]
+        shown = [f"{kind} {name}" for name in names or map(_shown, calls)]
         software, preload, named = fingerprint(), imported_here(), dict[str, str]()
 
         def submitted(index: int) -> Future:
             call, _ = pack(calls[index], self.places)
-            one = Work(names[index], call, {n: str(p) for n, p in self.places.items()},
+            one = Work(shown[index], call, {n: str(p) for n, p in self.places.items()},
                        self.shared, tuple(entries), threads, preload, software)
             # What it computes, so that two clients that ask the same get it from one task.
             told = hashlib.sha256(b"\0".join([head, call, repr((threads, software)).encode(),
                                               repr(sorted(e.sha256 for e in entries)).encode()]))
             task = f"{kind.replace(' ', '-')}-{told.hexdigest()[:24]}"
-            named[task] = names[index]
+            named[task] = shown[index]
             return self.client.submit(perform, one, heads, files, pure=False, resources=needs,
                                       key=task)
 
@@ -158,7 +160,7 @@ class Cluster:
                      for entry, path in entries.items()}
             for index, parcel in self._window(submitted, len(calls), slots):
                 results[index] = unload(parcel, self.places)
-                self.ran.append(TaskPlace(kind=kind, name=names[index], worker=parcel.worker,
+                self.ran.append(TaskPlace(kind=kind, name=shown[index], worker=parcel.worker,
                                           seconds=parcel.seconds))
                 done(index, results[index])
                 bar.update()
@@ -248,8 +250,19 @@ class Cluster:
 
 
 def _shown(call: tuple[Any, ...]) -> str:
-    words = " ".join(str(each) for each in call)
-    return words if len(words) <= 120 else f"{words[:117]}..."
+    """The plain values among the arguments of a call, also those inside dataclasses."""
+    def plain(value: Any) -> list[str]:
+        if isinstance(value, Path):
+            return [value.name]
+        if isinstance(value, str | int | float):
+            return [str(value)]
+        if dataclasses.is_dataclass(value):
+            return [word for each in dataclasses.fields(value)
+                    for word in plain(getattr(value, each.name))]
+        return []
+
+    words = " ".join(word for value in call for word in plain(value))
+    return words if len(words) <= 80 else f"{words[:77]}..."
 
 
 @contextmanager

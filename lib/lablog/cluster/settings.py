@@ -15,6 +15,10 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.scheduler.allowed-failures": 2,  # deaths of workers under one task
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.comm.timeouts.connect": PATIENCE,
+    # Looking at themselves every few milliseconds costs idle workers a twentieth of a core.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.system-monitor.interval": "5s",
     # Threads are set for each task, exactly; the engine would quietly allow one.
     "distributed.nanny.pre-spawn-environ": {},
 }

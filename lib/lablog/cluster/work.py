@@ -47,6 +47,10 @@ def perform(work: Work, head: bytes, files: Mapping[str, bytes]) -> Parcel:
     worker = get_worker()
     fingerprint.check(work.software, worker.address)
     places = places_of(work)
+    if work.shared and not places["clone"].is_dir():
+        raise FileNotFoundError(
+            f"the worker {worker.address} does not see {places['clone']}, which those do that were "
+            "there when the run began: share that folder with it, or with none, and run again")
     for entry in () if work.shared else work.reads:
         put(entry, files[entry.sha256], places)
     task = thread_state.key
