@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import calls
+import dask
 import psutil
 import pytest
 
 from lablog.cluster import client as clients
+from lablog.cluster import settings
+from lablog.cluster.__main__ import main as by_hand
 from lablog.cluster.child import TaskCrashed
 from lablog.cluster.client import Cluster, ClusterLost
 from lablog.cluster.fingerprint import OtherSoftware
@@ -129,6 +132,13 @@ def test_no_scheduler_and_no_worker_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(clients, "PATIENCE", "1s")
     with pytest.raises(ClusterLost, match="no scheduler answers at tcp://127"):
         Cluster("tcp://127.0.0.1:9", tmp_path)
+
+
+def test_a_worker_without_a_scheduler_says_so_in_one_line(monkeypatch):
+    monkeypatch.setitem(settings.SETTINGS, "distributed.comm.timeouts.connect", "1s")
+    with dask.config.set({}), pytest.raises(
+            SystemExit, match=r"^no worker could start: .*Is the address that of a scheduler"):
+        by_hand(["worker", "tcp://127.0.0.1:9"])
 
 
 def test_a_killed_worker_s_task_is_made_by_another(fragile, tmp_path):

@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
         pass
     except (OSError, ValueError) as error:
         sys.exit(str(error))
+    except RuntimeError as error:  # the engine's, around what it met
+        sys.exit(f"no {asked.command} could start: {error.__cause__ or error}. Is the address that "
+                 "of a scheduler which runs, and are the certificates the same on both machines?")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lablog import layout
 from lablog.provenance import available_memory_bytes
 
 PATIENCE = "20s"  # until a scheduler answers
@@ -15,6 +16,8 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.scheduler.allowed-failures": 2,  # deaths of workers under one task
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.comm.timeouts.connect": PATIENCE,
+    "logging": {"distributed": "error"},
+    "temporary-directory": str(layout.built("worker", "scratch")),
     # Looking at themselves every few milliseconds costs idle workers a twentieth of a core.
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",
