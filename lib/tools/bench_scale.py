@@ -45,7 +45,7 @@ def record(run: Run) -> None:
 def _overhead(run: Run) -> None:
     began = time.perf_counter()
     with Cluster("", run.artifacts) as cluster:
-        cluster.map("first", operator.pow, [(1, 0)], common=(2,))
+        cluster.map("first", operator.pow, [(1,)], common=(2,))
         run.metric("scale.startup_s", time.perf_counter() - began, "s")
         tasks = [(i,) for i in range(TASKS)]
         took = seconds(lambda: cluster.map("empty", operator.pow, tasks, common=(2,)))
@@ -66,7 +66,7 @@ def _sweep(run: Run, gguf: Path) -> None:
 
         def by(slots: int) -> float:
             with tempfile.TemporaryDirectory() as room, Cluster("", Path(room), slots) as cluster:
-                cluster.map("first", operator.pow, [(1, 0)], common=(2,))  # imports once
+                cluster.map("first", operator.pow, [(1,)], common=(2,))  # imports once
                 return seconds(lambda: sweep.sweep(cluster, engine, tasks, conditions, Path(room)))
 
         pairs = [(by(1), by(2)) for _ in range(PAIRS)]
