@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 from distributed import Client, Future, LocalCluster
 
-from lablog.cluster.client import Cluster
+from lablog.cluster.client import Cluster, handed_over
 from lablog.cluster.parcels import Parcel
 from lablog.commitment import coherence, probes, sweep
 from lablog.commitment.arms import Experiment
@@ -122,19 +122,12 @@ def _simulated(run: Run) -> None:
     before = process.memory_info().rss
     with LocalCluster(n_workers=WORKERS, threads_per_worker=1, processes=False, memory_limit=0,
                       dashboard_address="127.0.0.1:0", worker_dashboard_address="127.0.0.1:0",
-                      ) as engine, Client(engine, set_as_default=False) as client, \
-            Cluster("", run.artifacts) as window:
-        window.client, mine = client, window.client
-
+                      ) as engine, Client(engine, set_as_default=False) as client:
         def submit(index: int) -> Future:
             return client.submit(slept, blocks[index], key=f"cell-{index}", pure=False)
 
-        began = time.perf_counter()
-        for _ in window._window(submit, len(blocks), WORKERS):
-            pass
-        took = time.perf_counter() - began
+        took = seconds(lambda: list(handed_over(client, submit, len(blocks), WORKERS)))
         used = process.memory_info().rss - before
-        window.client = mine
     run.metric("scale.efficiency.simulated", float(lengths.sum()) / (WORKERS * took), "ratio",
                n=CELLS)
     run.metric("scale.simulated.memory", used, "bytes")

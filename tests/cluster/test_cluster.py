@@ -3,6 +3,7 @@
 import math
 import operator
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def test_more_threads_than_a_worker_has(local, connected):
         connected.map("threads", calls.threads, [()], threads=2)
 
 
+def test_more_memory_than_there_is(anywhere):
+    with pytest.raises(ValueError, match=r"needs 1 threads, 1e\+18 memory, and no worker has more"):
+        anywhere.map("root", math.sqrt, [(9.0,)], memory=10**18)
+
+
 def test_an_error_is_raised_here_and_names_the_task(anywhere):
     with pytest.raises(ValueError, match="math domain error") as caught:
         anywhere.map("root", math.sqrt, [(4.0,), (-1.0,)])
@@ -83,6 +89,37 @@ def test_a_crash_is_an_error_of_its_task(anywhere, function, arguments, reason):
     with pytest.raises(TaskCrashed, match=rf"crash.* ended without a result.*{reason}"):
         anywhere.map("crash", function, [arguments])
     assert anywhere.map("root", math.sqrt, [(9.0,)]) == [3.0]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A tokenizer, and what is trained with it by one process that nothing happens to."""
+    folder = tmp_path_factory.mktemp("alone")
+    lines = sorted({line for i in range(300)
+                    for line in render(generate(load_settings(), 0, i).turns).splitlines()})
+    tokenizer = train_tokenizer(lines, 700, folder / "tokenizer" / "tokenizer.model").path
+    return tokenizer, calls.train(folder / "began", folder / "model", tokenizer)
+
+
+def test_a_training_on_a_machine_without_the_client_s_files_has_the_same_bits(
+    connected, alone, tmp_path
+):
+    """The base comes to the worker, the trained folder to the client, whole."""
+    connected.shared = False
+    tokenizer = tmp_path / "read" / "tokenizer.model"
+    shutil.copytree(alone[0].parent, tokenizer.parent)
+    name = f"model-{os.getpid()}"
+    (found,) = connected.map("training", calls.train, [
+        (tmp_path / "began", tmp_path / name, tokenizer)], reads=[tokenizer.parent])
+    assert found == tmp_path / name
+    assert not (tmp_path / "began").exists()  # that is the worker's own
+    one, other = ({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+                  for folder in (found, alone[1]))
+    assert one.keys() == other.keys()
+    assert one["model.safetensors"] == other["model.safetensors"]
+    lent = repository() / "build" / "worker" / "artifacts"
+    for left in ("read", "began", name):
+        shutil.rmtree(lent / left)
 
 
 def test_files_go_where_they_are_lacking_and_come_back(connected, tmp_path):
@@ -157,11 +194,9 @@ def test_a_killed_worker_s_task_is_made_by_another(fragile, tmp_path):
         thread.join()
 
 
-def test_a_training_whose_worker_was_killed_ends_in_the_same_bits(fragile, tmp_path):
+def test_a_training_whose_worker_was_killed_ends_in_the_same_bits(fragile, alone, tmp_path):
     """Its checkpoints lie where the other worker finds them."""
-    lines = sorted({line for i in range(300)
-                    for line in render(generate(load_settings(), 0, i).turns).splitlines()})
-    tokenizer = train_tokenizer(lines, 700, tmp_path / "tokenizer.model").path
+    tokenizer, expected = alone
     began, output = tmp_path / "began", tmp_path / "there" / "model"
     kept = output.parent / ".model.work"
 
@@ -175,8 +210,7 @@ def test_a_training_whose_worker_was_killed_ends_in_the_same_bits(fragile, tmp_p
         assert cluster.map("training", calls.train, [(began, output, tokenizer)]) == [output]
         thread.join()
     assert len(list(began.glob("*.pid"))) == 2
-    alone = calls.train(tmp_path / "alone", tmp_path / "here" / "model", tokenizer)
-    one, other = ((folder / "model.safetensors").read_bytes() for folder in (output, alone))
+    one, other = ((folder / "model.safetensors").read_bytes() for folder in (output, expected))
     assert one == other
 
 

@@ -158,7 +158,7 @@ class Cluster:
             heads = self._placed(head)
             files = {entry.sha256: self._placed(path.read_bytes())
                      for entry, path in entries.items()}
-            for index, parcel in self._window(submitted, len(calls), slots):
+            for index, parcel in handed_over(self.client, submitted, len(calls), slots):
                 results[index] = unload(parcel, self.places)
                 self.ran.append(TaskPlace(kind=kind, name=shown[index], worker=parcel.worker,
                                           seconds=parcel.seconds))
@@ -187,39 +187,6 @@ class Cluster:
                 f"that has, with `make worker`, or run with smaller settings")
         return sum(counts)
 
-    def _window(self, submit: Callable[[int], Future], count: int,
-                slots: int) -> Iterator[tuple[int, Parcel]]:
-        """(index, parcel) of all tasks as they finish, with only so many handed over at a time."""
-        waiting = iter(range(count))
-        running: dict[object, tuple[Future, list[int]]] = {}
-        finished = as_completed([], loop=self.client.loop, with_results=True,
-                                raise_errors=False)
-
-        def hand_over(number: int) -> None:
-            for index in itertools.islice(waiting, number):
-                future = submit(index)
-                if future.key in running:  # equal calls are one task
-                    running[future.key][1].append(index)
-                else:
-                    running[future.key] = future, [index]
-                    finished.add(future)
-
-        try:
-            hand_over(max(AHEAD * slots, 4))
-            for future, parcel in finished:
-                if future.status == "error":
-                    raise future.exception()
-                if not isinstance(parcel, Parcel):
-                    raise ClusterLost("the connection has ended")
-                indices = running.pop(future.key)[1]
-                for index in indices:
-                    yield index, parcel
-                hand_over(len(indices))
-        finally:
-            if running:
-                with suppress(Exception):
-                    self.client.cancel([future for future, _ in running.values()])
-
     @contextmanager
     def _faults(self, named: Mapping[str, str]) -> Iterator[None]:
         """The engine's ways to fail, in words; `named` tells a task's name by its key."""
@@ -247,6 +214,43 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def handed_over(client: Client, submit: Callable[[int], Future], count: int,
+                slots: int) -> Iterator[tuple[int, Parcel]]:
+    """(index, parcel) of tasks 0 to `count` as they finish; only so many of them are with the
+    scheduler at a time, and none is left there when this ends in an error.
+
+    `submit` hands over the task of an index. Raises what a task raised, and ClusterLost.
+    """
+    waiting = iter(range(count))
+    running: dict[object, tuple[Future, list[int]]] = {}
+    finished = as_completed([], loop=client.loop, with_results=True, raise_errors=False)
+
+    def more(number: int) -> None:
+        for index in itertools.islice(waiting, number):
+            future = submit(index)
+            if future.key in running:  # equal calls are one task
+                running[future.key][1].append(index)
+            else:
+                running[future.key] = future, [index]
+                finished.add(future)
+
+    try:
+        more(max(AHEAD * slots, 4))
+        for future, parcel in finished:
+            if future.status == "error":
+                raise future.exception()
+            if not isinstance(parcel, Parcel):
+                raise ClusterLost("the connection has ended")
+            indices = running.pop(future.key)[1]
+            for index in indices:
+                yield index, parcel
+            more(len(indices))
+    finally:
+        if running:
+            with suppress(Exception):  # there may be no scheduler any more
+                client.cancel([future for future, _ in running.values()])
 
 
 def _shown(call: tuple[Any, ...]) -> str:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import dask_jobqueue
 import yaml
+from dask.utils import parse_bytes
 from pydantic import Field, ValidationError
 
 from lablog.cluster.addresses import is_loopback, with_certificates
@@ -67,7 +68,7 @@ def job_cluster(path: Path) -> Any:
     whole = seconds(jobs.walltime)
     lifetime = max(whole - 3600, whole // 2)
     away = not is_loopback(jobs.host)
-    resources = f"threads={jobs.cores} gpus={jobs.gpus}"
+    resources = f"threads={jobs.cores} gpus={jobs.gpus} memory={parse_bytes(jobs.memory)}"
     options = {
         "cores": jobs.cores, "memory": jobs.memory, "walltime": jobs.walltime, "processes": 1,
         "scheduler_options": {"host": jobs.host, "dashboard_address": "127.0.0.1:0"},

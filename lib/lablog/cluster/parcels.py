@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -105,8 +104,7 @@ def put(entry: Entry, content: bytes, places: Places) -> None:
 
     Raises ValueError if `content` is not what the entry says, or its path leaves the place.
     """
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise ValueError(f"{entry.path} arrived damaged: its SHA-256 is not {entry.sha256}")
+    _check(entry, content)
     path = _within(places[entry.place], entry.path)
     if path.is_file():
         if sha256(path) != entry.sha256:
@@ -134,9 +132,7 @@ def _unload_into(top: Path, files: Mapping[Entry, bytes], places: Places) -> Non
         return
     with atomic_folder(top) as scratch:
         for inner, (entry, content) in below.items():
-            if hashlib.sha256(content).hexdigest() != entry.sha256:
-                raise ValueError(f"{entry.path} arrived damaged: its SHA-256 is not "
-                                 f"{entry.sha256}")
+            _check(entry, content)
             (scratch / inner).parent.mkdir(parents=True, exist_ok=True)
             (scratch / inner).write_bytes(content)
 
@@ -148,7 +144,6 @@ def _within(root: Path, inner: str) -> Path:
     return root / inner
 
 
-def free(room: Path) -> int:
-    """Bytes that can still be written below a folder."""
-    room.mkdir(parents=True, exist_ok=True)
-    return shutil.disk_usage(room).free
+def _check(entry: Entry, content: bytes) -> None:
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise ValueError(f"{entry.path} arrived damaged: its SHA-256 is not {entry.sha256}")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from distributed import get_worker
 from distributed.worker import thread_state
@@ -57,7 +54,8 @@ def perform(work: Work, head: bytes, files: Mapping[str, bytes]) -> Parcel:
 
     def wanted() -> bool:
         state = worker.state.tasks.get(task)
-        return state is not None and state.state == "executing"
+        # Resumed: let go of, and asked for again before it had ended.
+        return state is not None and state.state in ("executing", "resumed")
 
     began = time.perf_counter()
     result, paths = run_alone(head, work.call, places, work.threads, work.name, work.preload,
@@ -91,9 +89,3 @@ def here(address: str) -> str:
 def sees(token: str) -> bool:
     """Whether this machine sees a file that the client has just written."""
     return Path(token).is_file()
-
-
-def described() -> dict[str, Any]:
-    """This worker's process and machine, for messages and tests."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "machine": platform.machine(),
-            "software": fingerprint.fingerprint()}

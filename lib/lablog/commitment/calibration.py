@@ -74,6 +74,7 @@ def calibrate(tasks: Tasks, engine: Engine, ranges: Sequence[str], seeds: Sequen
     layers = {name: layer_range(name, engine.model.layers) for name in ranges}
     cells = {(layers[name], seed): name for name in ranges for seed in seeds}
     asked = engine.settings
+    engine.make_room()
     solutions = tasks.map(
         "calibration", solve_alone, [(name, seed) for (_, seed), name in cells.items()],
         common=(asked, conditions, budget), reads=[asked.gguf], threads=asked.threads,

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -375,21 +375,44 @@ class EngineSettings:
 
 class Engine:
     """A model in memory and a speaker of it, used by one at a time. A context manager, or `close`
-    it. `settings` have their threads decided, so that other processes can open the same."""
+    it; what is used after that is opened again. `settings` have their threads decided, so that
+    other processes can open the same."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self._stack = ExitStack()
-        self.model = self._stack.enter_context(Model(settings.gguf, settings.gpu_layers))
+        self._stack, self._opened = ExitStack(), dict[str, Any]()
+        self.settings = settings
         if settings.chat == "plain" and self.model.chat_template is not None:
             warnings.warn(f"{settings.gguf.name} was taught to chat in a template of its own and "
                           "is spoken to in plain lines; chat=auto uses its template", stacklevel=2)
         self.small = self.model.parameters <= SMALL
         self.settings = replace(
             settings, threads=settings.threads or (1 if self.small else usable_threads()))
-        context = Context(self.model, settings.sequences, settings.window,
-                          threads=self.settings.threads, cache_type="f16")
-        self.speaker = LlamaCppSpeaker(self._stack.enter_context(context), settings.chat,
-                                       settings.system)
+
+    @property
+    def model(self) -> Model:
+        """The weights."""
+        if "model" not in self._opened:
+            self._opened["model"] = self._stack.enter_context(
+                Model(self.settings.gguf, self.settings.gpu_layers))
+        model: Model = self._opened["model"]
+        return model
+
+    @property
+    def speaker(self) -> LlamaCppSpeaker:
+        """The one who speaks, in a context of the settings' size."""
+        if "speaker" not in self._opened:
+            asked = self.settings
+            context = Context(self.model, asked.sequences, asked.window, threads=asked.threads,
+                              cache_type="f16")
+            self._opened["speaker"] = LlamaCppSpeaker(
+                self._stack.enter_context(context), asked.chat, asked.system)
+        speaker: LlamaCppSpeaker = self._opened["speaker"]
+        return speaker
+
+    def make_room(self) -> None:
+        """Free the GPU's memory, if the model is there, for other processes that open the same."""
+        if self.settings.gpu_layers:
+            self.close()
 
     def residual_norms(self, texts: Sequence[Turns]) -> np.ndarray:
         """Mean ‖h‖ after each layer of the unmodified model, over all tokens of `texts`, [layers].
@@ -405,6 +428,7 @@ class Engine:
     def close(self) -> None:
         """Free the context and the model."""
         self._stack.close()
+        self._opened.clear()
 
     def __enter__(self) -> Engine:
         return self

@@ -223,6 +223,7 @@ def sweep(tasks: Tasks, engine: Engine, configurations: Sequence[Task], conditio
                     if identity(task) not in done}.values())
     size = BLOCK if engine.small else 1
     blocks = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
+    engine.make_room()
     with journal.open("a") as file:
         def keep(_: int, rows: list[dict[str, Any]]) -> None:
             for row in rows:
