@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lablog import layout
 from lablog.arianna.exports import FILES, default_model
+from lablog.files import repository
 from lablog.models import llama2c as formats
 from lablog.models import locate
 from lablog.models.llama_cpp import Context, Model, generate_tokens
+from lablog.record import Record
 from lablog.text.tokenizer import Tokenizer, train_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -88,6 +91,26 @@ def test_stories_say_the_same_in_pytorch_llama_cpp_and_c(llama2c, tmp_path: Path
     formats.from_hugging_face(folder, tmp_path / "again.bin", tmp_path / "tokenizer.bin")
     assert (tmp_path / "again.bin").read_bytes() == STORIES.read_bytes()
     assert (tmp_path / "tokenizer.bin").read_bytes() == tokenizer.read_bytes()
+
+
+def test_the_model_that_speaks_is_the_one_to_which_held_out_answers_are_least_surprising(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(layout, "results", lambda profile: tmp_path / profile)
+    with pytest.raises(FileNotFoundError, match="make reproduce NOTEBOOKS=06"):
+        default_model()
+    published = (repository() / "book/records/laptop/06_arianna_finetune.json").read_text()
+    record = Record.model_validate_json(published)
+    for profile, bits, spoken in (("laptop", 2.4, "laptop"), ("study", 1.9, "study"),
+                                  ("full", 2.1, "study"), ("smoke", 1.0, "study")):
+        metrics = [metric.model_copy(update={"value": bits}) if metric.name == "after.qa" else
+                   metric for metric in record.metrics]
+        folder = tmp_path / profile
+        record.model_copy(update={"metrics": tuple(metrics)}).write(
+            folder / "records" / "06_arianna_finetune.json")
+        model = folder / "artifacts" / "arianna" / FILES["f32"]
+        model.parent.mkdir(parents=True)
+        model.touch()
+        assert default_model().relative_to(tmp_path).parts[0] == spoken
 
 
 def test_the_trained_model_says_the_same_in_pytorch_llama_cpp_and_c(llama2c):

@@ -1,14 +1,14 @@
 """What is trained and compared: ablations, keys, the cache of measures, runs side by side."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from in_order import InOrder
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from lablog.cluster.client import Cluster
 from lablog.commitment import arms, diagnostics, qlora
@@ -21,8 +21,9 @@ from lablog.commitment.arms import (
     planned,
 )
 from lablog.commitment.conversations import Conversations, collate
+from lablog.commitment.novelty import KINDS
 from lablog.commitment.posterior import CommitmentSettings, VariationalCommitment
-from lablog.commitment.qlora import CommittedModel, Plan, committed_model, load_base
+from lablog.commitment.qlora import Plan, committed_model, load_base
 from lablog.determinism import seed_everything
 from lablog.text.tokenizer import Tokenizer
 
@@ -114,7 +115,7 @@ def test_a_steering_table_learns_in_rows_and_is_read_without_a_prefix(experiment
     log = json.loads((found / "training.json").read_text())
     assert [entry["step"] for entry in log["history"]] == [1, 2]
     assert all("kl" not in entry for entry in log["history"])
-    measured = made.measure(1, 1, "steering.prefix", Asked(3, 3))
+    (measured,) = made.measure(1, 1, "steering.prefix", Asked(3, 3))
     assert "kl" not in measured
     assert len(measured["kept"]) == 3
 
@@ -188,29 +189,23 @@ MEASURED = Asked(9, 3, families=("fork",))
 
 
 def test_a_kept_measure_is_read_only_for_the_same_question(experiment, monkeypatch):
-    first = experiment.measure(1, 1, "prefix", MEASURED)
+    (first,) = experiment.measure(1, 1, "prefix", MEASURED)
     kept = experiment.artifacts / "measured"
     before = {path.name: path.read_text() for path in kept.glob("*.json")}
     with monkeypatch.context() as changed:
         changed.setattr(arms, "TorchSpeaker", lambda *_: pytest.fail("measured again"))
-        assert experiment.measure(1, 1, "prefix", MEASURED) == first
+        assert experiment.measure(1, 1, "prefix", MEASURED) == [first]
     assert set(kept.glob("*.json")) == {kept / name for name in before}
     (mine,) = (path for path in kept.glob("*.json") if json.loads(path.read_text()) == first)
     mine.unlink()
-    assert experiment.measure(1, 1, "prefix", MEASURED) == first  # measured anew, the same
+    assert experiment.measure(1, 1, "prefix", MEASURED) == [first]  # measured anew, the same
     assert mine.is_file()
 
     names = set()
 
     def named(made: Experiment, *question) -> None:
         """Add the name of the file in which the answer would be kept."""
-        with monkeypatch.context() as changed:
-            changed.setattr(arms, "_measures", lambda *_: {})
-            changed.setattr(arms, "choices", lambda *_: (None, np.zeros((1, 1))))
-            changed.setattr(Experiment, "model", lambda self, *_: CommittedModel(
-                LlamaForCausalLM.from_pretrained(self.bases[1])))
-            changed.setattr(arms, "atomic_write", lambda path, _: names.add(path.name))
-            made.measure(*question)
+        names.add(made._kept(*question).name)
 
     questions = [(1, 1, arm, replace(MEASURED, items=4)) for arm in ARMS]
     questions += [(1, 2, "prefix", replace(MEASURED, items=4))]
@@ -227,6 +222,20 @@ def test_a_kept_measure_is_read_only_for_the_same_question(experiment, monkeypat
     other = experiment.plan.model_copy(update={"strength": 7.0})
     named(replace(experiment, plan=other), *questions[0])
     assert len(names) == len(questions) + 2
+
+
+def test_questions_asked_together_have_the_answers_of_each_alone(experiment):
+    questions = [replace(MEASURED, families=("fork", "recall", "hangman"), kind=kind)
+                 for kind in KINDS]
+    in_order = InOrder()
+    calls = [(1, 1, arm, asked) for asked in questions for arm in ("prefix", "redrawn")]
+    together = experiment.measured(in_order, "kinds", calls)
+    assert in_order.calls == {"kinds": 2}  # one for each arm
+    shutil.rmtree(experiment.artifacts / "measured")
+    for call, found in zip(calls, together, strict=True):
+        assert experiment.measure(*call) == [found]
+    assert experiment.measured(in_order, "kinds", calls) == together
+    assert in_order.calls == {"kinds": 2}
 
 
 def test_the_untrained_arm_has_the_length_of_the_trained_one(experiment):

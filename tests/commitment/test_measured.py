@@ -240,7 +240,7 @@ def again(experiment):
 @pytest.mark.parametrize("arm", ["prefix", "prior", "redrawn", "lora", "note"])
 def test_every_measure_equals_one_prompt_at_a_time(experiment, again, arm):
     second = again(arm)
-    found = experiment.measure(1, 1, arm, Asked(
+    (found,) = experiment.measure(1, 1, arm, Asked(
         SEED, ITEMS, TEXTS, guesses=GUESSES,
         families=("fork", "recall", "language", "hangman", "reached")))
     expected = second.recall() | second.fork() | second.hangman() | second.language()
@@ -258,9 +258,10 @@ def test_every_measure_equals_one_prompt_at_a_time(experiment, again, arm):
 
 def test_the_arms_differ_where_they_should(experiment):
     """Else the comparison above could not see one taken for another."""
-    found = {arm: experiment.measure(1, 1, arm, Asked(
-        SEED, ITEMS, TEXTS, families=("fork", "recall", "language", "hangman"), guesses=GUESSES))
-        for arm in ("prefix", "prior", "redrawn", "lora", "note")}
+    asked = Asked(SEED, ITEMS, TEXTS, families=("fork", "recall", "language", "hangman"),
+                  guesses=GUESSES)
+    found = {arm: experiment.measure(1, 1, arm, asked)[0]
+             for arm in ("prefix", "prior", "redrawn", "lora", "note")}
     sums = np.array([row["yes_sum"] for row in found.values()])
     for i in range(len(sums)):
         for j in range(i):

@@ -563,7 +563,7 @@ def test_the_profile_full_has_the_logs_setting_and_the_mechanism_on(full):
 def test_every_probe_of_every_arm_can_be_read_in_the_profile_full(full, arm):
     asked = Asked(5, 2, 1, guesses=1,
                   families=("fork", "recall", "language", "hangman", "reached"))
-    found = full.experiment.measure(1, 1, arm, asked)
+    (found,) = full.experiment.measure(1, 1, arm, asked)
     for name in ("answered", "recall", "eviction", "same_choice", "kept", "hangman"):
         assert len(found[name]) == 2
         assert set(found[name]) <= {0, 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from lablog import layout
 from lablog.files import atomic_folder
 from lablog.models import convert, llama2c
+from lablog.record import Record
 
 FILES = {
     "huggingface": "huggingface",  # a folder: safetensors, configuration, tokenizer
@@ -17,8 +19,8 @@ FILES = {
 }
 """Names of the exports below ``<artifacts>/arianna``; llama2.c's ``run`` reads the last two."""
 
-PROFILES = ("full", "pretrained", "laptop")
-"""Those whose model is worth hearing, by what it has read before the dialogues, most first."""
+PROFILES = ("full", "pretrained", "study", "laptop")
+"""Those whose model is worth hearing."""
 
 
 def export(folder: Path, artifacts: Path) -> dict[str, Path]:
@@ -47,14 +49,18 @@ def sizes(exported: Mapping[str, Path]) -> dict[str, int]:
 
 
 def default_model() -> Path:
-    """The GGUF file of the best profile of `PROFILES` that was run; FileNotFoundError says which
-    command makes one."""
-    paths = [layout.artifacts(layout.results(profile)) / "arianna" / FILES["f32"]
-             for profile in PROFILES]
-    for path in paths:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"{paths[-1]} is not there yet: `make reproduce NOTEBOOKS=06` trains and exports it, "
-        "or name another model with --model"
-    )
+    """The GGUF file of the profile of `PROFILES` to whose model held-out answers were least
+    surprising (bits per byte, in its record); FileNotFoundError says which command makes one."""
+    surprise: dict[Path, float] = {}
+    for profile in PROFILES:
+        folder = layout.results(profile)
+        path = layout.artifacts(folder) / "arianna" / FILES["f32"]
+        record = folder / "records" / "06_arianna_finetune.json"
+        if path.is_file() and record.is_file():
+            surprise[path] = float(Record.read(record).metric("after.qa").value or math.inf)
+    if not surprise:
+        raise FileNotFoundError(
+            f"{path} is not there yet: `make reproduce NOTEBOOKS=06` trains and exports it, "
+            "or name another model with --model"
+        )
+    return min(surprise, key=surprise.__getitem__)

@@ -253,42 +253,56 @@ class Experiment:
 
     def measured(self, tasks: Tasks, kind: str, calls: Sequence[tuple[int, int, str, Asked]],
                  gpus: float = 0) -> list[dict[str, list[float]]]:
-        """`measure` of all `calls`, by `tasks`; what is kept in `artifacts` is taken from there."""
+        """The measures of all `calls` (base, seed, arm, question), by `tasks`: all questions of an
+        arm are one. What is kept in `artifacts` is taken from there."""
         kept = [self._kept(*call) for call in calls]
-        missing = [index for index, path in enumerate(kept) if not path.is_file()]
+        missing: dict[tuple[int, int, str], dict[Asked, Path]] = {}
+        for (base, seed, arm, asked), path in zip(calls, kept, strict=True):
+            if not path.is_file():
+                missing.setdefault((base, seed, arm), {})[asked] = path
         made = {ARMS[name].training for _, _, name, _ in calls} & {*TRAININGS}
         folders = {self.folder(base, seed, training) for base, seed, *_ in calls
                    for training in {*made, "commitment"}}
+        asked_of = list(missing.values())
 
-        def keep(index: int, found: dict[str, list[float]]) -> None:
-            if not kept[missing[index]].is_file():  # the worker has folders of its own
-                atomic_write(kept[missing[index]], json.dumps(found))
+        def keep(index: int, found: list[dict[str, list[float]]]) -> None:
+            for path, values in zip(asked_of[index].values(), found, strict=True):
+                if not path.is_file():  # the worker has folders of its own
+                    atomic_write(path, json.dumps(values))
 
-        tasks.map(kind, Experiment.measure, [calls[i] for i in missing], common=(self,), gpus=gpus,
-                  reads=[*self.bases.values(), *sorted(path for path in folders if path.is_dir())],
-                  done=keep)
+        tasks.map(kind, Experiment.measure, [(*arm, *asked) for arm, asked in missing.items()],
+                  common=(self,), gpus=gpus, done=keep,
+                  reads=[*self.bases.values(), *sorted(path for path in folders if path.is_dir())])
         return [json.loads(path.read_text()) for path in kept]
 
-    def measure(self, base: int, seed: int, name: str, asked: Asked) -> dict[str, list[float]]:
-        """The measures of an arm, a list over items or texts each; kept in `artifacts`."""
-        arm, kept = ARMS[name], self._kept(base, seed, name, asked)
-        if kept.is_file():
-            found: dict[str, list[float]] = json.loads(kept.read_text())
-            return found
-        seed_everything(seed, threads=1)
-        tokenizer = tokenizer_of(self.bases[base])
-        speaker = TorchSpeaker(self.model(base, seed, arm), tokenizer, self.plan.chat)
+    def measure(self, base: int, seed: int, name: str,
+                *questions: Asked) -> list[dict[str, list[float]]]:
+        """The measures of an arm for each question, a list over items or texts each; kept in
+        `artifacts`. Every question is answered with the same draws, alone or with others."""
+        kept = [self._kept(base, seed, name, asked) for asked in questions]
+        if not all(path.is_file() for path in kept):
+            seed_everything(seed, threads=1)
+            speaker = TorchSpeaker(self.model(base, seed, ARMS[name]),
+                                   tokenizer_of(self.bases[base]), self.plan.chat)
+            for path, asked in zip(kept, questions, strict=True):
+                if not path.is_file():
+                    found = self._answered(speaker, base, seed, ARMS[name], asked)
+                    atomic_write(path, json.dumps(found))
+        return [json.loads(path.read_text()) for path in kept]
+
+    def _answered(self, speaker: TorchSpeaker, base: int, seed: int, arm: Arm,
+                  asked: Asked) -> dict[str, list[float]]:
         training = TRAININGS.get(arm.training, Training(""))
         values, independent = training.values, training.conversations.get("independent", 0)
         probes = probe_set(asked.seed, asked.items, asked.texts, asked.kind, asked.gap, values,
                            independent, self.plan.chat)
         found = _measures(speaker, arm.source, probes, asked, lambda: TorchSpeaker(
-            CommittedModel(load_to_read(self.bases[base], self.plan)), tokenizer, self.plan.chat))
+            CommittedModel(load_to_read(self.bases[base], self.plan)), speaker.tokenizer,
+            self.plan.chat))
         if arm.source == "prior" and "reached" in asked.families:
             _, named = choices(speaker, 120, seed)
             found["reached"] = [len(set(row.tolist())) / self.settings.dialogues.personas
                                 for row in named]
-        atomic_write(kept, json.dumps(found))
         return found
 
 
