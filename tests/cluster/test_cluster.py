@@ -64,6 +64,22 @@ def test_every_task_has_a_process_of_its_own_and_exactly_its_threads(anywhere):
     assert os.getpid() not in anywhere.map("process", calls.process, [()])
 
 
+def test_a_task_does_not_run_the_program_that_asked_for_it(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import operator
+import sys
+from pathlib import Path
+from lablog.cluster.client import Cluster
+print("the program runs")
+with Cluster("", Path(sys.argv[1]), 1) as cluster:
+    print(cluster.map("task", operator.pow, [(1,), (2,)], common=(3,)))
+""")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True,
+                          check=True, env={**os.environ, "PYTHONPATH": str(repository() / "lib")})
+    assert done.stdout.splitlines() == ["the program runs", "[3, 9]"]
+
+
 def test_more_threads_than_a_worker_has(local, connected):
     assert local.map("threads", calls.threads, [()], threads=2) == [2]
     with pytest.raises(ValueError, match="needs 2 threads, and no worker has more than 1 threads"):

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, spawn
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,22 @@ from lablog.determinism import seed_everything
 
 THREADS = "OMP_NUM_THREADS"
 """What numerical libraries read that are loaded later; those that are loaded already are told."""
+
+
+TASK = "a task of lablog"
+_prepared = spawn.get_preparation_data
+
+
+def _prepared_for_a_task(name: str) -> dict[str, Any]:
+    """Let a task's process not run the program's main module first, as others do: it needs none of
+    it, and would wait for all that a benchmark or a test imports."""
+    data = dict(_prepared(name))
+    if name == TASK:
+        data = {part: value for part, value in data.items() if not part.startswith("init_main")}
+    return data
+
+
+spawn.get_preparation_data = _prepared_for_a_task
 
 
 class TaskCrashed(RuntimeError):
@@ -43,7 +59,7 @@ def run_alone(head: bytes, call: bytes, places: Places, threads: int, name: str,
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(theirs, head, call, dict(places), threads),
-                              daemon=False)  # it may have processes of its own
+                              name=TASK, daemon=False)  # it may have processes of its own
     process.start()
     theirs.close()
     try:
