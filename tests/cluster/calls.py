@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from lablog.text.tokenizer import Tokenizer
 
 def threads() -> int:
     return torch.get_num_threads()
+
+
+def loaded(module: str) -> bool:
+    return module in sys.modules
 
 
 def process() -> int:

@@ -94,7 +94,8 @@ def documents(names: Sequence[str] = (), processes: int = 2) -> list[str]:
                   for file in sorted(inside)}
     seen: set[bytes] = set()
     kept = []
-    with ProcessPoolExecutor(processes, get_context("forkserver")) as pool:
+    # Not by a server of processes: a program has but one, which is there for tasks.
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         bar = progress(len(paths), "reading documentation", "file")
         for strings in pool.map(_paragraphs, paths, chunksize=64):
             for parts in strings:
