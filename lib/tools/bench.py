@@ -1,16 +1,19 @@
 """Speed, as ratios within one process: ``make bench`` writes build/bench.json.
 
-The file is a record like those of the notebooks. Ratios are medians over pairs of rounds that
+The file is a record like those of the notebooks. A run that was stopped goes on with the stage that
+it was in. Ratios are medians over pairs of rounds that
 follow each other (A B A B), with the bootstrap interval of the median. The targets stand in
 ``lablog.speed_page``, which draws the book's page from the record.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 from lablog import layout
-from lablog.record import Metric
+from lablog.keys import key
+from lablog.record import Metric, Record
 from lablog.report import format_metric
 from lablog.run import Run
 from lablog.speed_page import TARGETS
@@ -40,12 +43,22 @@ def told(metric: Metric) -> str:
 def main() -> int:
     """Measure everything, write the record and print it."""
     folder = layout.built()
-    run = Run("bench", "bench", folder, folder / "bench", {})
+    finished = folder / "bench" / "finished"
+    parts = []
     for name, measure in STAGES.items():
-        with run.stage(name):
-            measure(run)
-    record = run.record()
+        path = finished / f"{name}-{key(measure)}.json"
+        if not path.is_file():
+            run = Run("bench", "bench", folder, folder / "bench", {})
+            with run.stage(name):
+                measure(run)
+            run.record().write(path)
+        parts.append(Record.read(path))
+    record = parts[-1].model_copy(update={
+        "seconds": sum(part.seconds for part in parts),
+        "stages": tuple(stage for part in parts for stage in part.stages),
+        "metrics": tuple(metric for part in parts for metric in part.metrics)})
     record.write(layout.benchmark())
+    shutil.rmtree(finished)
     for metric in record.metrics:
         print(told(metric))
     return 0

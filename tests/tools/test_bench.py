@@ -8,7 +8,7 @@ from tiny_gguf import write_tiny
 
 from lablog.claims import load_claims
 from lablog.profiles import load
-from lablog.record import Metric
+from lablog.record import Metric, Record
 from lablog.run import Run
 from lablog.speed_page import TARGETS
 from tools import bench, bench_cvfp, bench_pretrained, bench_qlora
@@ -19,6 +19,35 @@ def test_a_line_shows_value_and_target():
     assert bench.told(metric) == "arianna.packing.mb_per_s: 7.5 MB/s (target: at least 5)"
     other = Metric(name="arianna.train.f32.tokens_per_s", value=7.5, unit="tokens/s")
     assert bench.told(other) == "arianna.train.f32.tokens_per_s: 7.5 tokens/s"
+
+
+def test_a_stopped_run_goes_on_with_the_stage_that_it_was_in(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    made = []
+
+    def first(run: Run) -> None:
+        made.append("first")
+        run.metric("native.first", len(made), "count")
+
+    def second(run: Run) -> None:
+        made.append("second")
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        run.metric("scale.second", len(made), "count")
+
+    monkeypatch.setattr(bench, "STAGES", {"one": first, "two": second})
+    monkeypatch.setattr("lablog.layout.built", lambda *names: tmp_path.joinpath(*names))
+    with pytest.raises(KeyboardInterrupt):
+        bench.main()
+    assert not (tmp_path / "bench.json").exists()
+    assert bench.main() == 0
+    assert made == ["first", "second", "second"]
+    record = Record.read(tmp_path / "bench.json")
+    assert [(metric.name, metric.value) for metric in record.metrics] == [
+        ("native.first", 1), ("scale.second", 3)]
+    assert [stage.name for stage in record.stages] == ["one", "two"]
+    bench.main()  # a finished run is measured anew
+    assert made[3:] == ["first", "second"]
 
 
 def test_targets_stand_in_one_file():
