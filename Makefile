@@ -135,7 +135,7 @@ lab: setup ## JupyterLab with the notebooks as paired .ipynb
 test: setup test-native ## everything that can be checked: style, types, native, library, notebooks, book
 	@$(ENV)/bin/ruff check .
 	@$(ENV)/bin/mypy
-	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-native: setup ## the C++ tests against the unpatched library
 	@$(NATIVE) build-tests.log -DLABLOG_TESTS=ON

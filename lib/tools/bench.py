@@ -1,9 +1,9 @@
 """Speed, as ratios within one process: ``make bench`` writes build/bench.json.
 
 The file is a record like those of the notebooks. A run that was stopped goes on with the stage that
-it was in. Ratios are medians over pairs of rounds that
-follow each other (A B A B), with the bootstrap interval of the median. The targets stand in
-``lablog.speed_page``, which draws the book's page from the record.
+it was in. Ratios are medians over pairs of rounds that follow each other (A B A B), with the
+bootstrap interval of the median. The targets stand in ``lablog.speed_page``, which draws the book's
+page from the record.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def main() -> int:
         parts.append(Record.read(path))
     record = parts[-1].model_copy(update={
         "seconds": sum(part.seconds for part in parts),
+        "peak_memory_bytes": max(part.peak_memory_bytes or 0 for part in parts),
         "stages": tuple(stage for part in parts for stage in part.stages),
         "metrics": tuple(metric for part in parts for metric in part.metrics)})
     record.write(layout.benchmark())

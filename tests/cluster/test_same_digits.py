@@ -5,18 +5,23 @@ import subprocess
 import sys
 
 from lablog.files import repository
+from lablog.profiles import load
 from lablog.record import Record
 from lablog.runner import difference, figure_differences
 
 NAME = "02_lambda_calibration"
+SETTING = "02.seeds=[1, 2]"  # as it is: results in a folder of their own, beside other tests
 
 
 def test_a_chapter_on_two_workers_leaves_the_record_of_one_machine(two):
     root = repository()
-    here, there = root / "build" / "smoke", root / "build" / "smoke-elsewhere"
-    shutil.rmtree(there, ignore_errors=True)
+    here = root / "build" / load("smoke", [SETTING]).name
+    there = here.with_name(f"{here.name}-elsewhere")
+    for folder in (here, there):
+        shutil.rmtree(folder, ignore_errors=True)
     runner = [sys.executable, "-m", "lablog.runner"]
-    for command in (["plan", "--profile", "smoke", "--", "02"], ["run", str(here), NAME]):
+    for command in (["plan", "--profile", "smoke", "--set", SETTING, "--", "02"],
+                    ["run", str(here), NAME]):
         subprocess.run([*runner, *command], cwd=root, check=True, capture_output=True)
     shutil.copytree(here / "parameters", there / "parameters")
     (there / "artifacts").mkdir()
@@ -31,4 +36,5 @@ def test_a_chapter_on_two_workers_leaves_the_record_of_one_machine(two):
     assert len(places) == 2
     assert all("tcp://127.0.0.1" in place for place in places)
     assert {place.kind for place in other.tasks} == {"sweep", "calibration"}
-    shutil.rmtree(there)
+    for folder in (here, there):
+        shutil.rmtree(folder)

@@ -24,9 +24,9 @@ from lablog.determinism import seed_everything
 
 THREADS = "OMP_NUM_THREADS"
 """What numerical libraries read that are loaded later; those that are loaded already are told."""
-
-
 TASK = "a task of lablog"
+"""What tasks' processes are called."""
+
 _prepared = spawn.get_preparation_data
 
 
