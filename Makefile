@@ -92,8 +92,7 @@ ifdef PLAN
 include $(PLAN)
 endif
 _results: $(RECORDS)
-	@$(PY) -m lablog.runner book $(ARGUMENTS)
-	@$(PY) -m lablog.runner summary $(ARGUMENTS)
+	@$(PY) -m lablog.runner results $(ARGUMENTS)
 
 why: ## say for each notebook whether it would run, and because of what
 	@$(PY) -m lablog.runner why $(ARGUMENTS)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from lablog import layout
+from lablog.determinism import seed_everything
 from lablog.models import convert
 from lablog.models.evaluation import answers, comparison_accuracy, recall_accuracy
 from lablog.models.offline import Recipe, offline_model, recipe
@@ -320,3 +321,12 @@ def test_conversion_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match=r"exit status 1\):\nno such architecture"):
         convert.to_gguf(tmp_path, tmp_path / "model.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["build", "config.json"]
+
+
+def test_a_seeded_run_does_not_fill_the_memory_that_it_will_write(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1000).isnan().all()
+    seed_everything(1)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.empty(1000).isnan().all()

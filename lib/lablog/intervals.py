@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import scipy  # whose parts are loaded when they are used
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
     """Wilson score interval of a proportion (E. B. Wilson, JASA 22, 1927)."""
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"successes = {successes} of trials = {trials}: need 0 <= k <= n, n > 0")
-    result = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
+    result = scipy.stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
     return Interval(float(result.low), float(result.high), "Wilson score", level)
 
 
@@ -41,7 +41,7 @@ def t_interval(values: Sequence[float], units: str = "seeds", level: float = 0.9
         raise ValueError(f"{len(values)} value(s): an interval over {units} needs at least two "
                          f"{units}")
     array = np.asarray([math.log(value) for value in values] if log else values, dtype=float)
-    half = float(stats.t.ppf((1 + level) / 2, len(array) - 1) * stats.sem(array))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, len(array) - 1) * scipy.stats.sem(array))
     centre, method = float(array.mean()), f"t over {len(array)} {units}"
     low, high = centre - half, centre + half
     if log:
@@ -118,7 +118,8 @@ def hierarchical(values: ArrayLike, *, share: bool = False, draws: int = 10_000,
     by_item = array.reshape(units, items) @ _item_counts(items, draws, seed).T / items
     means = np.einsum("du,ud->d", _unit_weights(tuple(outer.values()), draws, seed), by_item)
     count = units if outer else items
-    tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf((1 - level) / 2, count - 1))
+    quantile = scipy.stats.t.ppf((1 - level) / 2, count - 1)
+    tail = scipy.stats.norm.cdf(math.sqrt(count / (count - 1)) * quantile)
     low, high = (float(end) for end in np.quantile(means, [tail, 1 - tail]))
     within = [f"{size} {name}" for name, size in outer.items()]
     over = " of ".join(within[::-1]), f"{items} items" if items > 1 else ""
@@ -132,7 +133,7 @@ def hierarchical(values: ArrayLike, *, share: bool = False, draws: int = 10_000,
 
 def _score(share: float, trials: int, level: float) -> Interval:
     """Wilson's interval of a share, which need not be a whole number of `trials`."""
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = float(scipy.stats.norm.ppf((1 + level) / 2))
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials
                                                + z**2 / (4 * trials**2))

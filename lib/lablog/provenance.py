@@ -181,7 +181,8 @@ def _imports(path: Path) -> frozenset[Path]:
     return frozenset(found)
 
 
-def _data_named_in(path: Path) -> set[Path]:
+@cache
+def _data_named_in(path: Path) -> frozenset[Path]:
     """Files of ``data/`` whose name stands in a string of the source."""
     folder = repository() / "data"
     strings = (
@@ -189,11 +190,11 @@ def _data_named_in(path: Path) -> set[Path]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
-    return {
+    return frozenset(
         folder / text
         for text in strings
         if re.fullmatch(r"[\w.-]{1,100}", text) and (folder / text).is_file()
-    }
+    )
 
 
 def source_dependencies(notebook: Path) -> list[Path]:

@@ -206,9 +206,10 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def plan(profile: profiles.Profile, names: Sequence[str]) -> str:
-    """Write parameter files and return the rules that Make includes (paths from the root)."""
+    """Write parameter files and return the rules that Make includes (paths from the root), behind a
+    line that names the folder of results."""
     root, folder = repository(), layout.results(profile.name)
-    lines = []
+    lines = [f"FOLDER := {profile.name}"]
     pins = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     write_if_changed(folder / "parameters" / PINS, "\n".join(pins) + "\n")
     for notebook in _chosen(names):
@@ -324,10 +325,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("plan", "write parameters and print Make's rules"),
                        ("why", "say what would run and because of what"),
-                       ("summary", "say what the last results say of the logs' claims"),
+                       ("results", "build the book, and say what the results say of the claims"),
                        ("verify", "run twice and compare the records"),
-                       ("book", "build the book from the results at hand"),
-                       ("name", "print the folder that results go to")):
+                       ("book", "build the book from the results at hand")):
         command = commands.add_parser(name, help=text)
         command.add_argument("--profile", default="laptop", help="name, or path of a YAML file")
         command.add_argument("--set", nargs="*", default=[], metavar="[NN.]NAME=VALUE",
@@ -354,13 +354,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match options.command:
             case "verify":
                 return verify(profile, options.notebooks)
-            case "name":
-                print(profile.name)
             case "book":
                 return _book(layout.results(profile.name))
+            case "results":
+                if failed := _book(layout.results(profile.name)):
+                    return failed
+                print(summary(profile, options.notebooks))
             case command:
-                tell = {"plan": plan, "why": why, "summary": summary}[command]
-                print(tell(profile, options.notebooks))
+                print({"plan": plan, "why": why}[command](profile, options.notebooks))
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
     except (ValueError, OSError) as error:  # each names the file and the remedy

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 
-def runner(python: str, command: str, arguments: list[str]) -> str:
-    """What a command of the runner prints; exits with its code when it fails."""
-    done = subprocess.run([python, "-m", "lablog.runner", command, *arguments],
+def planned(python: str, arguments: list[str]) -> str:
+    """The runner's plan; exits with its code when it fails."""
+    done = subprocess.run([python, "-m", "lablog.runner", "plan", *arguments],
                           stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
@@ -33,8 +33,9 @@ def main() -> int:
         return 0
     plan = Path("build", f".plan.{os.getpid()}.mk")
     try:
-        plan.write_text(runner(python, "plan", arguments))
-        folder = runner(python, "name", arguments).strip()
+        rules = planned(python, arguments)
+        plan.write_text(rules)
+        folder = rules.splitlines()[0].removeprefix("FOLDER := ")
         exclusive = str(Path(__file__).with_name("exclusive.py"))
         # Make's own descriptors, by which it shares its jobs, stay open.
         process = subprocess.Popen(

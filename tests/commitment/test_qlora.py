@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -476,6 +477,45 @@ def test_a_killed_run_resumes_to_the_same_bits(folder, tokenizer, tmp_path, fini
     expected, found = weights(finished), weights(output)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_bf16_copies_no_input_of_an_adapter_and_gives_the_same_bits(
+    folder, tokenizer, tmp_path, monkeypatch
+):
+    read = set()
+    training = TRAINING.model_copy(update={"steps": 3, "precision": "bf16"})
+    plan = WITH_CELLS.model_copy(update={"training": training})
+
+    def trained(name: str) -> dict[str, torch.Tensor]:
+        data = conversations(tokenizer, 6)
+        return weights(qlora.train_commitment(folder, data, plan, tmp_path / name, "data"))
+
+    def watched(model, *rest):
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_pre_hook(lambda _, inputs: read.add(inputs[0].dtype))
+        return model
+
+    made = qlora.committed_model
+    monkeypatch.setattr(qlora, "committed_model", lambda *given: watched(made(*given)))
+    without = trained("without")
+    assert read == {torch.bfloat16}
+    read.clear()
+    monkeypatch.setattr(qlora, "disable_input_dtype_casting", lambda *_, **__: nullcontext())
+    copied = trained("copied")
+    assert read == {torch.float32}
+    assert all(torch.equal(copied[name], without[name]) for name in without)
+
+
+def test_attention_is_step_by_step_where_that_is_faster_and_computes_the_same(folder, tokenizer):
+    one = qlora.load_base(folder, "none", "bf16")
+    assert one.config._attn_implementation == "eager"
+    fused = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,
+                                             attn_implementation="sdpa")
+    ids = batch(tokenizer)["input_ids"]
+    with torch.inference_mode():
+        torch.testing.assert_close(one(ids).logits, fused(ids).logits, atol=0.1, rtol=0.05)
+    assert qlora.load_base(folder, "none", "f32").config._attn_implementation == "sdpa"
 
 
 LAUNCHED = """
