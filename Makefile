@@ -39,7 +39,7 @@ ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 TOOL         := python3 lib/tools
 NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 
-.PHONY: help setup lock lab reproduce test book pdf bench verify why claims compare notes publish clean distclean \
+.PHONY: help setup lock lab reproduce test book pdf bench torture verify why claims compare notes publish clean distclean \
         cluster worker certificates test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -148,6 +148,9 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@PYTHONPATH=lib $(PY) -m tools.bench
+
+torture: setup ## damaged files by the thousand (HOURS=0.1 SEED=0): build/torture.json
+	@PYTHONPATH=lib:tests $(PY) -m torture $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED))
 
 publish: ## copy this profile's records and the README's figures into book/records/
 	@PYTHONPATH=lib $(PY) -m tools.publish $(ARGUMENTS)

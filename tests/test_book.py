@@ -145,7 +145,7 @@ def test_the_page_of_speed_shows_every_measure_its_target_and_the_picture(
 ):
     html = made[1]
     text = (html / "speed.html").read_text()
-    record = speed_page.latest()
+    record = book.latest(layout.benchmark())
     for metric in record.metrics:
         assert metric.name in text
     assert record.source.commit[:10] in text
@@ -154,7 +154,7 @@ def test_the_page_of_speed_shows_every_measure_its_target_and_the_picture(
 
 
 def test_the_picture_of_speed_has_a_bar_for_each_mode():
-    record = speed_page.latest()
+    record = book.latest(layout.benchmark())
     modes = {f"arianna.{work}.{mode}.tokens_per_s": value for work, mode, value in (
         ("train", "f32", 2000.0), ("train", "bf16_compiled", 4000.0), ("generate", "pytorch", 100.0)
     )}
@@ -258,16 +258,16 @@ def test_every_claim_is_in_the_book_and_leads_to_its_record(made: tuple[Path, Pa
 def test_a_clones_own_speed_is_shown_before_the_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    published = speed_page.latest()
-    for module in (speed_page, layout):
+    published = book.latest(layout.benchmark())
+    for module in (book, layout):
         monkeypatch.setattr(module, "repository", lambda: tmp_path)
-    assert speed_page.latest() is None
+    assert book.latest(layout.benchmark()) is None
     assert "Nothing has been measured" in speed_page.page(None, tmp_path)
     for place, seconds in (("book/records", 1.0), ("build", 2.0)):
         record = published.model_copy(update={"seconds": seconds})
         (tmp_path / place).mkdir(parents=True)
         record.write(tmp_path / place / "bench.json")
-        assert speed_page.latest().seconds == seconds
+        assert book.latest(layout.benchmark()).seconds == seconds
 
 
 def test_a_chapter_links_its_record_its_notebook_and_the_data_of_its_figures(

@@ -251,7 +251,7 @@ def test_a_missing_or_unreadable_settings_file_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         load_settings(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("topics: [")
-    with pytest.raises(ValueError, match=r"broken\.yaml: not readable as YAML"):
+    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
         load_settings(tmp_path / "broken.yaml")
 
 

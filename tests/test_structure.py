@@ -132,7 +132,7 @@ def test_the_library_touches_no_environment_variable_but_the_listed_ones():
 def test_the_library_names_no_folder_of_readers():
     """The library does not read notebooks or the book to compute; those who do are listed."""
     for path in LIBRARY:
-        if relative(path) in ("profiles.py", "book.py", "claims.py", "speed_page.py"):
+        if relative(path) in ("profiles.py", "book.py", "claims.py"):
             continue
         strings = {n.value for n in ast.walk(ast.parse(path.read_text()))
                    if isinstance(n, ast.Constant) and isinstance(n.value, str)}

@@ -27,6 +27,7 @@ from lablog import (
     model_list,
     speed_page,
     times_page,
+    torture_page,
 )
 from lablog.chapter_page import BookError
 from lablog.files import atomic_write, repository, sha256_of
@@ -96,6 +97,14 @@ def cite(text: str, records: Mapping[str, Mapping[str, Record]]) -> str:
     return told
 
 
+def latest(built: Path) -> Record | None:
+    """What this clone has measured in `built`, else what was published of it, else none."""
+    for path in (built, repository() / "book" / "records" / built.name):
+        if path.is_file():
+            return Record.read(path)
+    return None
+
+
 def models_page() -> str:
     """The models of others that a profile may use, from ``data/models.yaml`` (Markdown)."""
     parts = ["# Models of others\n\nThe default profile trains its own models. These are fetched "
@@ -133,7 +142,7 @@ def _inputs(folder: Path) -> str:
     results = [path for kind in ("records", "notebooks", "figures")
                for path in (folder / kind).rglob("*") if path.is_file()]
     own = [root / "pyproject.toml", *source_dependencies(Path(__file__))]
-    bench = [path for path in [layout.benchmark()] if path.is_file()]
+    bench = [path for path in (layout.benchmark(), layout.torture()) if path.is_file()]
     ours = sha256_of([*pages, *own, *bench], root)
     return f"{ours} {sha256_of(results, folder)}\n"
 
@@ -188,7 +197,10 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     (source / "times.md").write_text(times_page.page(records, published))
     (source / "claims.md").write_text(claims_page.page(
         claims.ledger(published), source, {record.notebook for record in records}))
-    (source / "speed.md").write_text(speed_page.page(speed_page.latest(), source))
+    tried = source / "tried.md"
+    if tried.is_file():
+        tried.write_text(torture_page.page(tried.read_text(), latest(layout.torture())))
+    (source / "speed.md").write_text(speed_page.page(latest(layout.benchmark()), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)
     for path in (source / "notebooks").glob("*.ipynb"):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lablog import layout
-from lablog.files import data_file, repository
+from lablog.files import data_file, parsing, repository
 from lablog.record import Metric, Record
 from lablog.report import format_metric
 from lablog.strict import Strict, validated
@@ -174,7 +174,8 @@ class Judged:
 def load_claims(path: Path | None = None) -> list[Claim]:
     """All claims, in order. ValueError names the row and the column that is wrong."""
     path = path or data_file("claims.csv")
-    with path.open(newline="", encoding="utf-8") as file:
+    with (parsing(path, "a table of claims", csv.Error),
+          path.open(newline="", encoding="utf-8") as file):
         rows = [validated(Claim, row, f"{path.name}, row {number}")
                 for number, row in enumerate(csv.DictReader(file), 2)]
     known = [row.id for row in rows]

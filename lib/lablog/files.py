@@ -70,6 +70,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def parsing(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise ValueError naming `path`, where its content is found not to be `what`.
+
+    For parsers, which say what they met but not in which file: ValueError (of UTF-8 and of JSON
+    too), nesting that is too deep, and `errors`.
+    """
+    wrong: tuple[type[Exception], ...] = (ValueError, RecursionError, *errors)
+    try:
+        yield
+    except wrong as error:
+        if str(path) in str(error) and isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{path} is not {what}: {error}") from error
+
+
 def write_if_changed(path: Path, content: str) -> bool:
     """Write `content` atomically unless `path` holds it already, so that Make sees real changes."""
     if path.is_file() and path.read_text() == content:

@@ -43,6 +43,11 @@ def benchmark() -> Path:
     return built("bench.json")
 
 
+def torture() -> Path:
+    """What `make torture` has tried on this machine."""
+    return built("torture.json")
+
+
 def cache() -> Path:
     """Models that the commands have converted for themselves."""
     return built("cache")

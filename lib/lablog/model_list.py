@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from annotated_types import Len
 from pydantic import Field
 
 from lablog.files import data_file
 from lablog.strict import Strict, validated
+from lablog.yaml_file import read_yaml
 
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -47,5 +47,5 @@ class Packages(Strict):
 def listed(path: Path | None = None) -> dict[str, Package]:
     """The packages that may be named; by default those of ``data/models.yaml``."""
     path = path or data_file("models.yaml")
-    entries = validated(Packages, {"models": yaml.safe_load(path.read_text())}, str(path)).models
+    entries = validated(Packages, {"models": read_yaml(path)}, str(path)).models
     return {entry.package: entry for entry in entries}

@@ -20,6 +20,7 @@ import yaml
 from pydantic import ConfigDict, ValidationError, create_model
 
 from lablog.files import repository
+from lablog.yaml_file import parse_yaml, read_yaml
 
 RESERVED = ("extends", "all")
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
@@ -153,9 +154,9 @@ def _read(source: str, seen: tuple[Path, ...] = ()) -> tuple[str, dict[str, Any]
     if path in seen:
         raise ProfileError(f"{path} extends itself")
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path} is not valid YAML: {error}") from None
+        content = read_yaml(path) or {}
+    except ValueError as error:
+        raise ProfileError(str(error)) from None
     if not isinstance(content, dict):
         raise ProfileError(f"{path} holds a {type(content).__name__}; expected `notebook: {{...}}`")
     base = content.pop("extends", None)
@@ -178,8 +179,8 @@ def _parse_override(text: str) -> tuple[str | None, str, Any]:
         raise ProfileError(f"override {text!r} is not of the form [NOTEBOOK.]PARAMETER=VALUE")
     prefix, _, name = target.rpartition(".")
     try:
-        content = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        content = parse_yaml(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ProfileError(f"override {text!r} is not valid YAML: {error}") from None
     if not prefix:
         return None, name, content

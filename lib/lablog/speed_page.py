@@ -8,8 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lablog import figures, layout
-from lablog.files import repository
+from lablog import figures
 from lablog.record import Record
 from lablog.report import format_metric
 
@@ -31,14 +30,6 @@ TARGETS = {
 }
 TITLES = {"native": "llama.cpp with a commitment", "qlora": "Training the commitment",
           "cvfp": "CVFP", "arianna": "Arianna", "scale": "Many workers"}
-
-
-def latest() -> Record | None:
-    """What this clone has measured, else what was published, else none."""
-    for path in (layout.benchmark(), repository() / "book" / "records" / "bench.json"):
-        if path.is_file():
-            return Record.read(path)
-    return None
 
 
 def rates(record: Record) -> tuple[Figure, pd.DataFrame]:

@@ -8,14 +8,11 @@ page from the record.
 
 from __future__ import annotations
 
-import shutil
 import sys
 
 from lablog import layout
-from lablog.keys import key
-from lablog.record import Metric, Record
+from lablog.record import Metric
 from lablog.report import format_metric
-from lablog.run import Run
 from lablog.speed_page import TARGETS
 from tools import (
     bench_arianna,
@@ -25,6 +22,7 @@ from tools import (
     bench_qlora,
     bench_scale,
 )
+from tools.stages import in_stages
 
 STAGES = {
     "native_build": bench_native.build, "native_decode": bench_native.decode,
@@ -42,24 +40,7 @@ def told(metric: Metric) -> str:
 
 def main() -> int:
     """Measure everything, write the record and print it."""
-    folder = layout.built()
-    finished = folder / "bench" / "finished"
-    parts = []
-    for name, measure in STAGES.items():
-        path = finished / f"{name}-{key(measure)}.json"
-        if not path.is_file():
-            run = Run("bench", "bench", folder, folder / "bench", {})
-            with run.stage(name):
-                measure(run)
-            run.record().write(path)
-        parts.append(Record.read(path))
-    record = parts[-1].model_copy(update={
-        "seconds": sum(part.seconds for part in parts),
-        "peak_memory_bytes": max(part.peak_memory_bytes or 0 for part in parts),
-        "stages": tuple(stage for part in parts for stage in part.stages),
-        "metrics": tuple(metric for part in parts for metric in part.metrics)})
-    record.write(layout.benchmark())
-    shutil.rmtree(finished)
+    record = in_stages("bench", STAGES, layout.benchmark())
     for metric in record.metrics:
         print(told(metric))
     return 0

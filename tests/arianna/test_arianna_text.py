@@ -108,9 +108,9 @@ def test_shards_hold_every_document_and_are_made_once(
     assert stream.read(0, len(stream)).tolist() == expected
     assert stream.read(995, 2010).tolist() == expected[995:3005]
     manifest = stream.manifest
-    assert len(manifest["shards"]) == -(-len(expected) // 1000)
-    assert (manifest["documents"], manifest["tokens"]) == (len(documents), len(expected))
-    assert manifest["bytes"] == sum(len(text.encode()) for text in documents)
+    assert len(manifest.shards) == -(-len(expected) // 1000)
+    assert (manifest.documents, manifest.tokens) == (len(documents), len(expected))
+    assert manifest.bytes == sum(len(text.encode()) for text in documents)
     stamp = (tmp_path / "corpus" / "manifest.json").stat().st_mtime_ns
     assert packing.pack(documents, tokenizer, tmp_path / "corpus", shard=1000).key == stream.key
     assert (tmp_path / "corpus" / "manifest.json").stat().st_mtime_ns == stamp

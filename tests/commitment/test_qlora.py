@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import in_two_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -516,6 +517,17 @@ def test_attention_is_step_by_step_where_that_is_faster_and_computes_the_same(fo
     with torch.inference_mode():
         torch.testing.assert_close(one(ids).logits, fused(ids).logits, atol=0.1, rtol=0.05)
     assert qlora.load_base(folder, "none", "f32").config._attn_implementation == "sdpa"
+
+
+def test_a_model_without_some_of_its_weights_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.other"] = tensors.pop("model.norm.weight")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model has other weights than its config\.json says: "
+                                         r"model\.norm\.other, model\.norm\.weight"):
+        qlora.load_base(tmp_path / "model", "none", "f32")
 
 
 LAUNCHED = """

@@ -92,7 +92,7 @@ def load_dialogues(path: Path, all_turns: bool = False) -> list[Dialogue]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             exchanges = _exchanges(line.decode("utf-8"))
-        except ValueError as error:  # of JSON and UTF-8 too
+        except (ValueError, RecursionError) as error:  # of JSON and UTF-8 too
             raise ValueError(f"{path}, line {number}: {error}") from error
         longer += len(exchanges) > 1
         dialogues.append(Dialogue(tuple(exchanges if all_turns else exchanges[:1])))

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dask_jobqueue
-import yaml
 from dask.utils import parse_bytes
 from pydantic import Field, ValidationError
 
 from lablog.cluster.addresses import is_loopback, with_certificates
 from lablog.strict import Strict
+from lablog.yaml_file import read_yaml
 
 CLASSES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
 
@@ -49,9 +49,9 @@ def read_jobs(path: Path) -> Jobs:
         raise FileNotFoundError(f"CLUSTER = {path} is missing: write it (the page on clusters has "
                                 "one to begin with), or name an address")
     try:
-        found = yaml.load(path.read_text(), yaml.BaseLoader)  # 24:00:00 is no number
+        found = read_yaml(path, typed=False)  # 24:00:00 is no number
         return Jobs.model_validate(found, strict=False)
-    except (yaml.YAMLError, ValidationError) as error:
+    except ValidationError as error:
         raise ValueError(f"{path} does not describe jobs: {error}") from error
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.helpers import disable_input_dtype_casting
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -45,7 +47,7 @@ from lablog.commitment.posterior import (
 )
 from lablog.commitment.rendering import Chat
 from lablog.commitment.torch_injection import injected
-from lablog.files import sha256_of
+from lablog.files import parsing, sha256_of
 from lablog.keys import key
 from lablog.models.trainer import GuardedTrainer
 from lablog.models.training import TrainingSettings, model_hash, train_to_folder
@@ -141,11 +143,20 @@ def load_base(folder: Path, quantisation: Quantisation, precision: Literal["f32"
             bnb_4bit_compute_dtype=dtype,
         )
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=None if cpu else "auto", use_safetensors=True,
-        attn_implementation="eager" if cpu and precision == "bf16" else "sdpa", **options
-    )
-    return model.requires_grad_(False)
+    with parsing(folder, "a model that can be loaded", SafetensorError, RuntimeError, KeyError,
+                 TypeError, StrictDataclassError):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=None if cpu else "auto", use_safetensors=True,
+            attn_implementation="eager" if cpu and precision == "bf16" else "sdpa",
+            output_loading_info=True, **options
+        )
+        model, found = loaded
+        # Transformers would give weights that are not there random values, and say so in a log.
+        if wrong := sorted(found["missing_keys"] | found["unexpected_keys"]):
+            raise ValueError(f"{folder} has other weights than its config.json says: "
+                             f"{', '.join(wrong[:3])}")
+    network: PreTrainedModel = model.requires_grad_(False)
+    return network
 
 
 class CommittedModel(nn.Module):

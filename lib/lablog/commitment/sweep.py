@@ -218,7 +218,7 @@ def sweep(tasks: Tasks, engine: Engine, configurations: Sequence[Task], conditio
     def as_task(row: Mapping[str, Any]) -> Task:
         return Task(*(row[one.name] for one in fields(Task)))
 
-    done = {identity(as_task(row)): row for row in _journalled(journal)}
+    done = {identity(as_task(row)): row for row in journalled(journal)}
     missing = list({identity(task): task for task in configurations
                     if identity(task) not in done}.values())
     size = BLOCK if engine.small else 1
@@ -239,13 +239,16 @@ def sweep(tasks: Tasks, engine: Engine, configurations: Sequence[Task], conditio
     ])
 
 
-def _journalled(journal: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in journal.read_text().splitlines() if journal.is_file() else ():
+def journalled(journal: Path) -> list[dict[str, Any]]:
+    """The whole rows that a sweep has kept: a kill may have cut one off."""
+    rows, names = [], {one.name for one in fields(Task)}
+    for line in journal.read_bytes().splitlines() if journal.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the line that a kill cut off
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # the line that a kill cut off
             continue
+        if isinstance(row, dict) and names <= row.keys():
+            rows.append(row)
     return rows
 
 

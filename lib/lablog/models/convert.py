@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from lablog import layout
-from lablog.models.llama_cpp import EngineError, bindings, check_gguf
+from lablog.models.gguf_file import check_gguf
+from lablog.models.llama_cpp import EngineError, bindings
 
 
 def native_tree() -> Path:

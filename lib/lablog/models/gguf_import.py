@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 from lablog.files import atomic_folder
-from lablog.models.llama_cpp import check_gguf
+from lablog.models.gguf_file import open_gguf
 from lablog.provenance import available_memory_bytes
 from lablog.text.bpe import byte_level
 
@@ -33,7 +32,7 @@ def to_hugging_face(source: Path, folder: Path) -> Path:
     Raises ValueError for another architecture or tokenizer than can be read exactly, and
     MemoryError where the dequantised weights do not fit.
     """
-    reader = gguf.GGUFReader(check_gguf(source))
+    reader = open_gguf(source)
     fields = dict(reader.fields.items())
     kind = fields["general.architecture"].contents()
     if kind != "llama":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lablog import layout
+from lablog.models.gguf_file import check_gguf
 from lablog.models.sampling import chosen_tokens
 
 Tokens = Sequence[int]
@@ -77,23 +77,6 @@ def _last_errors() -> str:
     lines = "; ".join(_log_lines[-3:])
     _log_lines.clear()
     return lines or "no reason given"
-
-
-def check_gguf(path: Path) -> Path:
-    """Refuse what is not a whole-looking GGUF file, before llama.cpp reads it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file {path}: check the `model` parameter")
-    with path.open("rb") as file:
-        head = file.read(8)
-    if len(head) < 8 or head[:4] != b"GGUF":
-        raise ValueError(
-            f"{path} is not a GGUF file (it starts with {head[:4]!r}); convert a Hugging Face "
-            "folder by naming the folder, or a llama2.c file by naming the .bin"
-        )
-    version = struct.unpack("<I", head[4:])[0]
-    if version not in (2, 3):
-        raise ValueError(f"{path} is GGUF version {version}; this llama.cpp reads 2 and 3")
-    return path
 
 
 @dataclass(frozen=True)

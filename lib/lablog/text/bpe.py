@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from lablog.models.gguf_file import open_gguf
 
 CONTROL, USER_DEFINED = 3, 4  # GGUF's types of a token that is no text, and of one added to BPE
 PRE_TOKENIZERS: dict[str, list[Any]] = {
@@ -51,16 +52,7 @@ class GGUFTokenizer:
 
     def __init__(self, path: Path) -> None:
         """Load `path`; FileNotFoundError or ValueError say what is wrong with it."""
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: expected a GGUF file with a vocabulary (llama.cpp's source "
-                "tree has GPT-2's)"
-            )
-        try:
-            fields = gguf.GGUFReader(path).fields
-        except ValueError as error:
-            raise ValueError(f"{path} is not a GGUF file: {error}") from error
-        self._engine = byte_level(path, fields)
+        self._engine = byte_level(path, open_gguf(path).fields)
 
     def __len__(self) -> int:
         """Number of token ids."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from lablog.files import sha256_of
+from lablog.files import parsing, sha256_of
 from lablog.text.tokenizer import Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -26,7 +26,9 @@ class ChatTokenizer:
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder} holds no tokenizer.json")
         self.folder = folder
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # The Rust library raises bare Exception for what it cannot read.
+        with parsing(folder / "tokenizer.json", "a tokenizer that can be read", Exception):
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def __len__(self) -> int:
         """Number of token ids."""

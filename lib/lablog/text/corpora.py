@@ -93,7 +93,7 @@ def _chat(where: str, line: str) -> str:
     """A line of chats as plain text; ValueError names `where` it stands."""
     try:
         chat: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number may be too long, brackets too deep
         raise ValueError(f"{where} is not JSON: {error}") from error
     if isinstance(chat, dict):
         chat = next((chat[name] for name in CHAT_COLUMNS if name in chat), None)

@@ -27,12 +27,12 @@ from string import Formatter
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import yaml
 from annotated_types import Len
 from pydantic import Field, model_validator
 
 from lablog.files import data_file
 from lablog.strict import Strict, validated
+from lablog.yaml_file import read_yaml
 
 Speaker = Literal["S", "U", "A"]
 Kind = Literal["favourite", "unstated", "hidden", "compare"]
@@ -227,11 +227,7 @@ def _read_once() -> DialogueSettings:
 
 
 def _read(path: Path) -> DialogueSettings:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    return validated(DialogueSettings, data, str(path))
+    return validated(DialogueSettings, read_yaml(path), str(path))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from torch.utils.data import Dataset
 
-from lablog.files import atomic_folder, atomic_write, sha256
+from lablog.files import atomic_folder, atomic_write, parsing, sha256
 from lablog.keys import key
 from lablog.progress import progress
+from lablog.strict import Strict
 from lablog.text.datasets import Item
 from lablog.text.tokenizer import Tokenizer
 
+MANIFEST = "manifest.json"
 BATCH = 4096  # documents that are encoded together
 
 
@@ -49,24 +52,42 @@ def refuse_overlap(training: Iterable[str], held_out: Iterable[str]) -> None:
         )
 
 
+class Manifest(Strict):
+    """What `pack` says of a folder: `key` of what it was made of, shards' names and SHA-256."""
+
+    tokenizer: str
+    key: str
+    documents: int = Field(ge=1)
+    bytes: int = Field(ge=0)
+    tokens: int = Field(ge=1)
+    shards: dict[Annotated[str, Field(pattern=r"^\d+\.u16$")], str] = Field(min_length=1)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder; ValueError naming it if it is none."""
+        path = folder / MANIFEST
+        with parsing(path, f"a manifest of packed text: delete {folder} and pack again"):
+            return cls.model_validate_json(path.read_bytes())
+
+
 class Stream:
     """The tokens of a folder that :func:`pack` wrote."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         """Open `folder`; ValueError if a shard has changed or another tokenizer encoded it."""
         self.folder = folder
-        self.manifest = json.loads((folder / "manifest.json").read_text())
-        if self.manifest["tokenizer"] != tokenizer.hash:
+        self.manifest = Manifest.read(folder)
+        if self.manifest.tokenizer != tokenizer.hash:
             raise ValueError(
-                f"{folder} was encoded with tokenizer {self.manifest['tokenizer'][:12]}, not "
+                f"{folder} was encoded with tokenizer {self.manifest.tokenizer[:12]}, not "
                 f"{tokenizer.hash[:12]}: delete it and pack again"
             )
-        for name, expected in self.manifest["shards"].items():
+        for name, expected in self.manifest.shards.items():
             if sha256(folder / name) != expected:
                 raise ValueError(f"{folder / name} has changed: delete {folder} and pack again")
-        self.shards = [np.memmap(folder / name, "<u2", "r") for name in self.manifest["shards"]]
+        self.shards = [np.memmap(folder / name, "<u2", "r") for name in self.manifest.shards]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.key = sha256(folder / "manifest.json")
+        self.key = sha256(folder / MANIFEST)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -95,11 +116,8 @@ def pack(
         raise ValueError(f"{len(documents)} documents, {len(tokenizer)} token ids: cannot pack")
     made_of = key(pack, hashlib.sha256("\0".join(documents).encode()).hexdigest(),
                   tokenizer.hash, shard)
-    found = folder / "manifest.json"
-    if found.is_file():
-        held_already = json.loads(found.read_text())
-        if held_already.get("key") == made_of:
-            return Stream(folder, tokenizer)
+    if (folder / MANIFEST).is_file() and Manifest.read(folder).key == made_of:
+        return Stream(folder, tokenizer)
     with atomic_folder(folder) as scratch:
         held: list[NDArray[np.uint16]] = []
         shards: dict[str, str] = {}
@@ -124,12 +142,11 @@ def pack(
             bar.update(len(batch))
         bar.close()
         flush(0)
-        manifest = {
-            "tokenizer": tokenizer.hash, "key": made_of, "documents": len(documents),
-            "bytes": sum(len(document.encode()) for document in documents), "tokens": tokens,
-            "shards": shards,
-        }
-        atomic_write(scratch / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        manifest = Manifest(
+            tokenizer=tokenizer.hash, key=made_of, documents=len(documents),
+            bytes=sum(len(document.encode()) for document in documents), tokens=tokens,
+            shards=shards)
+        atomic_write(scratch / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return Stream(folder, tokenizer)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lablog.files import repository
 from lablog.models import hub
+from lablog.models.gguf_file import open_gguf
 
 EMBEDDING = "token_embd.weight"  # in GGUF
 
@@ -38,7 +39,7 @@ def gguf_embedding(path: Path) -> Tensor:
 
     Raises ValueError when the file holds none (a vocabulary alone).
     """
-    for tensor in gguf.GGUFReader(path).tensors:
+    for tensor in open_gguf(path).tensors:
         if tensor.name == EMBEDDING:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
             return torch.from_numpy(values.reshape(tuple(reversed(tensor.shape.tolist())))).float()
