@@ -174,8 +174,11 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
         if produced[kind].exists():
             _move(produced[kind], final[kind])
     os.utime(final["record"], (started.timestamp(), started.timestamp()))
-    for remains in (spec.folder / "failed").glob(f"{spec.notebook}.*"):
+    failed = spec.folder / "failed"
+    for remains in failed.glob(f"{spec.notebook}.*"):
         remains.unlink()
+    if failed.is_dir() and not any(failed.iterdir()):
+        failed.rmdir()
     return Outcome("ok", final["record"])
 
 

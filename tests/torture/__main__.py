@@ -1,14 +1,14 @@
 """``make torture``: tries by the thousand, for minutes or for HOURS, and says what fell.
 
-The record is build/torture.json; build/torture/fell.txt names the cases that fell, each of which is
-a function of its number and of the seed. A stopped run goes on with the part that it was in.
+The record is build/torture.json; each case that fell is named, and is a function of its number and
+of the seed. A stopped run goes on with the part that it was in.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,36 +18,55 @@ from lablog.progress import progress
 from lablog.provenance import source_state
 from lablog.run import Run
 from tools.stages import in_stages
-from torture import corrupt
+from torture import corrupt, faults
 from torture.readers import READERS
 
-CASES_AN_HOUR = 100_000
-"""Damaged files that two cores try in an hour, about; every reader is given as many."""
+FILES_AN_HOUR = 60_000
+"""Damaged files in an hour on two cores, about; every reader is given as many."""
+CALLS_AN_HOUR = 200
+"""Failing calls in an hour beside them."""
 
 
 def damaged(reader: str, cases: int, seed: int, fell: Path) -> Callable[[Run], None]:
     """The stage that gives damaged files to a reader; what falls is appended to `fell`."""
     def measure(run: Run) -> None:
+        print(f"damaged files: {reader}", flush=True)
         found = corrupt.tried(reader, cases, seed)
         falls = sum(map(len, found.fell.values()))
         for name, number in (("cases", found.cases), ("read", found.read),
                              ("refused", found.refused), ("fell", falls)):
-            run.metric(f"corrupt.{slug(reader)}.{name}", number, "files")
-        with fell.open("a") as file:
-            for how, which in sorted(found.fell.items()):
-                cases_of = ", ".join(map(str, which[:9]))
-                file.write(f"{reader}, seed {seed}: {how}: cases {cases_of}\n")
-        bar.update()
+            run.metric(f"corrupt.{corrupt.slug(reader)}.{name}", number, "files")
+        _told(fell, [f"{reader}: {how}: cases {', '.join(map(str, which[:9]))}"
+                     for how, which in sorted(found.fell.items())])
 
     return measure
 
 
-def slug(name: str) -> str:
-    """A reader's name as a part of a metric's."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+def refused_calls(count: int, seed: int, fell: Path) -> Callable[[Run], None]:
+    """The stage that lets `count` calls fail that change files, evenly over all of them."""
+    def measure(run: Run) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            clone = faults.Faults(Path(folder))
+            trials = []
+            number = clone.calls()
+            chosen = faults.chosen(number, count, seed)
+            bar = progress(len(chosen), "failing calls", "call")
+            for one in chosen:
+                trials.append(clone.trial(*one))
+                bar.update()
+            bar.close()
+        wrong = [trial for trial in trials if trial.fault]
+        run.metric("calls.whole", number, "calls")
+        run.metric("calls.cases", len(trials), "calls")
+        run.metric("calls.fell", len(wrong), "calls")
+        _told(fell, [f"{trial.what}: {trial.fault} ({trial})" for trial in wrong])
+
+    return measure
 
 
-bar = progress(len(READERS), "damaged files", "reader")
+def _told(fell: Path, lines: Sequence[str]) -> None:
+    with fell.open("a") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,18 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     fell = layout.built("torture", "fell.txt")
     fell.parent.mkdir(parents=True, exist_ok=True)
-    cases = max(int(CASES_AN_HOUR * options.hours / len(READERS)), 1)
+    cases = max(int(FILES_AN_HOUR * options.hours / len(READERS)), 1)
+    calls = max(int(CALLS_AN_HOUR * options.hours), 1)
     here = Path(__file__).parent
     record = in_stages(
-        "torture", {slug(name): damaged(name, cases, options.seed, fell) for name in READERS},
-        layout.torture(), seed=options.seed, cases=cases,
-        library=source_state().library_sha256, torture=sha256_of(here.glob("*.py"), here))
-    bar.close()
+        "torture",
+        {"calls": refused_calls(calls, options.seed, fell)}
+        | {corrupt.slug(name): damaged(name, cases, options.seed, fell) for name in READERS},
+        layout.torture(), seed=options.seed, hours=options.hours,
+        library=source_state().library_sha256, torture=sha256_of(here.glob("*.[pc]*"), here))
     lines = fell.read_text().splitlines() if fell.is_file() else []
     fell.unlink(missing_ok=True)
-    tried = sum(int(m.value or 0) for m in record.metrics if m.name.endswith(".cases"))
-    print("\n".join([*lines, f"{tried} damaged files for {len(READERS)} readers, kinds of fall: "
-                     f"{len(lines)}; record: build/torture.json"]))
+    files = sum(int(m.value or 0) for m in record.metrics
+                if m.name.startswith("corrupt.") and m.name.endswith(".cases"))
+    tried = int(record.metric("calls.cases").value or 0)
+    print("\n".join([*lines, f"{files} damaged files for {len(READERS)} readers, {tried} failing "
+                     f"calls; kinds of fall: {len(lines)}; record: build/torture.json"]))
     return 1 if lines else 0
 
 

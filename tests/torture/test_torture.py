@@ -1,6 +1,7 @@
 """``make torture`` as a whole: its record, what it says, and its page."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,7 @@ import torture.__main__ as torture
 from lablog import torture_page
 from lablog.record import Record
 from torture.corrupt import Tried
+from torture.faults import Trial
 from torture.readers import READERS
 
 
@@ -16,6 +18,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Two readers, of which the second falls; results lie in the folder that is returned."""
     monkeypatch.setattr(torture, "READERS", {n: READERS[n] for n in ("text", "list of models")})
     monkeypatch.setattr("lablog.layout.built", lambda *names: tmp_path.joinpath(*names))
+    monkeypatch.setattr(torture.faults, "Faults", lambda folder: SimpleNamespace(
+        calls=lambda: 187, trial=lambda call, code, lasting: Trial(
+            call, code, lasting, "open x", "a traceback" if call > 100 else "")))
     monkeypatch.setattr(torture.corrupt, "tried", lambda name, cases, seed: (
         Tried(cases, cases, 0) if name == "text" else
         Tried(cases, 0, cases - 2, {"KeyError in x.py, read": [3, seed]})))
@@ -23,18 +28,20 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_what_fell_is_said_and_stands_in_the_record(small: Path, capsys):
-    assert torture.main(["--hours", "0.001", "--seed", "9"]) == 1
+    assert torture.main(["--hours", "0.01", "--seed", "9"]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said == ["list of models, seed 9: KeyError in x.py, read: cases 3, 9",
-                    "100 damaged files for 2 readers, kinds of fall: 1; record: "
-                    "build/torture.json"]
+    assert said[2].startswith("open x: a traceback (Trial(call=1")
+    assert said[3:] == ["list of models: KeyError in x.py, read: cases 3, 9",
+                        "600 damaged files for 2 readers, 2 failing calls; kinds of fall: 2; "
+                        "record: build/torture.json"]
     record = Record.read(small / "torture.json")
     assert {m.name: m.value for m in record.metrics if m.name.startswith("corrupt.list")} == {
-        "corrupt.list_of_models.cases": 50, "corrupt.list_of_models.read": 0,
-        "corrupt.list_of_models.refused": 48, "corrupt.list_of_models.fell": 2}
-    told = torture_page.page("# What was tried\n", record)
-    assert "| list of models | 50 | 0 | 48 | 2 |" in told
-    assert "| all | 100 | 50 | 48 | 2 |" in told
+        "corrupt.list_of_models.cases": 300, "corrupt.list_of_models.read": 0,
+        "corrupt.list_of_models.refused": 298, "corrupt.list_of_models.fell": 2}
+    told = torture_page.page("{failing calls}\n{damaged files}\n", record)
+    assert "| list of models | 300 | 0 | 298 | 2 |" in told
+    assert "| all | 600 | 300 | 298 | 2 |" in told
+    assert "| 187 | 2 | 1 |" in told
     assert "seed 9" in told
 
 
@@ -53,8 +60,9 @@ def test_a_stopped_run_goes_on_behind_what_has_ended(small: Path, monkeypatch, c
         torture.main([])
     torture.main([])
     assert asked == ["text", "list of models", "list of models"]
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert capsys.readouterr().out.count("failing calls: ") == 0
 
 
 def test_nothing_tried_is_said():
-    assert "make torture" in torture_page.page("", None)
+    told = torture_page.page("{failing calls} and {damaged files}", None)
+    assert told.count("Nothing has been tried yet: `make torture`.") == 2
