@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lablog.record import Record
 
-COLUMNS = ("cases", "read", "refused", "fell")
+FILES, RUNS = ("cases", "read", "refused", "fell"), ("cases", "fell")
+
+
+def _rows(record: Record, part: str, columns: Sequence[str]) -> str:
+    """Rows of a table: of each name in a `part` of the record its numbers, and of all together."""
+    numbers: dict[str, dict[str, int]] = {}
+    for metric in record.metrics:
+        kind, *name = metric.name.split(".")
+        if kind == part:
+            row, column = name
+            numbers.setdefault(row.replace("_", " "), {})[column] = int(metric.value or 0)
+    numbers["all"] = {column: sum(row[column] for row in numbers.values()) for column in columns}
+    return "\n".join(f"| {name} | " + " | ".join(f"{row[column]:,}" for column in columns) + " |"
+                     for name, row in numbers.items())
 
 
 def corrupt_files(record: Record) -> str:
     """Markdown: for every reader how many damaged files it was given, read, refused and fell at."""
-    numbers: dict[str, dict[str, int]] = {}
-    for metric in record.metrics:
-        kind, *name = metric.name.split(".")
-        if kind == "corrupt":
-            reader, column = name
-            numbers.setdefault(reader.replace("_", " "), {})[column] = int(metric.value or 0)
-    numbers["all"] = {column: sum(row[column] for row in numbers.values()) for column in COLUMNS}
-    rows = "\n".join(f"| {reader} | " + " | ".join(f"{row[name]:,}" for name in COLUMNS) + " |"
-                     for reader, row in numbers.items())
     return ("| file | damaged files | read all the same | refused by name | fell |\n"
-            f"|---|---:|---:|---:|---:|\n{rows}\n")
+            f"|---|---:|---:|---:|---:|\n{_rows(record, 'corrupt', FILES)}\n")
+
+
+def ended_runs(record: Record) -> str:
+    """Markdown: how many runs were ended in which way, and how many fell at that."""
+    return f"| a run was | times | fell |\n|---|---:|---:|\n{_rows(record, 'runs', RUNS)}\n"
 
 
 def failing_calls(record: Record) -> str:
@@ -32,7 +43,8 @@ def failing_calls(record: Record) -> str:
 
 def page(text: str, record: Record | None) -> str:
     """`text`, the page as it is written by hand, with the tables of what was tried in it."""
-    tables = {"{failing calls}": failing_calls, "{damaged files}": corrupt_files}
+    tables = {"{ended runs}": ended_runs, "{failing calls}": failing_calls,
+              "{damaged files}": corrupt_files}
     for place, table in tables.items():
         text = text.replace(place, table(record) if record else
                             "Nothing has been tried yet: `make torture`.")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lablog import layout
 from lablog.files import sha256_of
@@ -18,13 +19,12 @@ from lablog.progress import progress
 from lablog.provenance import source_state
 from lablog.run import Run
 from tools.stages import in_stages
-from torture import corrupt, faults
+from torture import corrupt, faults, kills
 from torture.readers import READERS
 
-FILES_AN_HOUR = 60_000
-"""Damaged files in an hour on two cores, about; every reader is given as many."""
-CALLS_AN_HOUR = 200
-"""Failing calls in an hour beside them."""
+Case = TypeVar("Case")
+FILES_AN_HOUR, CALLS_AN_HOUR, KILLS_AN_HOUR = 60_000, 100, 100
+"""What two cores try in an hour, about; every reader is given as many files."""
 
 
 def damaged(reader: str, cases: int, seed: int, fell: Path) -> Callable[[Run], None]:
@@ -47,14 +47,9 @@ def refused_calls(count: int, seed: int, fell: Path) -> Callable[[Run], None]:
     def measure(run: Run) -> None:
         with tempfile.TemporaryDirectory() as folder:
             clone = faults.Faults(Path(folder))
-            trials = []
             number = clone.calls()
             chosen = faults.chosen(number, count, seed)
-            bar = progress(len(chosen), "failing calls", "call")
-            for one in chosen:
-                trials.append(clone.trial(*one))
-                bar.update()
-            bar.close()
+            trials = [clone.trial(*one) for one in counted(chosen, "failing calls", "call")]
         wrong = [trial for trial in trials if trial.fault]
         run.metric("calls.whole", number, "calls")
         run.metric("calls.cases", len(trials), "calls")
@@ -62,6 +57,32 @@ def refused_calls(count: int, seed: int, fell: Path) -> Callable[[Run], None]:
         _told(fell, [f"{trial.what}: {trial.fault} ({trial})" for trial in wrong])
 
     return measure
+
+
+def ended_runs(count: int, seed: int, fell: Path) -> Callable[[Run], None]:
+    """The stage that ends `count` runs by signals."""
+    def measure(run: Run) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            clone = kills.Kills(Path(folder))
+            chosen = kills.chosen(clone.seconds, count, seed)
+            trials = [clone.trial(*one) for one in counted(chosen, "ended runs", "run")]
+        for way in kills.WAYS:
+            mine = [trial for trial in trials if trial.way == way]
+            wrong = [trial for trial in mine if trial.fault]
+            run.metric(f"runs.{corrupt.slug(way)}.cases", len(mine), "runs")
+            run.metric(f"runs.{corrupt.slug(way)}.fell", len(wrong), "runs")
+            _told(fell, [f"{way}: {trial.fault} ({trial})" for trial in wrong])
+
+    return measure
+
+
+def counted(chosen: Sequence[Case], what: str, unit: str) -> Iterator[Case]:
+    """The cases, with a bar."""
+    bar = progress(len(chosen), what, unit)
+    for one in chosen:
+        yield one
+        bar.update()
+    bar.close()
 
 
 def _told(fell: Path, lines: Sequence[str]) -> None:
@@ -78,21 +99,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fell = layout.built("torture", "fell.txt")
     fell.parent.mkdir(parents=True, exist_ok=True)
     cases = max(int(FILES_AN_HOUR * options.hours / len(READERS)), 1)
-    calls = max(int(CALLS_AN_HOUR * options.hours), 1)
+    calls, runs = (max(int(count * options.hours), 1) for count in (CALLS_AN_HOUR, KILLS_AN_HOUR))
     here = Path(__file__).parent
     record = in_stages(
         "torture",
-        {"calls": refused_calls(calls, options.seed, fell)}
+        {"runs": ended_runs(runs, options.seed, fell),
+         "calls": refused_calls(calls, options.seed, fell)}
         | {corrupt.slug(name): damaged(name, cases, options.seed, fell) for name in READERS},
         layout.torture(), seed=options.seed, hours=options.hours,
         library=source_state().library_sha256, torture=sha256_of(here.glob("*.[pc]*"), here))
     lines = fell.read_text().splitlines() if fell.is_file() else []
     fell.unlink(missing_ok=True)
-    files = sum(int(m.value or 0) for m in record.metrics
-                if m.name.startswith("corrupt.") and m.name.endswith(".cases"))
-    tried = int(record.metric("calls.cases").value or 0)
-    print("\n".join([*lines, f"{files} damaged files for {len(READERS)} readers, {tried} failing "
-                     f"calls; kinds of fall: {len(lines)}; record: build/torture.json"]))
+    files, ended, failed = (
+        sum(int(m.value or 0) for m in record.metrics
+            if m.name.startswith(part) and m.name.endswith(".cases"))
+        for part in ("corrupt.", "runs.", "calls."))
+    print("\n".join([*lines, f"{files} damaged files for {len(READERS)} readers, {ended} ended "
+                     f"runs, {failed} failing calls; kinds of fall: {len(lines)}; record: "
+                     "build/torture.json"]))
     return 1 if lines else 0
 
 

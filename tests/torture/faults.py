@@ -8,21 +8,17 @@ nothing happens, must be what was made without any fault, with nothing left besi
 from __future__ import annotations
 
 import errno
-import shutil
 import subprocess
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from clone import Clone
 
-from lablog.record import Record
-from lablog.runner import difference, figure_differences
+from torture.small_clone import SmallClone
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 SOURCE = Path(__file__).with_name("failing.c")
-FOLDER = "build/laptop"
 
 
 def chosen(calls: int, count: int, seed: int) -> list[tuple[int, int, bool]]:
@@ -54,19 +50,13 @@ def preloaded(folder: Path) -> Path:
     return library
 
 
-class Faults:
-    """A clone whose calls fail as told, and its results where none does."""
+class Faults(SmallClone):
+    """A small clone whose calls fail as told."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self.library = preloaded(folder)
-        self.clone = Clone(folder / "clone")
         self.counter = folder / "counter"
-        self.built = self.clone.root / FOLDER
-        whole = self.clone.make("reproduce")
-        if whole.returncode:
-            raise RuntimeError(f"the small clone makes no results: {whole.stderr}")
-        self.expected = folder / "expected"
-        shutil.copytree(self.built, self.expected)
 
     def calls(self) -> int:
         """How many calls there are that can fail."""
@@ -75,8 +65,7 @@ class Faults:
 
     def failing(self, call: int, code: int, lasting: bool) -> subprocess.CompletedProcess[str]:
         """Make everything anew while calls fail."""
-        for name in (FOLDER, "build/book"):
-            shutil.rmtree(self.clone.root / name, ignore_errors=True)
+        self.forget()
         self.counter.write_bytes(bytes(8))
         self._file.unlink(missing_ok=True)
         before = dict(self.clone.environment)
@@ -102,29 +91,14 @@ class Faults:
         """Let a call fail, then make what is missing without a fault."""
         ended = self.failing(call, code, lasting)
         what = self.what
-        return Trial(call, code, lasting, what, self._wrong_end(ended) or self._wrong_result())
+        return Trial(call, code, lasting, what, wrong_end(ended) or self.wrong_afterwards())
 
-    def _wrong_end(self, ended: subprocess.CompletedProcess[str]) -> str:
-        said = ended.stdout + ended.stderr
-        if "Traceback" in said:
-            return f"a traceback: {said.strip().splitlines()[-1]}"
-        if ended.returncode and not any(mark in said for mark in ("error: ", " failed: ")):
-            return f"exit code {ended.returncode} without a word: {said[-200:]!r}"
-        return ""
 
-    def _wrong_result(self) -> str:
-        again = self.clone.make("reproduce")
-        if again.returncode:
-            return f"the next run fails: {again.stderr.strip().splitlines()[-1:]}"
-        names, expected = ({str(p.relative_to(folder)) for p in folder.rglob("*")}
-                           for folder in (self.built, self.expected))
-        if names != expected:
-            return f"left behind or missing: {', '.join(sorted(names ^ expected)[:5])}"
-        for path in sorted((self.expected / "records").glob("*.json")):
-            name = path.relative_to(self.expected)
-            if found := difference(Record.read(path), Record.read(self.built / name)):
-                return f"{name} differs in {', '.join(found)}"
-            figures = [folder / "figures" / path.stem for folder in (self.expected, self.built)]
-            if figures[0].is_dir() and (found := figure_differences(*figures)):
-                return f"figures differ: {', '.join(found)}"
-        return ""
+def wrong_end(ended: subprocess.CompletedProcess[str]) -> str:
+    """How a command ended that should have ended well or in words; empty if it did."""
+    said = ended.stdout + ended.stderr
+    if "Traceback" in said:
+        return f"a traceback: {said.strip().splitlines()[-1]}"
+    if ended.returncode and not any(mark in said for mark in ("error: ", " failed: ")):
+        return f"exit code {ended.returncode} without a word: {said[-200:]!r}"
+    return ""
