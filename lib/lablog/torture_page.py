@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from lablog.record import Record
 
-FILES, RUNS = ("cases", "read", "refused", "fell"), ("cases", "fell")
+FILES = ("cases", "read", "refused", "fell")
+RUNS = ("killed", "terminated", "hung_up", "interrupted", "interrupted_twice",
+        "stopped_for_a_while", "fell")
 
 
 def _rows(record: Record, part: str, columns: Sequence[str]) -> str:
@@ -17,8 +19,9 @@ def _rows(record: Record, part: str, columns: Sequence[str]) -> str:
         if kind == part:
             row, column = name
             numbers.setdefault(row.replace("_", " "), {})[column] = int(metric.value or 0)
-    numbers["all"] = {column: sum(row[column] for row in numbers.values()) for column in columns}
-    return "\n".join(f"| {name} | " + " | ".join(f"{row[column]:,}" for column in columns) + " |"
+    numbers["all"] = {column: sum(row.get(column, 0) for row in numbers.values())
+                      for column in columns}
+    return "\n".join(f"| {name} | " + " | ".join(f"{row.get(one, 0):,}" for one in columns) + " |"
                      for name, row in numbers.items())
 
 
@@ -29,8 +32,9 @@ def corrupt_files(record: Record) -> str:
 
 
 def ended_runs(record: Record) -> str:
-    """Markdown: how many runs were ended in which way, and how many fell at that."""
-    return f"| a run was | times | fell |\n|---|---:|---:|\n{_rows(record, 'runs', RUNS)}\n"
+    """Markdown: how many runs of what were ended in which way, and how many fell at that."""
+    head = " | ".join(("runs of", *(name.replace("_", " ") for name in RUNS)))
+    return f"| {head} |\n|---|{'---:|' * len(RUNS)}\n{_rows(record, 'runs', RUNS)}\n"
 
 
 def failing_calls(record: Record) -> str:

@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lablog import layout
+from lablog import layout, profiles
 from lablog.files import sha256_of
 from lablog.progress import progress
 from lablog.provenance import source_state
 from lablog.run import Run
 from tools.stages import in_stages
-from torture import corrupt, faults, kills
+from torture import corrupt, faults, kills, results
 from torture.readers import READERS
 
 Case = TypeVar("Case")
-FILES_AN_HOUR, CALLS_AN_HOUR, KILLS_AN_HOUR = 60_000, 100, 100
-"""What two cores try in an hour, about; every reader is given as many files."""
+WAYS = tuple(corrupt.slug(way) for way in kills.WAYS)
+FILES_AN_HOUR, CALLS_AN_HOUR, KILLS_AN_HOUR, CHAPTERS_AN_HOUR = 40_000, 60, 60, 2
+"""What two cores try in an hour, about; every reader is given as many files, and of every chapter
+as many runs are ended."""
 
 
 def damaged(reader: str, cases: int, seed: int, fell: Path) -> Callable[[Run], None]:
@@ -59,19 +61,23 @@ def refused_calls(count: int, seed: int, fell: Path) -> Callable[[Run], None]:
     return measure
 
 
-def ended_runs(count: int, seed: int, fell: Path) -> Callable[[Run], None]:
-    """The stage that ends `count` runs by signals."""
+def ended_runs(notebook: str, count: int, seed: int, fell: Path) -> Callable[[Run], None]:
+    """The stage that ends `count` runs by signals: of the small clone, or of a notebook."""
     def measure(run: Run) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            clone = kills.Kills(Path(folder))
-            chosen = kills.chosen(clone.seconds, count, seed)
-            trials = [clone.trial(*one) for one in counted(chosen, "ended runs", "run")]
+            made = (results.Chapter(Path(folder), notebook) if notebook else
+                    results.SmallClone(Path(folder)))
+            runs = kills.Kills(made)
+            what = notebook or "small clone"
+            chosen = kills.chosen(made.seconds, count, seed)
+            trials = [runs.trial(*one) for one in counted(chosen, f"ended: {what}", "run")]
         for way in kills.WAYS:
             mine = [trial for trial in trials if trial.way == way]
             wrong = [trial for trial in mine if trial.fault]
-            run.metric(f"runs.{corrupt.slug(way)}.cases", len(mine), "runs")
-            run.metric(f"runs.{corrupt.slug(way)}.fell", len(wrong), "runs")
-            _told(fell, [f"{way}: {trial.fault} ({trial})" for trial in wrong])
+            if mine:
+                run.metric(f"runs.{corrupt.slug(what)}.{corrupt.slug(way)}", len(mine), "runs")
+            _told(fell, [f"{what}: {way}: {trial.fault} ({trial})" for trial in wrong])
+        run.metric(f"runs.{corrupt.slug(what)}.fell", sum(bool(t.fault) for t in trials), "runs")
 
     return measure
 
@@ -100,11 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fell.parent.mkdir(parents=True, exist_ok=True)
     cases = max(int(FILES_AN_HOUR * options.hours / len(READERS)), 1)
     calls, runs = (max(int(count * options.hours), 1) for count in (CALLS_AN_HOUR, KILLS_AN_HOUR))
+    chapters = int(CHAPTERS_AN_HOUR * options.hours)
     here = Path(__file__).parent
     record = in_stages(
         "torture",
-        {"runs": ended_runs(runs, options.seed, fell),
+        {"runs": ended_runs("", runs, options.seed, fell),
          "calls": refused_calls(calls, options.seed, fell)}
+        | ({name: ended_runs(name, chapters, options.seed, fell) for name in profiles.notebooks()}
+           if chapters else {})
         | {corrupt.slug(name): damaged(name, cases, options.seed, fell) for name in READERS},
         layout.torture(), seed=options.seed, hours=options.hours,
         library=source_state().library_sha256, torture=sha256_of(here.glob("*.[pc]*"), here))
@@ -112,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fell.unlink(missing_ok=True)
     files, ended, failed = (
         sum(int(m.value or 0) for m in record.metrics
-            if m.name.startswith(part) and m.name.endswith(".cases"))
-        for part in ("corrupt.", "runs.", "calls."))
+            if m.name.startswith(part) and m.name.endswith(ends))
+        for part, ends in (("corrupt.", ".cases"), ("runs.", WAYS), ("calls.", ".cases")))
     print("\n".join([*lines, f"{files} damaged files for {len(READERS)} readers, {ended} ended "
                      f"runs, {failed} failing calls; kinds of fall: {len(lines)}; record: "
                      "build/torture.json"]))

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from clone import finish
 
-from torture.small_clone import SmallClone
+from torture.results import SmallClone
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 SOURCE = Path(__file__).with_name("failing.c")
@@ -68,15 +69,15 @@ class Faults(SmallClone):
         self.forget()
         self.counter.write_bytes(bytes(8))
         self._file.unlink(missing_ok=True)
-        before = dict(self.clone.environment)
-        self.clone.environment |= {
-            "LD_PRELOAD": str(self.library), "FAILING_FOLDER": str(self.clone.root / "build"),
+        before = dict(self.environment)
+        self.environment |= {
+            "LD_PRELOAD": str(self.library), "FAILING_FOLDER": str(self.root / "build"),
             "FAILING_COUNTER": str(self.counter), "FAILING_CALL": str(call),
             "FAILING_ERRNO": str(code), "FAILING_ON": "1" if lasting else ""}
         try:
-            return self.clone.make("reproduce")
+            return finish(self.start())
         finally:
-            self.clone.environment = before
+            self.environment = before
 
     @property
     def _file(self) -> Path:

@@ -1,4 +1,4 @@
-"""Signals at random moments: a small clone makes its results, and something ends or stops it.
+"""Signals at random moments: results are being made, and something ends or stops that.
 
 SIGKILL goes to the whole process group, as when memory runs out or a machine is switched off, at
 times twice in a row; SIGTERM, SIGHUP, Ctrl-C and Ctrl-C twice as people and systems send them; a
@@ -20,7 +20,7 @@ import psutil
 from clone import finish
 
 from torture.faults import wrong_end
-from torture.small_clone import SmallClone
+from torture.results import Results
 
 WAYS: dict[str, tuple[signal.Signals, ...]] = {
     "killed": (signal.SIGKILL,), "terminated": (signal.SIGTERM,), "hung up": (signal.SIGHUP,),
@@ -51,19 +51,22 @@ def chosen(seconds: float, count: int, seed: int) -> list[tuple[str, float, int]
             for one in range(count)]
 
 
-class Kills(SmallClone):
-    """A small clone that is ended as told."""
+class Kills:
+    """Results whose making is ended as told."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
 
     def trial(self, way: str, moment: float, times: int = 1) -> Trial:
         """Start anew, end the run at that moment, as often as told, then let it be whole."""
-        self.forget()
+        self.results.forget()
         fault = ""
         for _ in range(times):
             fault = fault or self._ended(way, moment)
-        return Trial(way, moment, times, fault or self.wrong_afterwards())
+        return Trial(way, moment, times, fault or self.results.wrong_afterwards())
 
     def _ended(self, way: str, moment: float) -> str:
-        process = self.clone.spawn("make", "reproduce")
+        process = self.results.start()
         time.sleep(moment)
         for number, sent in enumerate(WAYS[way]):
             time.sleep(WHILE * bool(number))
@@ -71,8 +74,8 @@ class Kills(SmallClone):
                 os.killpg(process.pid, sent)
             except ProcessLookupError:  # it has ended by itself
                 break
-        ended = finish(process)
-        if left := _left(self.clone.root.as_posix()):
+        ended = finish(process, 3600)
+        if left := _left(str(self.results.root)):
             return f"{', '.join(left)} ran on for {PATIENCE:.0f} s"
         if way == "killed" or process.returncode in (0, *(-sent for sent in WAYS[way])):
             return ""

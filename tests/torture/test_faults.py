@@ -35,16 +35,10 @@ def test_a_lock_that_cannot_be_written_is_said(tmp_path: Path):
 
 def test_what_is_wrong_is_seen(clone: Faults, monkeypatch: pytest.MonkeyPatch):
     late = 10_000  # there is no such call
-    assert not clone.trial(late, errno.EIO, lasting=False).what
-    whole = clone.clone.make
-
-    def leaving(*arguments: str):
-        done = whole(*arguments)
-        (clone.built / "figures" / "half").write_text("")
-        return done
-
-    monkeypatch.setattr(clone.clone, "make", leaving)
-    assert "figures/half" in clone.trial(late, errno.EIO, lasting=False).fault
+    monkeypatch.setattr(clone, "command", ("sh", "-c", "make reproduce && touch "
+                                           f"{clone.built}/figures/half"))
+    trial = clone.trial(late, errno.EIO, lasting=False)
+    assert (trial.what, trial.fault) == ("", "left behind or missing: figures/half")
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 1000])

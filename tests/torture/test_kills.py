@@ -1,20 +1,19 @@
 """Signals at random moments: a short part of ``make torture``."""
 
-from pathlib import Path
-
 import pytest
 
 from torture.kills import WAYS, Kills, chosen
+from torture.results import SmallClone
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Kills:
-    return Kills(tmp_path_factory.mktemp("kills"))
+    return Kills(SmallClone(tmp_path_factory.mktemp("kills")))
 
 
 @pytest.mark.parametrize("number", range(2))
 def test_a_run_that_is_ended_leaves_nothing_and_the_next_one_is_whole(clone: Kills, number: int):
-    trial = clone.trial(*chosen(clone.seconds, 2, seed=1)[number])
+    trial = clone.trial(*chosen(clone.results.seconds, 2, seed=1)[number])
     assert not trial.fault, trial
 
 
@@ -29,13 +28,6 @@ def test_half_are_killed_and_all_ways_are_tried():
 
 def test_what_is_left_behind_is_seen(clone: Kills, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(clone, "_ended", lambda *_: "")
-    whole = clone.clone.make
-
-    def leaving(*arguments: str):
-        done = whole(*arguments)
-        (clone.built / ".half").write_text("")
-        return done
-
-    monkeypatch.setattr(clone.clone, "make", leaving)
+    monkeypatch.setattr(clone.results, "command", ("sh", "-c", "make reproduce && touch "
+                                                   f"{clone.results.built}/.half"))
     assert clone.trial("killed", 0).fault == "left behind or missing: .half"
-    Path(clone.built / ".half").unlink()
