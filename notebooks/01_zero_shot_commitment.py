@@ -307,5 +307,7 @@ run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE], aids=aids, steered=bool(steering))
 # - At the log's λ the doses are small in this model. That nothing happens there says nothing about
 #   the log; the rows at the log's dose come closer, as far as one published norm carries.
 # - In a model of few layers the named ranges are coarse: a quarter of three layers is one.
+# - The offline model is trained where this runs, and on another kind of processor it is another
+#   model: the intervals are over items and directions, not over bases.
 # - The offline model knows one kind of conversation. The log's claims were about
 #   Llama-2-7B-Chat; the profile `full` runs this notebook on it.

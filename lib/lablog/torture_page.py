@@ -37,6 +37,12 @@ def ended_runs(record: Record) -> str:
     return f"| {head} |\n|---|{'---:|' * len(RUNS)}\n{_rows(record, 'runs', RUNS)}\n"
 
 
+def sequences(record: Record) -> str:
+    """Markdown: how many sequences were tried, and how many went wrong."""
+    tried, fell = (int(record.metric(f"sequences.{name}").value or 0) for name in ("cases", "fell"))
+    return f"| sequences | fell |\n|---:|---:|\n| {tried:,} | {fell:,} |\n"
+
+
 def failing_calls(record: Record) -> str:
     """Markdown: how many calls were refused by the system, and how many runs fell at that."""
     whole, cases, fell = (int(record.metric(f"calls.{name}").value or 0)
@@ -47,8 +53,8 @@ def failing_calls(record: Record) -> str:
 
 def page(text: str, record: Record | None) -> str:
     """`text`, the page as it is written by hand, with the tables of what was tried in it."""
-    tables = {"{ended runs}": ended_runs, "{failing calls}": failing_calls,
-              "{damaged files}": corrupt_files}
+    tables = {"{sequences}": sequences, "{ended runs}": ended_runs,
+              "{failing calls}": failing_calls, "{damaged files}": corrupt_files}
     for place, table in tables.items():
         text = text.replace(place, table(record) if record else
                             "Nothing has been tried yet: `make torture`.")

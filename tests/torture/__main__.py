@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from clone import Clone
+
 from lablog import layout, profiles
 from lablog.files import sha256_of
 from lablog.progress import progress
@@ -23,8 +25,10 @@ from torture import corrupt, faults, kills, results
 from torture.readers import READERS
 
 Case = TypeVar("Case")
+SEQUENCES = 100  # that one process tries
 WAYS = tuple(corrupt.slug(way) for way in kills.WAYS)
 FILES_AN_HOUR, CALLS_AN_HOUR, KILLS_AN_HOUR, CHAPTERS_AN_HOUR = 40_000, 60, 60, 2
+SEQUENCES_AN_HOUR = 600
 """What two cores try in an hour, about; every reader is given as many files, and of every chapter
 as many runs are ended."""
 
@@ -82,6 +86,24 @@ def ended_runs(notebook: str, count: int, seed: int, fell: Path) -> Callable[[Ru
     return measure
 
 
+def sequences(count: int, seed: int, fell: Path) -> Callable[[Run], None]:
+    """The stage that does to a small clone what people do, in any order."""
+    def measure(run: Run) -> None:
+        wrong = []
+        with tempfile.TemporaryDirectory() as folder:
+            clone = Clone(Path(folder) / "clone")
+            parts = [(min(SEQUENCES, count - done), seed * count + done)
+                     for done in range(0, count, SEQUENCES)]
+            for part in counted(parts, "sequences", "part"):
+                if found := results.tried_sequences(clone, *part):
+                    wrong.append(f"a sequence of seed {part[1]}: {found[-2000:]}")
+        run.metric("sequences.cases", count, "sequences")
+        run.metric("sequences.fell", len(wrong), "sequences")
+        _told(fell, wrong)
+
+    return measure
+
+
 def counted(chosen: Sequence[Case], what: str, unit: str) -> Iterator[Case]:
     """The cases, with a bar."""
     bar = progress(len(chosen), what, unit)
@@ -105,13 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fell = layout.built("torture", "fell.txt")
     fell.parent.mkdir(parents=True, exist_ok=True)
     cases = max(int(FILES_AN_HOUR * options.hours / len(READERS)), 1)
-    calls, runs = (max(int(count * options.hours), 1) for count in (CALLS_AN_HOUR, KILLS_AN_HOUR))
+    calls, runs, done = (max(int(count * options.hours), 1) for count in
+                         (CALLS_AN_HOUR, KILLS_AN_HOUR, SEQUENCES_AN_HOUR))
     chapters = int(CHAPTERS_AN_HOUR * options.hours)
     here = Path(__file__).parent
     record = in_stages(
         "torture",
         {"runs": ended_runs("", runs, options.seed, fell),
          "calls": refused_calls(calls, options.seed, fell)}
+        | {"sequences": sequences(done, options.seed, fell)}
         | ({name: ended_runs(name, chapters, options.seed, fell) for name in profiles.notebooks()}
            if chapters else {})
         | {corrupt.slug(name): damaged(name, cases, options.seed, fell) for name in READERS},
@@ -119,13 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         library=source_state().library_sha256, torture=sha256_of(here.glob("*.[pc]*"), here))
     lines = fell.read_text().splitlines() if fell.is_file() else []
     fell.unlink(missing_ok=True)
-    files, ended, failed = (
+    files, ended, failed, played = (
         sum(int(m.value or 0) for m in record.metrics
             if m.name.startswith(part) and m.name.endswith(ends))
-        for part, ends in (("corrupt.", ".cases"), ("runs.", WAYS), ("calls.", ".cases")))
+        for part, ends in (("corrupt.", ".cases"), ("runs.", WAYS), ("calls.", ".cases"),
+                           ("sequences.", ".cases")))
     print("\n".join([*lines, f"{files} damaged files for {len(READERS)} readers, {ended} ended "
-                     f"runs, {failed} failing calls; kinds of fall: {len(lines)}; record: "
-                     "build/torture.json"]))
+                     f"runs, {failed} failing calls, {played} sequences; kinds of fall: "
+                     f"{len(lines)}; record: build/torture.json"]))
     return 1 if lines else 0
 
 

@@ -108,3 +108,14 @@ class Chapter(Results):
         self.command = ("sh", "-c", f"{runner} plan --profile smoke -- {notebook} > build/plan && "
                                     f"exec {runner} run build/smoke {notebook}")
         self.learn(folder)
+
+
+def tried_sequences(clone: Clone, count: int, seed: int) -> str:
+    """Try sequences of what people do to a clone (`torture.sequences`); the shortest one that went
+    wrong, if any did."""
+    environment = clone.environment | {
+        "PYTHONPATH": f"{clone.environment['PYTHONPATH']}:{Path(__file__).parents[1]}"}
+    done = subprocess.run(
+        [clone.python, "-m", "torture.sequences", str(count), str(seed)], cwd=clone.root,
+        env=environment, text=True, capture_output=True, check=False)
+    return done.stderr if done.returncode else ""

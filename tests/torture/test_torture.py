@@ -22,6 +22,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torture.results, "SmallClone", lambda folder: SimpleNamespace(seconds=10))
     monkeypatch.setattr(torture.kills, "Kills", lambda results: SimpleNamespace(
         trial=lambda way, moment, times: Killed(way, moment, times, "")))
+    monkeypatch.setattr(torture, "Clone", lambda folder: None)
+    monkeypatch.setattr(torture.results, "tried_sequences", lambda clone, count, seed: "")
     monkeypatch.setattr(torture.faults, "Faults", lambda folder: SimpleNamespace(
         calls=lambda: 187, trial=lambda call, code, lasting: Trial(
             call, code, lasting, "open x", "a traceback" if call > 100 else "")))
@@ -37,13 +39,14 @@ def test_what_fell_is_said_and_stands_in_the_record(small: Path, capsys):
     assert [line for line in said if line.startswith("open x: a traceback (Trial(call=1")]
     assert said[-2:] == [
         "list of models: KeyError in x.py, read: cases 3, 9",
-        "2000 damaged files for 2 readers, 3 ended runs, 3 failing calls; kinds of fall: 2; "
-        "record: build/torture.json"]
+        "2000 damaged files for 2 readers, 3 ended runs, 3 failing calls, 30 sequences; "
+        "kinds of fall: 2; record: build/torture.json"]
     record = Record.read(small / "torture.json")
     assert {m.name: m.value for m in record.metrics if m.name.startswith("corrupt.list")} == {
         "corrupt.list_of_models.cases": 1000, "corrupt.list_of_models.read": 0,
         "corrupt.list_of_models.refused": 998, "corrupt.list_of_models.fell": 2}
-    told = torture_page.page("{ended runs}\n{failing calls}\n{damaged files}\n", record)
+    told = torture_page.page(
+        "{sequences}\n{ended runs}\n{failing calls}\n{damaged files}\n", record)
     assert "| list of models | 1,000 | 0 | 998 | 2 |" in told
     assert "| all | 2,000 | 1,000 | 998 | 2 |" in told
     assert "| small clone | 2 | 1 | 0 | 0 | 0 | 0 | 0 |" in told
