@@ -256,7 +256,7 @@ def test_a_file_that_was_cut_short_is_refused(run, exports, tmp_path: Path):
     cut.write_bytes(exports["q8_0"].read_bytes()[:-100_000])
     code, _, err = run("chat", "--model", cut)
     assert code == 2
-    assert err.startswith(f"error: llama.cpp cannot load {cut}")
+    assert err.startswith(f"error: {cut} is not a whole GGUF file: ")
 
 
 def test_without_a_model_the_command_that_makes_it_is_named(run, monkeypatch, tmp_path: Path):

@@ -260,9 +260,10 @@ def test_truncated_and_missing_files_are_named(exported, base, tmp_path, name):
 def test_an_adapter_that_does_not_fit_is_refused(exported, base, gguf, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(exported.lora.read_bytes()[:-100])
-    for path in (cut, gguf):  # truncated, and a model in place of an adapter
-        with pytest.raises(EngineError, match=f"cannot apply .*{path.name}"):
-            Model(gguf, lora=path)
+    with pytest.raises(ValueError, match=r"cut\.gguf is not a whole GGUF file: "):
+        Model(gguf, lora=cut)
+    with pytest.raises(EngineError, match=f"cannot apply .*{gguf.name}"):  # a model, no adapter
+        Model(gguf, lora=gguf)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         convert.lora_to_gguf(tmp_path, base, tmp_path / "lora.gguf")
 

@@ -125,11 +125,11 @@ class _Walk:
             return None
         raise ValueError(f"an array is of type {inner}, which GGUF does not have")
 
-    def tensor(self) -> tuple[bytes, int, int]:
+    def tensor(self) -> tuple[str, int, int]:
         """Name, offset, and bytes of the next tensor."""
-        name = self.string("a tensor's name")
+        name = self.string("a tensor's name").decode()
         dimensions = self.scalar("<I")
-        if not 1 <= dimensions <= DIMENSIONS or not 0 < len(name) <= LONGEST:
+        if not 1 <= dimensions <= DIMENSIONS or not 0 < len(name.encode()) <= LONGEST:
             raise ValueError(f"the tensor {name[:LONGEST]!r} has {dimensions} dimensions")
         shape = [self.scalar("<Q") for _ in range(dimensions)]
         kind, offset = self.scalar("<I"), self.scalar("<Q")
