@@ -150,10 +150,10 @@ with run.stage("packing"):
 # %%
 packed = stream.manifest
 for name in ("documents", "bytes", "tokens"):
-    run.metric(f"corpus.{name}", packed[name], "count")
+    run.metric(f"corpus.{name}", getattr(packed, name), "count")
 run.metric("corpus.held_out_documents", len(held_out), "count")
 run.metric("tokenizer.pieces", len(tokenizer), "count")
-run.metric("tokenizer.bytes_per_token", packed["bytes"] / packed["tokens"], "")
+run.metric("tokenizer.bytes_per_token", packed.bytes / packed.tokens, "")
 run.say("""
 {corpus.documents} documents of {corpus.bytes} bytes, which are {corpus.tokens} tokens of
 {tokenizer.bytes_per_token} bytes; {corpus.held_out_documents} documents held out.
