@@ -143,8 +143,11 @@ import sys
 from pathlib import Path
 
 html = Path(sys.argv[sys.argv.index("--path-output") + 1]) / "_build" / "html"
-html.mkdir(parents=True)
-(html / "index.html").write_text("a book")
+try:
+    html.mkdir(parents=True)
+    (html / "index.html").write_text("a book")
+except OSError as error:
+    sys.exit(str(error))
 '''
 
 
