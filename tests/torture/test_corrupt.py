@@ -140,6 +140,16 @@ def test_a_gguf_file_is_compared_with_its_own_size(tmp_path: Path):
         check_gguf(path)
 
 
+@pytest.mark.parametrize(("name", "seed", "case"), [
+    ("SentencePiece model, exported", 0, 112), ("Hugging Face configuration", 0, 118),
+])
+def test_what_fell_is_refused(name: str, seed: int, case: int, tmp_path: Path):
+    reader = READERS[name]
+    path = reader.make(tmp_path)
+    path.write_bytes(corrupt.corrupt(reader, path.read_bytes(), seed, case))
+    assert corrupt.verdict(reader, path) == "refused"
+
+
 def test_parsing_names_the_file_once(tmp_path: Path):
     path = tmp_path / "x.json"
     with pytest.raises(ValueError, match=r"x\.json is not a list: 'k'$"), \

@@ -144,7 +144,7 @@ def load_base(folder: Path, quantisation: Quantisation, precision: Literal["f32"
         )
     disable_progress_bar()
     with parsing(folder, "a model that can be loaded", SafetensorError, RuntimeError, KeyError,
-                 TypeError, StrictDataclassError):
+                 TypeError, ArithmeticError, StrictDataclassError):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=None if cpu else "auto", use_safetensors=True,
             attn_implementation="eager" if cpu and precision == "bf16" else "sdpa",

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from safetensors.numpy import save_file
 from sentencepiece import sentencepiece_model_pb2
 
-from lablog.files import atomic_folder, atomic_write
+from lablog.files import atomic_folder, atomic_write, parsing
 from lablog.text.tokenizer import write_settings
 
 sentencepiece_proto: Any = sentencepiece_model_pb2  # generated code without type stubs
@@ -183,7 +183,8 @@ def read_sentencepiece(path: Path) -> list[tuple[bytes, float]]:
         if not holds:
             raise ValueError(f"{path} cannot become a llama2.c tokenizer, which {rule}; this one "
                              "does not: train the tokenizer that way, or export to GGUF")
-    texts = [piece.piece.replace("▁", " ") for piece in proto.pieces]
+    with parsing(path, "a SentencePiece model of text", TypeError):  # bytes are no text
+        texts = [piece.piece.replace("▁", " ") for piece in proto.pieces]
     texts[1:3] = "\n<s>\n", "\n</s>\n"  # as llama2.c's tokenizer.py writes them
     return [(t.encode(), p.score) for t, p in zip(texts, proto.pieces, strict=True)]
 
