@@ -149,7 +149,7 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@PYTHONPATH=lib $(PY) -m tools.bench
 
-torture: setup ## damaged files by the thousand (HOURS=0.1 SEED=0): build/torture.json
+torture: setup ## damaged files, failing calls, killed runs (HOURS=0.1 SEED=0): build/torture.json
 	@PYTHONPATH=lib:tests $(PY) -m torture $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED))
 
 publish: ## copy this profile's records and the README's figures into book/records/
