@@ -167,6 +167,20 @@ def alive(process: int) -> bool:
     return bool(shown) and not shown.startswith("Z")
 
 
+def started(command: Sequence[str], root: Path, environment: dict[str, str],
+            **options: object) -> subprocess.Popen[str]:
+    """Start a command in a session of its own.
+
+    It heeds Ctrl-C, which a shell makes everything ignore that it starts in the background.
+    """
+    return subprocess.Popen(
+        command, cwd=root, env=environment, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,  # type: ignore[call-overload]
+    )
+
+
 class Clone:
     """A clone in miniature in `root`, set up as if `make setup` had run."""
 
@@ -251,16 +265,8 @@ class Clone:
                 os.utime(path, (moment, moment))
 
     def spawn(self, *command: str, **options: object) -> subprocess.Popen[str]:
-        """Start a command in a session of its own, with the clone's library.
-
-        It heeds Ctrl-C, which a shell makes everything ignore that it starts in the background.
-        """
-        process = subprocess.Popen(
-            command, cwd=self.root, env=self.environment, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            **options,  # type: ignore[call-overload]
-        )
+        """Start a command with the clone's library."""
+        process = started(command, self.root, self.environment, **options)
         self.started.append(process)
         return process
 

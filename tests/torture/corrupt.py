@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -39,11 +38,6 @@ class Tried:
     read: int = 0
     refused: int = 0
     fell: dict[str, list[int]] = field(default_factory=lambda: collections.defaultdict(list))
-
-
-def slug(name: str) -> str:
-    """A reader's name as a part of a metric's."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def corrupt(reader: Any, whole: bytes, seed: int, case: int) -> bytes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ import numpy as np
 import psutil
 from clone import finish
 
-from torture.faults import wrong_end
-from torture.results import Results
+from torture.results import LONG, Results
 
 WAYS: dict[str, tuple[signal.Signals, ...]] = {
     "killed": (signal.SIGKILL,), "terminated": (signal.SIGTERM,), "hung up": (signal.SIGHUP,),
@@ -74,19 +72,11 @@ class Kills:
                 os.killpg(process.pid, sent)
             except ProcessLookupError:  # it has ended by itself
                 break
-        ended = finish(process, 3600)
+        ended = finish(process, LONG)
         if left := _left(str(self.results.root)):
             return f"{', '.join(left)} ran on for {PATIENCE:.0f} s"
-        if way == "killed" or process.returncode in (0, *(-sent for sent in WAYS[way])):
-            return ""
-        return wrong_end(_worded(ended))
-
-
-def _worded(ended: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
-    """Make says of a target that a signal has ended that it was an error: these are words too."""
-    if "*** [" in ended.stderr or "interrupted" in ended.stderr:
-        ended.stderr += "\nerror: ended"
-    return ended
+        said = ended.stdout + ended.stderr
+        return f"a traceback: {said[-300:]!r}" if "Traceback" in said else ""
 
 
 def _left(folder: str) -> Sequence[str]:

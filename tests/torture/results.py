@@ -7,22 +7,22 @@ nothing left beside it.
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from clone import Clone, finish
+from clone import Clone, finish, started
 
 from lablog.files import repository
 from lablog.record import Record
 from lablog.runner import difference, figure_differences
 
-EVENTS = re.compile(r".*\.tfevents\..*")
-"""TensorBoard's files, of which a resumed training has one more."""
+EVENTS = ".tfevents."
+"""In the names of TensorBoard's files, of which a resumed training has one more."""
+LONG = 3600.0
+"""Seconds that a run may take."""
 
 
 class Results:
@@ -36,7 +36,7 @@ class Results:
     def learn(self, folder: Path) -> None:
         """Run the command once, undisturbed, and keep what it made in `folder`."""
         began = time.monotonic()
-        whole = finish(self.start(), 3600)
+        whole = finish(self.start(), LONG)
         if whole.returncode:
             raise RuntimeError(f"{' '.join(self.command)} makes no results: {whole.stderr}")
         self.seconds = time.monotonic() - began
@@ -44,11 +44,8 @@ class Results:
         shutil.copytree(self.built, self.expected)
 
     def start(self) -> subprocess.Popen[str]:
-        """Start the command in a session of its own, which heeds Ctrl-C."""
-        return subprocess.Popen(
-            self.command, cwd=self.root, env=self.environment, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        """Start the command."""
+        return started(self.command, self.root, self.environment)
 
     def forget(self) -> None:
         """Remove all results, so that the next run makes them anew."""
@@ -56,12 +53,12 @@ class Results:
 
     def wrong_afterwards(self) -> str:
         """Make what is missing while nothing happens, and say how it differs, if it does."""
-        again = finish(self.start(), 3600)
+        again = finish(self.start(), LONG)
         if again.returncode:
             return f"the next run fails: {again.stderr.strip().splitlines()[-1:]}"
         names, expected = (
             {str(path.relative_to(folder)) for path in folder.rglob("*")
-             if not EVENTS.match(path.name)} for folder in (self.built, self.expected))
+             if EVENTS not in path.name} for folder in (self.built, self.expected))
         if names != expected:
             return f"left behind or missing: {', '.join(sorted(names ^ expected)[:5])}"
         for path in sorted((self.expected / "records").glob("*.json")):

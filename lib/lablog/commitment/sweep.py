@@ -225,6 +225,8 @@ def sweep(tasks: Tasks, engine: Engine, configurations: Sequence[Task], conditio
     blocks = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
     engine.make_room()
     with journal.open("a") as file:
+        if blocks and file.tell():  # what a kill may have cut off takes no row with it
+            file.write("\n")
         def keep(_: int, rows: list[dict[str, Any]]) -> None:
             for row in rows:
                 done[identity(as_task(row))] = row
