@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny_gguf import CHATML, write_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,7 +94,16 @@ def test_tokens_are_those_of_llama_cpp(both, text: str) -> None:
 @NOT_FETCHED
 def test_a_real_models_tokens_are_those_of_llama_cpp(real, text: str) -> None:
     model, tokenizer = real
+    assume(tokenizer.decode(tokenizer.encode(text)) == text)  # each of its bytes has a token
     assert tokenizer.encode(text) == model.tokenize(text, special=True)
+
+
+@NOT_FETCHED
+def test_a_byte_without_a_token_is_lost_and_its_neighbours_merge_in_one_engine_alone(real) -> None:
+    model, tokenizer = real
+    assert tokenizer.encode("\x1d") == model.tokenize("\x1d", special=True) == []
+    assert tokenizer.encode("/\x1d/") == tokenizer.encode("//")
+    assert model.tokenize("/\x1d/", special=True) == 2 * model.tokenize("/", special=True)
 
 
 @pytest.fixture(scope="module")
