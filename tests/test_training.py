@@ -324,9 +324,10 @@ def test_conversion_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_seeded_run_does_not_fill_the_memory_that_it_will_write(monkeypatch):
+    # What lies in memory that nobody filled is anybody's: the switch is what can be told.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1000).isnan().all()
     seed_everything(1)
     assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.empty(1000).isnan().all()
+    assert torch.utils.deterministic.fill_uninitialized_memory is False
