@@ -30,6 +30,7 @@ export OMP_WAIT_POLICY ?= passive
 
 ENV_STAMP    := build/.environment$(subst /,-,$(ENV))
 NATIVE_STAMP := build/native/.built
+LIVE_STAMP   := build/native-live/.built
 BINDING      := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.toml)
 SDIST        := build/source/$(subst -,_,$(firstword $(subst ==, ,$(BINDING))))-$(lastword $(subst ==, ,$(BINDING))).tar.gz
 RUN          := $(strip $(PY) -m lablog.runner run $(if $(CLUSTER),--cluster '$(CLUSTER)') \
@@ -38,8 +39,10 @@ ARGUMENTS    := --profile $(PROFILE) $(if $(SET),--set $(SET)) -- $(NOTEBOOKS)
 # What helps Make is written in Python as well, and where there is no environment yet, for any.
 TOOL         := python3 lib/tools
 NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
+# Debian keeps the JavaScript libraries of Emscripten where only its own Node looks.
+LIVE         := NODE_PATH=/usr/share/nodejs $(TOOL)/native.py build/native-live 'emcmake $(CMAKE)' $(JOBS)
 
-.PHONY: help setup lock lab reproduce test book pdf bench torture verify why claims compare notes publish clean distclean \
+.PHONY: help setup lock lab reproduce test book live pdf bench torture verify why claims compare notes publish clean distclean \
         cluster worker certificates test-native test-native-sanitize _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -109,8 +112,18 @@ notes: setup ## notes for a release, from the ledger and the published records (
 verify: setup ## run the notebooks twice and compare the records
 	@$(PY) -m lablog.runner verify $(ARGUMENTS)
 
-book: setup ## build the book from the results at hand
+book: setup $(if $(shell command -v emcmake),live) ## build the book from the results at hand
+	@$(if $(shell command -v emcmake),,echo "the book's live page stays a picture: Emscripten is not installed")
 	@$(PY) -m lablog.runner book $(ARGUMENTS)
+
+live: setup $(LIVE_STAMP) ## what the book's live page loads: the engine, by Emscripten, and models
+	@PYTHONPATH=lib $(PY) -m tools.live $(ARGUMENTS)
+
+$(LIVE_STAMP): native/CMakeLists.txt native/live/engine.cpp $(wildcard native/cmake/* native/patches/*) native/src/commitment.cpp | $(SDIST)
+	@$(TOOL)/check.py programs emcmake
+	@echo "building llama.cpp for the browser (about five minutes)"
+	@$(LIVE) build.log -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DCMAKE_BUILD_TYPE=Release
+	@touch $@
 
 pdf: book ## the book as one PDF, printed by Chromium, where there is one
 	@PYTHONPATH=lib $(PY) -m tools.pdf

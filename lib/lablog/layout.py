@@ -53,6 +53,16 @@ def cache() -> Path:
     return built("cache")
 
 
+def live_engine() -> Path:
+    """The engine of the book's live page, as Emscripten built it."""
+    return built("native-live", "bin")
+
+
+def live(results_folder: Path) -> Path:
+    """What the live page of a book of these results loads."""
+    return results_folder / "live"
+
+
 def certificates() -> Path:
     """Certificates of a cluster whose machines speak to each other over a network."""
     return built("certificates")

@@ -17,6 +17,7 @@ from lablog.speed_page import TARGETS
 from tools import (
     bench_arianna,
     bench_cvfp,
+    bench_live,
     bench_native,
     bench_pretrained,
     bench_qlora,
@@ -29,6 +30,7 @@ STAGES = {
     "pretrained_speed": bench_pretrained.record,
     "qlora_speed": bench_qlora.record, "cvfp_speed": bench_cvfp.record,
     "arianna_speed": bench_arianna.record, "scale": bench_scale.record,
+    "live": bench_live.record,
 }
 
 

@@ -15,6 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+NATIVE = ("the native library needs CMake and a C++17 compiler (Debian: apt-get install cmake "
+          "g++; macOS: xcode-select --install and cmake; conda: environment.yml brings both)")
+REMEDIES = {"emcmake": "the engine of the book's live page needs Emscripten (Debian: apt-get "
+                       "install emscripten; macOS: brew install emscripten)"}
 LARGEST = 1_000_000  # bytes of a file in the repository
 MANIFEST = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -53,11 +57,7 @@ def check_programs(names: list[str]) -> None:
     """Refuse when a program is not to be found."""
     for name in names:
         if not shutil.which(name):
-            sys.exit(
-                f"error: {name} is not installed; the native library needs CMake and a C++17 "
-                "compiler (Debian: apt-get install cmake g++; macOS: xcode-select --install and "
-                "cmake; conda: environment.yml brings both)"
-            )
+            sys.exit(f"error: {name} is not installed; {REMEDIES.get(name, NATIVE)}")
 
 
 def check_size(names: list[str]) -> None:

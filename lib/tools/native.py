@@ -1,5 +1,6 @@
 """Configures and builds native/, quietly: ``native.py FOLDER CMAKE JOBS LOG [OPTION...]``.
 
+CMAKE may be two words, ``emcmake cmake``: the first only configures.
 Output goes to FOLDER/configure.log and FOLDER/LOG; a failure shows what it said. How long the first
 build of a folder took, in seconds, is written into FOLDER/build_seconds.
 Needs the standard library only, of Python 3.8 or later.
@@ -34,8 +35,9 @@ def main() -> None:
     started = build / STARTED
     if not (build / "CMakeCache.txt").exists():
         started.write_text(str(time.time()))
-    quietly([cmake, "-S", "native", "-B", folder, *options], build / "configure.log", 1000)
-    quietly([cmake, "--build", folder, "-j", jobs], build / log, 40)
+    command = cmake.split()
+    quietly([*command, "-S", "native", "-B", folder, *options], build / "configure.log", 1000)
+    quietly([command[-1], "--build", folder, "-j", jobs], build / log, 40)
     if started.exists():
         seconds = time.time() - float(started.read_text())
         (build / "build_seconds").write_text(f"{seconds:.0f}\n")
