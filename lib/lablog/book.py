@@ -139,7 +139,7 @@ def _inputs(folder: Path) -> str:
     """One hash of all that the book is made from."""
     root = repository()
     pages = [path for path in (root / "book").rglob("*") if path.is_file()]
-    results = [path for kind in ("records", "notebooks", "figures")
+    results = [path for kind in ("records", "notebooks", "figures", "live")
                for path in (folder / kind).rglob("*") if path.is_file()]
     own = [root / "pyproject.toml", *source_dependencies(Path(__file__))]
     bench = [path for path in (layout.benchmark(), layout.torture()) if path.is_file()]
@@ -217,13 +217,19 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
     )
     made = work / "_build" / "html"
     if run.returncode or not (made / "index.html").is_file():
-        raise BookError(f"the book was not built:\n{run.stdout[-4000:]}")
+        faults = "\n".join(re.findall(r".*(?:WARNING|ERROR).*", run.stdout))
+        raise BookError(f"the book was not built:\n{faults or run.stdout[-4000:]}")
     for page in made.rglob("*.html"):
         page.write_text(THEBE.sub("", page.read_text()))
     # Sphinx copies only what its pages name; figures link their data in HTML of their own.
     for kept in (path for kind in ("json", "svg") for path in source.glob(f"records/**/*.{kind}")):
         (made / kept.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, made / kept.relative_to(source))
+    live = layout.live(folder)
+    if live.is_dir():
+        shutil.copytree(live, made / "live")
+    else:  # the page asks for it
+        atomic_write(made / "live" / "index.js", "")
     (made / chapter_page.OWN).mkdir()
     for record in records:
         for kind, suffix in (("records", ".json"), ("notebooks", ".ipynb")):
