@@ -16,7 +16,7 @@ from lablog.models import convert, locate
 from lablog.progress import progress
 from lablog.run import Run
 from tools.bench_native import Decoder, random_llama
-from tools.live import Bundle
+from tools.live import Bundle, Type
 from tools.timing import seconds
 
 TOKENS, ROUNDS = 100, 7
@@ -64,7 +64,9 @@ def record(run: Run) -> None:
     bundle = Bundle(run.artifacts)
     bundle.engine(layout.live_engine())
     library = plain_library()
-    for suffix, source, dtype in (("", wide, "q8_0"), (".offline", offline, "f16")):
+    kinds: tuple[tuple[str, Path, Type], ...] = (
+        ("", wide, "q8_0"), (".offline", offline, "f16"))
+    for suffix, source, dtype in kinds:
         gguf = convert.quantize(source, run.artifacts / f"live{suffix}.gguf", dtype)
         decoder = Decoder(library, gguf)
         rates, ratios = [], []
