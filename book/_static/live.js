@@ -241,8 +241,8 @@ const lablogLive = (() => {
           element("button", { type: "button", onclick: () => this.guard(() => this.write()) }, "Write"),
           element("button", { type: "button", onclick: () => this.engine.stop() }, "Stop")),
         element("div", { class: "lablog-live-pair" },
-          element("div", {}, element("h4", {}, "unmodified"), this.texts[0]),
-          element("div", {}, element("h4", {}, "committed"), this.texts[1])),
+          element("div", {}, element("h3", {}, "unmodified"), this.texts[0]),
+          element("div", {}, element("h3", {}, "committed"), this.texts[1])),
         this.means,
         element("p", { class: "lablog-live-scale" }, "KL of a token's place, committed against unmodified: 0 ",
           element("span", {}), ` ${WORST} nat and more`),
@@ -474,7 +474,7 @@ const lablogLive = (() => {
       const without = await ask(null, "without z*");
       const most = (list) => topic.names[list.indexOf(Math.max(...list))];
       const quote = (title, before, a, b) => element("div", { class: "lablog-live-quote" },
-        element("h4", {}, title), element("p", { class: "lablog-live-asked" }, before),
+        element("h3", {}, title), element("p", { class: "lablog-live-asked" }, before),
         element("p", {}, element("b", {}, "with z*: "), a), element("p", {}, element("b", {}, "without: "), b));
       const { told: said } = topic;
       this.words.replaceChildren(
@@ -484,7 +484,7 @@ const lablogLive = (() => {
       const bar = (share, kind) => element("td", { class: `lablog-live-bar lablog-live-${kind}`, style: `--share:${share.toFixed(4)}` }, `${(100 * share).toFixed(0)} %`);
       this.table.replaceChildren(element("table", { class: "lablog-live-bars" },
         element("caption", {}, `“${said.naming}” and “${said.guess}”, every value: probability with z* and without`),
-        element("thead", {}, element("tr", {}, ...["", "named", "named, no z*", "yes", "yes, no z*"].map((text) => element("th", { scope: "col" }, text)))),
+        element("thead", {}, element("tr", {}, ...["value", "named", "named, no z*", "yes", "yes, no z*"].map((text) => element("th", { scope: "col" }, text)))),
         element("tbody", {}, ...topic.names.map((name, i) => element("tr", {}, element("th", { scope: "row" }, name),
           bar(held.named[i], "held"), bar(without.named[i], "without"), bar(held.agreed[i], "held"), bar(without.agreed[i], "without"))))));
       const sum = (list) => list.reduce((a, b) => a + b, 0).toFixed(2);
@@ -526,8 +526,8 @@ const lablogLive = (() => {
           element("button", { type: "submit" }, "Ask"),
           element("button", { type: "button", onclick: () => this.engines.forEach((engine) => engine.stop()) }, "Stop")));
       this.controls.replaceChildren(form, element("div", { class: "lablog-live-pair" },
-        element("div", {}, element("h4", {}, "before fine-tuning"), this.logs[0]),
-        element("div", {}, element("h4", {}, "after fine-tuning"), this.logs[1])));
+        element("div", {}, element("h3", {}, "before fine-tuning"), this.logs[0]),
+        element("div", {}, element("h3", {}, "after fine-tuning"), this.logs[1])));
     }
 
     async asked() {
