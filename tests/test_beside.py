@@ -61,7 +61,7 @@ def test_the_page_tells_published_and_own_apart():
     theirs = record(metric("a", 0.1, (0.0, 0.2)), metric("b", "pass"), commit="a" * 40, k=1)
     mine = record(metric("a", 0.5, (0.4, 0.6)), metric("b", "fail"), commit="b" * 40, k=2)
     page = beside.page([mine], {"laptop": {PHASE1: theirs}})
-    assert "| `a` | 0.1 [0, 0.2] | 0.5 [0.4, 0.6] | apart |" in page
+    assert "| `a` | 0.1 \\[0, 0.2\\] | 0.5 \\[0.4, 0.6\\] | apart |" in page
     assert "| `b` | pass | fail | changed |" in page
     assert "Parameters that differ: `k`" in page
     assert page.index("b" * 10) < page.index("a" * 10)  # here, then published

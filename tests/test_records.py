@@ -156,6 +156,7 @@ def test_a_table_shows_what_was_recorded(tmp_path: Path):
 # --- writing and reading --------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+NAME = st.text(st.characters(codec="utf-8", exclude_characters='<>"`|\n'), max_size=20)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 METRICS = st.builds(
     lambda name, value, counts, n, seeds, interval: Metric(
@@ -171,13 +172,13 @@ METRICS = st.builds(
     st.none() | st.tuples(FINITE, FINITE),
 )
 PARAMETERS = st.dictionaries(
-    TEXT, st.none() | st.integers() | FINITE | TEXT | st.booleans() | st.lists(FINITE, max_size=3)
+    NAME, st.none() | st.integers() | FINITE | TEXT | st.booleans() | st.lists(FINITE, max_size=3)
 )
 RECORDS = st.builds(
     record, metrics=st.lists(METRICS, max_size=4, unique_by=lambda m: m.name).map(tuple),
     parameters=PARAMETERS, seeds=st.lists(st.integers(), max_size=3).map(tuple),
     started=st.datetimes(timezones=st.just(UTC)), seconds=FINITE,
-    stages=st.lists(st.builds(Stage, name=TEXT, seconds=FINITE), max_size=2).map(tuple),
+    stages=st.lists(st.builds(Stage, name=NAME, seconds=FINITE), max_size=2).map(tuple),
     files=st.lists(st.builds(FileHash, path=TEXT, sha256=TEXT, bytes=st.integers(0)),
                    max_size=2).map(tuple),
     status=st.sampled_from(["ok", "failed", "interrupted", "timeout"]),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lablog.claims import Judged, judged_otherwise, ledger
+from lablog.markdown import plain
 from lablog.record import Metric, Record
 from lablog.report import format_metric
 
@@ -116,7 +117,7 @@ def _verdicts(compared: Sequence[tuple[Record, Record, list[Pair]]]) -> str:
 
 def _judged(row: Judged) -> str:
     value = row.measured[0].shown if row.measured else "nothing"
-    return ", ".join(filter(None, [row.verdict, row.side, value]))
+    return plain(", ".join(filter(None, [row.verdict, row.side, value])))
 
 
 def _chapter(mine: Record, theirs: Record, found: Sequence[Pair]) -> str:
@@ -144,5 +145,5 @@ def _chapter(mine: Record, theirs: Record, found: Sequence[Pair]) -> str:
 
 
 def _told(metric: Metric | None) -> str:
-    return "missing" if metric is None else format_metric(metric, "interval").replace("|", "\\|")
+    return "missing" if metric is None else plain(format_metric(metric, "interval"))
 

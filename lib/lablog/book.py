@@ -31,6 +31,7 @@ from lablog import (
 )
 from lablog.chapter_page import BookError
 from lablog.files import atomic_write, repository, sha256_of
+from lablog.markdown import fenced, plain
 from lablog.provenance import source_dependencies
 from lablog.record import Record
 from lablog.report import IN_PROSE, format_metric, reject_judgements
@@ -64,7 +65,7 @@ def published_page(folder: Path) -> str:
             record = Record.read(path)
             parts.append(_result(record, f"{record.notebook}, profile {record.profile}"))
             parts += [f"![{figure.name}](records/{profile.name}/{path.stem}.{figure.name}.svg)"
-                      f"\n\n*{figure.caption}*\n" for figure in record.figures
+                      f"\n\n*{plain(figure.caption)}*\n" for figure in record.figures
                       if (profile / f"{path.stem}.{figure.name}.svg").is_file()]
     return "\n".join(parts if len(parts) > 1 else [*parts, "Nothing has been published yet.\n"])
 
@@ -131,7 +132,7 @@ def _result(record: Record, title: str) -> str:
             f"{machine.threads} threads ({machine.device}), Python {machine.python}, "
             f"PyTorch {machine.packages.get('torch', 'none')}.\n")
     if record.report:
-        told += f"\n```text\n{record.report.en}\n\n{record.report.ja}\n```\n"
+        told += "\n" + fenced(f"{record.report.en}\n\n{record.report.ja}")
     return told
 
 

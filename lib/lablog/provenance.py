@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lablog.files import repository, sha256, sha256_of
-from lablog.strict import Strict
+from lablog.strict import Name, Strict
 
 PACKAGES = ("accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "llama-cpp-python",
             "matplotlib", "numpy", "pandas", "papermill", "peft", "safetensors", "scipy",
@@ -42,10 +42,10 @@ class FileHash(Strict):
 class CloneState(Strict):
     """The state of the clone: commit, uncommitted changes, hashes of library and patch."""
 
-    commit: str
+    commit: Name
     dirty: bool
-    library_sha256: str
-    patch_sha256: str
+    library_sha256: Name
+    patch_sha256: Name
 
 
 class Machine(Strict):
@@ -56,13 +56,13 @@ class Machine(Strict):
     are the same, whatever the processor's name.
     """
 
-    python: str
-    platform: str
-    cpu: str
-    instructions: str = ""
+    python: Name
+    platform: Name
+    cpu: Name
+    instructions: Name = ""
     threads: int
-    device: str
-    packages: dict[str, str]
+    device: Name
+    packages: dict[Name, Name]
 
     @property
     def processor(self) -> str:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from lablog.files import atomic_write
 from lablog.intervals import Interval, t_interval
 from lablog.provenance import CloneState, FileHash, Machine
-from lablog.strict import Strict
+from lablog.strict import Name, Strict
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -27,7 +27,7 @@ class Metric(Strict):
 
     name: str = Field(pattern=r"^[a-z0-9][a-zA-Z0-9_.+\-]*$")
     value: float | int | bool | str | None
-    unit: str
+    unit: Name
     numerator: float | None = None
     denominator: float | None = None
     n: int | None = Field(default=None, ge=0, description="number of samples")
@@ -76,25 +76,25 @@ class Metric(Strict):
 class FigureFile(Strict):
     """A figure, the data behind it, and its caption (paths relative to the run's folder)."""
 
-    name: str
-    svg: str
-    csv: str
+    name: Name
+    svg: Name
+    csv: Name
     caption: str
 
 
 class Stage(Strict):
     """A timed part of the run."""
 
-    name: str
+    name: Name
     seconds: float
 
 
 class TaskPlace(Strict):
     """Where one task ran: host, vector instructions and address of its worker, and how long."""
 
-    kind: str
+    kind: Name
     name: str
-    worker: str
+    worker: Name
     seconds: float
 
 
@@ -116,10 +116,10 @@ class Record(Strict):
     """Everything that one notebook run leaves for readers, reports and the ledger."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    notebook: str
-    profile: str
+    notebook: Name
+    profile: Name
     status: Literal["ok", "failed", "interrupted", "timeout"]
-    parameters: dict[str, Any]
+    parameters: dict[Name, Any]
     seeds: tuple[int, ...]
     started: datetime
     seconds: float

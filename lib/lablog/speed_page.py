@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lablog import figures
+from lablog.markdown import plain
 from lablog.record import Record
 from lablog.report import format_metric
 
@@ -77,7 +78,8 @@ def page(record: Record | None, folder: Path) -> str:
         if not here:
             continue
         parts.append(f"## {title}\n\n| value | target | measure |\n|---|---|---|")
-        parts += [f"| {format_metric(m)} | {TARGETS.get(m.name, '')} | `{m.name}` |" for m in here]
+        parts += [f"| {plain(format_metric(m))} | {TARGETS.get(m.name, '')} | `{m.name}` |"
+                  for m in here]
         if room == "arianna":
             figures.use_style()
             svg, csv = figures.save(*rates(record), folder, "tokens_per_s")

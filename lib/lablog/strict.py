@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
+Name = Annotated[str, Field(pattern=r'^[^<>"`|\n]*$')]
+"""A string that pages, file names and terminals show in the midst of a line: no markup."""
 
 
 class Strict(BaseModel):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live.browser import Page, page
+from browser import Page, page
 
 from lablog import layout
 from lablog.arianna import chat
