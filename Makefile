@@ -119,7 +119,7 @@ book: setup $(if $(shell command -v emcmake),live) ## build the book from the re
 live: setup $(LIVE_STAMP) ## what the book's live page loads: the engine, by Emscripten, and models
 	@PYTHONPATH=lib $(PY) -m tools.live $(ARGUMENTS)
 
-$(LIVE_STAMP): native/CMakeLists.txt native/live/engine.cpp $(wildcard native/cmake/* native/patches/*) native/src/commitment.cpp | $(SDIST)
+$(LIVE_STAMP): $(wildcard native/CMakeLists.txt native/live/* native/cmake/* native/patches/* native/src/commitment*) | $(SDIST)
 	@$(TOOL)/check.py programs emcmake
 	@echo "building llama.cpp for the browser (about five minutes)"
 	@$(LIVE) build.log -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DCMAKE_BUILD_TYPE=Release
@@ -169,7 +169,7 @@ publish: ## copy this profile's records and the README's figures into book/recor
 	@PYTHONPATH=lib $(PY) -m tools.publish $(ARGUMENTS)
 
 clean: ## remove results and book, keep environment and native library
-	rm -rf $(filter-out build/venv build/native build/native-sanitize build/source,$(wildcard build/*))
+	rm -rf $(filter-out build/venv build/native% build/source,$(wildcard build/*))
 
 distclean: ## remove everything that was generated
 	rm -rf build lib/*.egg-info

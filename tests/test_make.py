@@ -123,15 +123,38 @@ def test_an_activated_conda_environment_is_used_but_not_its_base(
 
 
 def test_clean_keeps_what_is_slow_to_make(clone: Clone):
-    for name in ("laptop/records/a.json", "book/html/index.html", "native-sanitize/x"):
+    for name in ("laptop/records/a.json", "book/html/index.html", "native-sanitize/x",
+                 "native-live/bin/live.js"):
         clone.write(f"build/{name}", "")
     assert clone.make("clean").returncode == 0
     left = {path.name for path in (clone.root / "build").iterdir() if path.name[0] != "."}
-    assert left == {"venv", "native", "native-sanitize", "source"}
+    assert left == {"venv", "native", "native-sanitize", "native-live", "source"}
     assert clone.make("setup").stdout == ""  # the environment still counts as made
 
 
 # --- one place for versions -----------------------------------------------------------------------
+
+
+def test_the_book_is_built_without_emscripten_and_says_so(clone: Clone, tmp_path: Path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("sh", "bash", "sed", "nproc", "uname"):
+        if found := shutil.which(name):
+            (programs / name).symlink_to(found)
+    (programs / "python3").symlink_to(sys.executable)
+
+    def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return clone.call("env", f"PATH={programs}", str(shutil.which("make")), *arguments)
+
+    told = make("-n", "book").stdout
+    assert "live page stays a picture: Emscripten is not installed" in told
+    assert "tools.live" not in told
+    assert "needs Emscripten" in make("live").stderr
+    (programs / "emcmake").write_text("#!/bin/sh\n")
+    (programs / "emcmake").chmod(0o755)
+    told = make("-n", "book").stdout
+    assert "stays a picture" not in told
+    assert "tools.live" in told
 
 
 def test_environment_and_project_agree():
