@@ -43,7 +43,7 @@ NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 LIVE         := NODE_PATH=/usr/share/nodejs $(TOOL)/native.py build/native-live 'emcmake $(CMAKE)' $(JOBS)
 
 .PHONY: help setup lock lab reproduce test book live pdf bench torture verify why claims compare notes publish clean distclean \
-        cluster worker certificates test-native test-native-sanitize _setup _results
+        cluster worker certificates test-native test-native-sanitize test-native-races _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -158,6 +158,12 @@ test-native-sanitize: $(SDIST) ## the C++ tests under the address and undefined-
 	  -DLABLOG_TESTS=ON -DLABLOG_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	@$(CMAKE) --build build/native-sanitize -j $(JOBS)
 	@ctest --test-dir build/native-sanitize --output-on-failure
+
+test-native-races: $(SDIST) ## the C++ tests of several threads under the thread sanitizer
+	@$(CMAKE) -S native -B build/native-races -DLLAMA_SDIST=$(CURDIR)/$(SDIST) \
+	  -DLABLOG_TESTS=ON -DLABLOG_SANITIZE_THREADS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	@$(CMAKE) --build build/native-races -j $(JOBS)
+	@ctest --test-dir build/native-races --output-on-failure -R 'model|thread|beside|sampler'
 
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@PYTHONPATH=lib $(PY) -m tools.bench

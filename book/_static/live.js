@@ -231,7 +231,7 @@ const lablogLive = (() => {
       this.texts = [element("p", { class: "lablog-live-text" }), element("p", { class: "lablog-live-text" })];
       this.means = element("p", { class: "lablog-live-mean" });
       this.controls.replaceChildren(
-        labelled("Prompt", this.examples), labelled("as it is read", this.prompt),
+        labelled("Example", this.examples), labelled("Prompt", this.prompt),
         labelled("Strength λ", this.slider, this.output), this.marks,
         element("div", { class: "lablog-live-row" }, element("span", {}, "Layers"), this.strip),
         element("div", { class: "lablog-live-row" },

@@ -256,6 +256,30 @@ static void two_threads() {
     CHECK(same_bits(minus, minus_2));
 }
 
+// One model is loaded, committed, used and freed again and again while another decodes.
+static void freed_beside() {
+    fixture f;
+    const auto v = f.vector(12);
+    CHECK(f.set(v, 0.7f, 0, 3) == 0);
+    const auto alone = trace(f.ctx, PLAIN, nothing);
+
+    std::vector<float> beside, others;
+    std::thread coming_and_going([&] {
+        for (int round = 0; round < 6; round++) {
+            fixture other;
+            CHECK(other.set(v, 0.7f, 0, 3) == 0);
+            others = trace(other.ctx, PLAIN, nothing);
+        }
+    });
+    for (int round = 0; round < 6; round++) {
+        CHECK(llama_set_commitment_lambda(f.ctx, 0.7f) == 0);
+        beside = trace(f.ctx, PLAIN, nothing);
+        CHECK(same_bits(alone, beside));
+    }
+    coming_and_going.join();
+    CHECK(same_bits(alone, others));
+}
+
 // Bad input returns its code, logs its message, and changes nothing.
 static void bad_input() {
     fixture f;
@@ -377,6 +401,7 @@ int main(int argc, char ** argv) {
         { "adds_to_control_vector", adds_to_control_vector },
         { "two_contexts", two_contexts },
         { "two_threads", two_threads },
+        { "freed_beside", freed_beside },
         { "bad_input", bad_input },
         { "unsupported", unsupported },
     };
