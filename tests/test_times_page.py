@@ -28,11 +28,21 @@ def test_times_are_added_and_the_longest_stages_named():
     page = times_page.page(own, theirs)
     mine, published = page.split("## Published, profile laptop")
     assert "## This clone, profile smoke" in mine
-    assert ("| 04_cvfp_phase1 | 3:20 | longer 1:40, long 1:30, middle 0:05 | 5 on 2 | 1,536 MiB | "
-            f"{own[0].machine.processor}, 2 threads | `{'a' * 10}` |") in mine
+    assert ("| 04_cvfp_phase1 | 3:20 | longer 1:40, long 1:30, middle 0:05 | 5 on 2 | 1,536 MiB |\n"
+            ) in mine
+    assert f"{own[0].machine.processor}, 2 threads, commit `{'a' * 10}`." in mine
     assert "| **all** | **63:20** |" in mine
     assert "| **all** | **1:01** |" in published
     assert "profile bench" not in page
+
+
+def test_machine_and_commit_are_columns_where_they_differ():
+    own = [record("04_cvfp_phase1", 1.0, {}, "smoke"), record("05_cvfp_phase2", 1.0, {}, "smoke")]
+    own[1] = own[1].model_copy(update={"source": CloneState(
+        commit="b" * 40, dirty=False, library_sha256="", patch_sha256="")})
+    page = times_page.page(own, {})
+    for each in own:
+        assert f"| {each.machine.processor}, 2 threads | `{each.source.commit[:10]}` |" in page
 
 
 def test_a_clone_without_results_has_the_published_times():

@@ -25,15 +25,21 @@ def page(own: Sequence[Record], published: Mapping[str, Mapping[str, Record]]) -
 
 
 def _table(records: Sequence[Record]) -> str:
-    rows = [f"| {record.notebook} | {_clock(record.seconds)} | {_longest(record)} | "
-            f"{_tasks(record)} | {(record.peak_memory_bytes or 0) / 2**20:,.0f} MiB | "
-            f"{record.machine.processor}, {record.machine.threads} threads | "
-            f"`{record.source.commit[:10]}` |"
-            for record in records]
-    total = sum(record.seconds for record in records)
-    rows.append(f"| **all** | **{_clock(total)}** | | | | | |")
-    names = "| chapter | time | longest stages | tasks | memory | machine | commit |"
-    return "\n".join([names, "|---|---|---|---|---|---|---|", *rows])
+    """A row a chapter; the machine and the commit as columns only where they differ."""
+    where = {record.notebook: (
+        f"{record.machine.processor}, {record.machine.threads} threads",
+        f"`{record.source.commit[:10]}`") for record in records}
+    same = len(set(where.values())) == 1
+    rows = [[record.notebook, _clock(record.seconds), _longest(record), _tasks(record),
+             f"{(record.peak_memory_bytes or 0) / 2**20:,.0f} MiB",
+             *(() if same else where[record.notebook])] for record in records]
+    names = ["chapter", "time", "longest stages", "tasks", "memory",
+             *(() if same else ("machine", "commit"))]
+    rows.append(["**all**", f"**{_clock(sum(record.seconds for record in records))}**",
+                 *[""] * (len(names) - 2)])
+    lines = [f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *rows)]
+    told = "{}, commit {}.\n\n".format(*where[records[0].notebook]) if same else ""
+    return told + "\n".join(lines)
 
 
 def _clock(seconds: float) -> str:
