@@ -38,7 +38,8 @@ def test_cases_are_what_their_numbers_say():
     assert one != [corrupt.corrupt(reader, whole, 1, case) for case in range(50)]
 
 
-@pytest.mark.parametrize("mutation", list(dict.fromkeys([*BINARY, *TEXT])), ids=lambda mutation: mutation.__name__)
+@pytest.mark.parametrize("mutation", list(dict.fromkeys([*BINARY, *TEXT])),
+                         ids=lambda mutation: mutation.__name__)
 @pytest.mark.parametrize("data", [b"", b"a", b"key: 17\n" * 3])
 def test_every_mutation_takes_any_file(mutation, data):
     for seed in range(20):
