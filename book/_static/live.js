@@ -5,7 +5,7 @@
 const lablogLive = (() => {
   const FOLDER = "live/";
   const PARTS = new Map(); // of models that are being loaded, by name
-  let contents = { models: {}, figures: {} };
+  let contents = { engine: { bytes: 0, version: "" }, models: {}, figures: {} };
   let source = null; // {program, wasm}
 
   // --- files: scripts that call back, since a page opened from a file may load nothing else
@@ -23,11 +23,11 @@ const lablogLive = (() => {
   const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 
   async function model(name, progress) {
-    const { parts } = contents.models[name];
+    const { parts, version } = contents.models[name];
     const found = new Array(parts);
     PARTS.set(name, found);
     for (let number = 0; number < parts; number++) {
-      await load(`${name}.${number}.js`);
+      await load(`${name}.${number}.js?${version}`);
       progress((number + 1) / parts);
     }
     PARTS.delete(name);
@@ -40,7 +40,7 @@ const lablogLive = (() => {
 
   class Engine {
     async start() {
-      if (!source) await load("engine.js");
+      if (!source) await load(`engine.js?${contents.engine.version}`);
       this.waiting = new Map();
       this.last = 0;
       this.worker = new Worker(URL.createObjectURL(new Blob([source.program], { type: "text/javascript" })));
@@ -171,8 +171,7 @@ const lablogLive = (() => {
     }
   }
 
-  const sizeOf = (...names) => ENGINE_BYTES + names.reduce((sum, name) => sum + contents.models[name].bytes, 0);
-  const ENGINE_BYTES = 5.6 * 2 ** 20;
+  const sizeOf = (...names) => names.reduce((sum, name) => sum + contents.models[name].bytes, contents.engine.bytes);
 
   // Bytes of tokens, which may end within a character, as text in an element.
   function stream(target) {
@@ -192,12 +191,17 @@ const lablogLive = (() => {
 
   class Strength extends Figure {
     constructor(place, told) {
-      super(place, sizeOf(told.model));
+      super(place, told.model ? sizeOf(told.model) : sizeOf());
       this.told = told;
     }
 
     async open() {
       this.engine = await new Engine().start();
+      if (!this.told.model) {
+        this.controls.replaceChildren(this.chooser(true));
+        this.say(`chapter 2 asked ${this.told.file}, which is too large for a page: choose that file`);
+        return;
+      }
       const [data] = await this.loaded([this.told.model]);
       this.model = await this.engine.ask("open", { model: data, window: this.told.window, sequences: 3 });
       this.build();
@@ -227,7 +231,6 @@ const lablogLive = (() => {
       this.temperature = element("select", {}, ...[0, 0.8, 1].map((value) =>
         element("option", { value, selected: value === 0.8 }, value === 0 ? "0 (the likeliest token)" : String(value))));
       this.count = numberField(48, 1, 200);
-      this.file = element("input", { type: "file", accept: ".gguf", onchange: () => this.guard(() => this.own()) });
       this.texts = [element("p", { class: "lablog-live-text" }), element("p", { class: "lablog-live-text" })];
       this.means = element("p", { class: "lablog-live-mean" });
       this.controls.replaceChildren(
@@ -246,13 +249,18 @@ const lablogLive = (() => {
         this.means,
         element("p", { class: "lablog-live-scale" }, "KL of a token's place, committed against unmodified: 0 ",
           element("span", {}), ` ${WORST} nat and more`),
-        element("details", {}, element("summary", {}, "Your own model"),
-          element("p", {}, "A GGUF file of this machine. It is read by this page and goes nowhere; a chat model is "
-            + "asked in its own template. SmolLM2-135M-Instruct (98 MB) writes a few tokens a second here."),
-          labelled("Model (.gguf)", this.file)));
+        this.chooser(false));
       this.first = 0;
       this.last = this.model.layers - 1;
       this.turned();
+    }
+
+    chooser(open) {
+      this.file = element("input", { type: "file", accept: ".gguf", onchange: () => this.guard(() => this.own()) });
+      return element("details", { open }, element("summary", {}, "Your own model"),
+        element("p", {}, "A GGUF file of this machine. It is read by this page and goes nowhere; a chat model is "
+          + "asked in its own template."),
+        labelled("Model (.gguf)", this.file));
     }
 
     share(power) { return (100 * (power - (LOW - 0.1))) / (HIGH - (LOW - 0.1)); }
@@ -328,7 +336,8 @@ const lablogLive = (() => {
       }
       this.engine.end();
       this.engine = fresh;
-      this.told = { ...this.told, marks: [], prompts: ["What is your favorite color?", "I have chosen an animal. Ask me.", "Tell me a short story."] };
+      const marks = !this.told.model && this.told.layers === this.model.layers ? this.told.marks : [];
+      this.told = { ...this.told, marks, prompts: ["What is your favorite color?", "I have chosen an animal. Ask me.", "Tell me a short story."] };
       this.build();
       this.say(`${file.name} is open: ${this.model.layers} layers, width ${this.model.width}`);
     }
@@ -573,7 +582,7 @@ const lablogLive = (() => {
     // Nothing of another host, whatever a model's file says.
     const policy = "default-src 'self' file: data: blob: 'unsafe-inline' 'wasm-unsafe-eval'; connect-src 'none'";
     document.head.append(element("meta", { "http-equiv": "Content-Security-Policy", content: policy }));
-    load("index.js").then(show, () => {});
+    load(`index.js?${Date.now()}`).then(show, () => {}); // small, and never out of a cache
   });
 
   return {

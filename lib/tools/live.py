@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import json
 import sys
 import tempfile
@@ -52,6 +53,11 @@ def call(function: str, *arguments: Any) -> str:
     return f"lablogLive.{function}({', '.join(json.dumps(each) for each in arguments)});\n"
 
 
+def version(data: bytes) -> str:
+    """What a browser's cache tells one file from another of its name by."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
 def packed(array: np.ndarray) -> str:
     """Numbers as base64 of little-endian float32."""
     return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()
@@ -62,6 +68,7 @@ class Bundle:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.program: dict[str, Any] = {}
         self.models: dict[str, dict[str, Any]] = {}
         self.figures: dict[str, dict[str, Any]] = {}
 
@@ -77,7 +84,7 @@ class Bundle:
         for number, part in enumerate(parts):
             text = call("part", name, number, base64.b64encode(part).decode())
             (self.folder / f"{name}.{number}.js").write_text(text)
-        self.models[name] = {"bytes": len(data), "parts": len(parts)}
+        self.models[name] = {"bytes": len(data), "parts": len(parts), "version": version(data)}
 
     def engine(self, built: Path) -> None:
         """The module of `built` (Emscripten's) and its worker."""
@@ -86,15 +93,19 @@ class Bundle:
         wasm = (built / "live.wasm").read_bytes()
         text = call("program", f"{program}\n{worker}", base64.b64encode(wasm).decode())
         (self.folder / "engine.js").write_text(text)
+        self.program = {"bytes": len(text), "version": version(text.encode())}
 
     def close(self) -> None:
         """Write the table of contents."""
-        told = {"models": self.models, "figures": self.figures}
+        told = {"engine": self.program, "models": self.models, "figures": self.figures}
         (self.folder / "index.js").write_text(call("index", told))
 
 
 def strength(bundle: Bundle, results: Path, record: Record) -> None:
-    """Figure *Turn λ*: the model of chapter 2, and the λ that spends its budget in each range."""
+    """Figure *Turn λ*: the model of chapter 2, and the λ that spends its budget in each range.
+
+    A model that is too large to be loaded from a page is the reader's to choose, as a file.
+    """
     gguf = results / record.files[0].path
     parameters = record.parameters
     with Model(gguf) as read:
@@ -107,11 +118,13 @@ def strength(bundle: Bundle, results: Path, record: Record) -> None:
         found = record.metric(f"budget.{name.replace(' ', '_')}.lambda").value
         if found is not None:
             marks.append({"range": name, "layers": layer_range(name, layers), "strength": found})
-    bundle.model("dialogue", gguf, "f16")
+    small = gguf.stat().st_size <= LARGEST
+    if small:
+        bundle.model("dialogue", gguf, "f16")
     bundle.figures["strength"] = {
-        "model": "dialogue", "k": parameters["k"], "window": parameters["window"],
-        "layers": layers, "budget": parameters["kl_budget"], "marks": marks,
-        "prompts": prompts[:6]}
+        "model": "dialogue" if small else None, "file": gguf.name, "k": parameters["k"],
+        "window": parameters["window"], "layers": layers, "marks": marks,
+        "budget": parameters["kl_budget"], "prompts": prompts[:6]}
 
 
 def choice(bundle: Bundle, results: Path, record: Record) -> None:

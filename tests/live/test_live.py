@@ -25,7 +25,7 @@ from lablog.commitment.sampler import sample
 from lablog.files import repository
 from lablog.models.llama_cpp import Commitment, Context, Model, Sampling, stream
 from tools import pdf
-from tools.live import packed
+from tools.live import call, packed
 
 LIVE = layout.live(layout.results("smoke"))
 STATIC = repository() / "book" / "_static"
@@ -319,6 +319,25 @@ def test_a_model_that_is_damaged_leaves_the_page_alive(live, gguf, tmp_path):
     live.until(f"{state('strength')}.includes('is open: 2 layers') && {idle('strength')}")
     live.see(write)
     live.until(f"{state('strength')}.endsWith('a second') && {idle('strength')}")
+
+
+def test_a_model_too_large_for_a_page_is_chosen_as_a_file(live, site, told, gguf):
+    """As of profile `pretrained`; the marks of its calibration stay."""
+    own = json.loads(json.dumps(told))
+    own["figures"]["strength"] |= {"model": None, "file": "large.gguf"}
+    index = (site / "live" / "index.js").read_text()
+    (site / "live" / "index.js").write_text(call("index", own))
+    try:
+        live.visit(live.see("location.href"))
+        live.until("document.querySelectorAll('.lablog-live-begin').length === 3")
+    finally:
+        (site / "live" / "index.js").write_text(index)
+    live.click("[data-figure=strength] .lablog-live-begin")
+    live.until(f"{state('strength')}.includes('large.gguf') && {idle('strength')}")
+    live.choose_file("[data-figure=strength] input[type=file]", gguf)
+    live.until(f"{state('strength')}.includes('is open: 2 layers') && {idle('strength')}")
+    marks = [m for m in told["figures"]["strength"]["marks"] if 1e-3 <= m["strength"] <= 100]
+    assert live.see("document.querySelectorAll('.lablog-live-marks button').length") == len(marks)
 
 
 def test_a_choice_is_held_by_pointer_and_by_keys(live, told):
