@@ -115,6 +115,7 @@ def test_logits_are_those_of_the_native_library(gguf, native, strength, layers):
     assert np.abs(np.array(found["done"]) - wanted).max() < LOGITS
 
 
+@pytest.mark.usefixtures("told")
 def test_words_are_those_that_the_native_library_draws():
     path = layout.artifacts(LIVE.parent) / "arianna" / FILES["f32"]
     text = chat.prompt("What is silence?")
