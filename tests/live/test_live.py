@@ -7,6 +7,7 @@ import base64
 import http.server
 import json
 import shutil
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -113,6 +114,26 @@ def test_logits_are_those_of_the_native_library(gguf, native, strength, layers):
         context.commit(Commitment(direction, strength, layers), 0)
         wanted = context.prefill({0: tokens}, "all")[0][-1]
     assert np.abs(np.array(found["done"]) - wanted).max() < LOGITS
+
+
+@pytest.mark.usefixtures("told")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "olmoe", "mamba"])
+def test_logits_are_those_of_the_unpatched_library(kind, tmp_path):
+    """The reference of the native tests, on their models: a prompt, then tokens one by one."""
+    tests = layout.native() / "tests"
+    gguf, program = tests / "models" / f"{kind}.gguf", tests / "bin" / "lablog-reference"
+    if not (gguf.is_file() and program.is_file()):
+        pytest.skip("the native tests are not built: `make test-native`")
+    segments = ((12, 1), (10, 0))
+    schedule, out = tmp_path / "schedule", tmp_path / "logits"
+    schedule.write_bytes(struct.pack("<Q", len(segments)) + b"".join(
+        struct.pack("<iiiiQ", tokens, batched, -1, -1, 0) for tokens, batched in segments))
+    subprocess.run([program, gguf, schedule, out], check=True)
+    wanted = np.fromfile(out, np.float32).reshape(22, -1)
+    tokens = [3 + (place * 7919 + 13) % 256 for place in range(22)]
+    _, *found = ask(opening(gguf), *(("logits", {"tokens": tokens[:n]}) for n in (12, 22)))
+    for answer, row in zip(found, wanted[[11, 21]], strict=True):
+        assert np.abs(np.array(answer["done"]) - row).max() < LOGITS
 
 
 @pytest.mark.usefixtures("told")
