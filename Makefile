@@ -43,7 +43,7 @@ NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 LIVE         := NODE_PATH=/usr/share/nodejs $(TOOL)/native.py build/native-live 'emcmake $(CMAKE)' $(JOBS)
 
 .PHONY: help setup lock lab reproduce test book live pdf bench torture verify why claims compare notes publish clean distclean \
-        cluster worker certificates test-native test-native-sanitize test-native-races _setup _results
+        cluster worker certificates test-native test-native-sanitize test-native-races fuzz _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -164,6 +164,14 @@ test-native-races: $(SDIST) ## the C++ tests of several threads under the thread
 	  -DLABLOG_TESTS=ON -DLABLOG_SANITIZE_THREADS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	@$(CMAKE) --build build/native-races -j $(JOBS)
 	@ctest --test-dir build/native-races --output-on-failure -R 'model|thread|beside|sampler'
+
+fuzz: $(SDIST) ## damaged control vectors under libFuzzer, by Clang (RUNS=1000000)
+	@CC=clang$(CLANG) CXX=clang++$(CLANG) $(CMAKE) -S native -B build/native-fuzz \
+	  -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DLABLOG_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	@$(CMAKE) --build build/native-fuzz -j $(JOBS) --target fuzz-control-vector
+	@mkdir -p build/native-fuzz/corpus
+	@cd build/native-fuzz && bin/fuzz-control-vector corpus $(CURDIR)/native/fuzz/corpus \
+	  -runs=$(or $(RUNS),1000000) -max_len=2048 -timeout=10 -rss_limit_mb=2048
 
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@PYTHONPATH=lib $(PY) -m tools.bench

@@ -4,12 +4,13 @@
 // 2 bad input (one line says which, and what to do). Only llama.cpp's public API is used.
 
 #include "commitment.h"
+#include "control_vector.h"
 
-#include "gguf.h"
 #include "llama.h"
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -230,71 +231,36 @@ static void commit(llama_context * ctx, const llama_model * model, const options
         o.k, (unsigned long long) o.seed, norm(direction.data(), n_embd), double(o.lambda), layers.start, layers.end);
 }
 
-// The community's layout: general.architecture = controlvector, F32 tensors direction.N of n_embd
-// numbers, N >= 1, applied at layer N. Layers without a tensor get nothing.
 static void control(llama_context * ctx, const llama_model * model, const options & o) {
     const int32_t n_embd  = llama_model_n_embd(model);
     const int32_t n_layer = llama_model_n_layer(model);
     const char *  path    = o.control_vector.c_str();
     const layer_range layers = parse_layers(o.layers, 1, n_layer);
 
-    if (FILE * file = std::fopen(path, "rb")) {
-        std::fclose(file);
-    } else {
+    std::unique_ptr<FILE, int (*)(FILE *)> file(std::fopen(path, "rb"), std::fclose);
+    if (!file) {
         BAD_INPUT("cannot read the control vector '%s': %s", path, std::strerror(errno));
     }
-
-    ggml_context * tensors = nullptr;
     std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf(
-        gguf_init_from_file(path, { /*.no_alloc =*/ false, /*.ctx =*/ &tensors }), gguf_free);
-    std::unique_ptr<ggml_context, void (*)(ggml_context *)> tensors_owner(tensors, ggml_free);
+        gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }), gguf_free);
     if (!gguf) {
         BAD_INPUT("'%s' is not a readable GGUF file (%s)", path, first_error.c_str());
     }
+    const auto read = [&](size_t at, float * out, size_t n) {
+        return at <= size_t(LONG_MAX) && std::fseek(file.get(), long(at), SEEK_SET) == 0 && std::fread(out, sizeof(float), n, file.get()) == n;
+    };
 
-    const int64_t arch = gguf_find_key(gguf.get(), "general.architecture");
-    if (arch < 0 || gguf_get_kv_type(gguf.get(), arch) != GGUF_TYPE_STRING ||
-        std::strcmp(gguf_get_val_str(gguf.get(), arch), "controlvector") != 0) {
-        BAD_INPUT("'%s' is not a control vector: its general.architecture must be 'controlvector'", path);
+    control_vector found;
+    const std::string wrong = read_control_vector(gguf.get(), read, n_embd, n_layer, o.lambda, found);
+    if (!wrong.empty()) {
+        BAD_INPUT("'%s'%s", path, wrong.c_str());
     }
 
-    std::vector<float> table(size_t(n_embd)*(n_layer - 1), 0.0f); // starts at layer 1
-    double  sum_of_norms = 0.0;
-    int32_t n_directions = 0;
-    for (int64_t i = 0; i < gguf_get_n_tensors(gguf.get()); i++) {
-        const char *        name   = gguf_get_tensor_name(gguf.get(), i);
-        const ggml_tensor * tensor = ggml_get_tensor(tensors, name);
-        if (std::strncmp(name, "direction.", 10) != 0) {
-            BAD_INPUT("'%s': unexpected tensor '%s', only direction.1, direction.2, ... belong in a control vector", path, name);
-        }
-        char *     end = nullptr;
-        const long il  = std::strtol(name + 10, &end, 10);
-        if (*end || il < 1 || il >= n_layer) {
-            BAD_INPUT("'%s': tensor '%s' is for a layer outside 1..%d of this model", path, name, n_layer - 1);
-        }
-        if (tensor->type != GGML_TYPE_F32 || ggml_nelements(tensor) != n_embd) {
-            BAD_INPUT("'%s': tensor '%s' must hold %d F32 numbers, the width of this model", path, name, n_embd);
-        }
-        const float * v = (const float *) tensor->data;
-        sum_of_norms += norm(v, n_embd);
-        n_directions += 1;
-        for (int32_t j = 0; j < n_embd; j++) {
-            const float scaled = o.lambda*v[j];
-            if (!std::isfinite(scaled)) {
-                BAD_INPUT("'%s': lambda times tensor '%s' is not finite", path, name);
-            }
-            table[size_t(il - 1)*n_embd + j] = scaled;
-        }
-    }
-    if (n_directions == 0) {
-        BAD_INPUT("'%s' holds no direction.N tensor", path);
-    }
-
-    if (llama_set_adapter_cvec(ctx, table.data(), table.size(), n_embd, layers.start, layers.end) != 0) {
+    if (llama_set_adapter_cvec(ctx, found.table.data(), found.table.size(), n_embd, layers.start, layers.end) != 0) {
         BAD_INPUT("llama.cpp refused the control vector '%s' (%s)", path, first_error.c_str());
     }
     std::fprintf(stderr, "control vector initialised once: %s directions=%d mean |v|=%.4g lambda=%g layers %d..%d\n",
-        path, n_directions, sum_of_norms/n_directions, double(o.lambda), layers.start, layers.end);
+        path, found.n_directions, found.sum_of_norms/found.n_directions, double(o.lambda), layers.start, layers.end);
 }
 
 // --- generation

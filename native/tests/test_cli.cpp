@@ -147,6 +147,17 @@ static void control_vector() {
     bad(run + " --lambda 10", "not finite");
     control_file("llama", { "direction.1" }, 64, 1.0f);
     bad(run, "general.architecture");
+
+    // a file that says it is larger than any memory, and one that was cut off
+    control_file("controlvector", { "direction.1" }, 64, 1.0f);
+    const std::string whole = contents(file);
+    std::string huge = whole;
+    const size_t size = huge.find("direction.1") + 11 + sizeof(uint32_t); // behind the name: dimensions, size of the first
+    huge[size + 6] = 1; // 2^48 more numbers
+    std::ofstream(file, std::ios::binary) << huge;
+    bad(run, "must hold 64 F32 numbers");
+    std::ofstream(file, std::ios::binary) << whole.substr(0, whole.size() - 8);
+    bad(run, "ends before tensor 'direction.1' does");
     std::ofstream(file) << "GGUF";
     bad(run, "not a readable GGUF file");
     std::remove(file.c_str());
