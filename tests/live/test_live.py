@@ -175,15 +175,16 @@ def test_at_lambda_zero_both_texts_are_one_and_nothing_diverges(gguf, native):
     assert max(each["divergence"] for each in many["told"]) > 0.1
 
 
-def test_twenty_strengths_leave_nothing_behind(gguf, native):
+def test_many_strengths_leave_nothing_behind(gguf, native):
+    """Graphs of other shapes make the memory grow at first; then it stays."""
     common = {"prompt": native.tokenize("U: hello\nA:", bos=True), "first": 0, "last": 1, "seed": 5,
               "vector": {"floats": packed(sample(7, 64, native.width).direction)},
-              "temperature": 0, "topP": 1, "count": 20}
-    turned = [("compare", {**common, "strength": strength}) for strength in [0, *range(1, 21), 0]]
+              "temperature": 0, "topP": 1, "count": 6}
+    turned = [("compare", {**common, "strength": strength}) for strength in [0, *range(1, 80), 0]]
     _, first, *rest = ask(opening(gguf), *turned)
     assert first["told"] == rest[-1]["told"]
     memory = [each["done"]["memory"] for each in rest]
-    assert memory[5] == memory[-1]
+    assert memory[40] == memory[-1]
 
 
 def test_a_model_that_is_opened_again_takes_the_place_of_the_first(gguf):
