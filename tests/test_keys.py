@@ -254,3 +254,19 @@ def test_a_converted_model_depends_on_all_of_its_shards(tmp_path, monkeypatch):
         (folder / name).write_text("other")
     gguf_file(str(folder), tmp_path / "artifacts")
     assert len(set(made)) == 4
+
+
+def test_a_converted_model_is_named_by_what_it_is_and_not_by_how_long_its_training_took(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(convert, "to_gguf", wraps(convert.to_gguf)(
+        lambda folder, output, dtype: output))
+    found = []
+    for seconds in ("1.0", "2.0"):
+        folder = tmp_path / seconds / "model"
+        folder.mkdir(parents=True)
+        for name, text in (("config.json", "{}"), ("model.safetensors", ""),
+                           ("training.json", seconds), ("key", seconds)):
+            (folder / name).write_text(text)
+        found.append(gguf_file(str(folder), tmp_path / "artifacts"))
+    assert found[0] == found[1]

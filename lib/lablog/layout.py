@@ -7,6 +7,9 @@ from pathlib import Path
 
 from lablog.files import repository
 
+MADE = ("training.json", "tensorboard", "key")
+"""What the folder of a trained model holds of its making, which may differ between equal models."""
+
 
 def built(*names: str) -> Path:
     """A path below ``build/``."""

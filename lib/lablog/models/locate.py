@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from lablog.files import repository
 from lablog.keys import key
+from lablog.layout import MADE
 from lablog.models import convert, gguf_import, hub, llama2c, packages
 
 CONVERTED = (".safetensors", ".json", ".model", ".txt", ".jinja")
@@ -84,7 +85,8 @@ def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32")
         return _existing(model)
     artifacts.mkdir(parents=True, exist_ok=True)
     folder = hugging_face_folder(model, artifacts)
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in CONVERTED]
+    files = [path for path in sorted(folder.iterdir())
+             if path.suffix in CONVERTED and path.name not in MADE]
     made_of = key(convert.to_gguf, [[path.name, path] for path in files], dtype)
     output = artifacts / f"{folder.name}-{made_of}-{dtype}.gguf"
     with FileLock(output.with_suffix(".lock")):

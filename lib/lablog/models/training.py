@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from lablog.determinism import seed_everything
 from lablog.files import atomic_write, sha256_of
 from lablog.keys import key
+from lablog.layout import MADE
 from lablog.models.shape import ModelShape
 from lablog.models.trainer import Fresh, WeightedTrainer, last_good, pad_items
 from lablog.strict import Strict
@@ -58,10 +59,6 @@ class TrainingSettings(Strict):
     seed: int = 0
     checkpoint_every: int = Field(ge=1)
     log_every: int = Field(ge=1)
-
-
-MADE = ("training.json", "tensorboard", "key")
-"""What a trained folder holds of its making, which may differ between equal models."""
 
 
 def model_hash(folder: Path) -> str:
