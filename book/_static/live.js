@@ -586,7 +586,7 @@ const lablogLive = (() => {
   });
 
   return {
-    index(told) { contents = told; },
+    index(told) { contents = { ...contents, ...told }; },
     part(name, number, base64) { PARTS.get(name)[number] = bytes(base64); },
     program(text, wasm) { source = { program: text, wasm }; },
     Engine,
