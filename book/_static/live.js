@@ -126,8 +126,13 @@ const lablogLive = (() => {
       this.state.classList.toggle("lablog-live-fault", fault);
     }
 
+    // One thing at a time; what is asked for meanwhile ends it and comes next, the last of several.
     async guard(body) {
-      if (this.busy) return;
+      if (this.busy) {
+        this.next = body;
+        this.halt();
+        return;
+      }
       this.busy = true;
       this.place.setAttribute("aria-busy", "true");
       try {
@@ -139,7 +144,12 @@ const lablogLive = (() => {
         this.bar.hidden = true;
         this.place.removeAttribute("aria-busy");
       }
+      const { next } = this;
+      this.next = null;
+      if (next) await this.guard(next);
     }
+
+    halt() {}
 
     // Load models one after the other, with one bar for all.
     async loaded(names) {
@@ -242,7 +252,7 @@ const lablogLive = (() => {
           labelled("Tokens", this.count)),
         element("div", { class: "lablog-live-row" },
           element("button", { type: "button", onclick: () => this.guard(() => this.write()) }, "Write"),
-          element("button", { type: "button", onclick: () => this.engine.stop() }, "Stop")),
+          element("button", { type: "button", onclick: () => this.halt() }, "Stop")),
         element("div", { class: "lablog-live-pair" },
           element("div", {}, element("h3", {}, "unmodified"), this.texts[0]),
           element("div", {}, element("h3", {}, "committed"), this.texts[1])),
@@ -254,6 +264,8 @@ const lablogLive = (() => {
       this.last = this.model.layers - 1;
       this.turned();
     }
+
+    halt() { if (this.engine) this.engine.stop(); }
 
     chooser(open) {
       this.file = element("input", { type: "file", accept: ".gguf", onchange: () => this.guard(() => this.own()) });
@@ -533,11 +545,13 @@ const lablogLive = (() => {
         labelled("Question", this.question),
         element("div", { class: "lablog-live-row" }, labelled("Seed", this.seed), labelled("Temperature", this.temperature),
           element("button", { type: "submit" }, "Ask"),
-          element("button", { type: "button", onclick: () => this.engines.forEach((engine) => engine.stop()) }, "Stop")));
+          element("button", { type: "button", onclick: () => this.halt() }, "Stop")));
       this.controls.replaceChildren(form, element("div", { class: "lablog-live-pair" },
         element("div", {}, element("h3", {}, "before fine-tuning"), this.logs[0]),
         element("div", {}, element("h3", {}, "after fine-tuning"), this.logs[1])));
     }
+
+    halt() { (this.engines || []).forEach((engine) => engine.stop()); }
 
     async asked() {
       const { told } = this;

@@ -326,6 +326,28 @@ def test_lambda_is_turned_by_pointer_and_by_keys(live):
                           ".style.getPropertyValue('--kl')")) > 0
 
 
+def test_a_strength_that_is_chosen_while_it_writes_comes_next(live):
+    begin(live, "strength")
+    place = "document.querySelector('[data-figure=strength]')"
+    live.see(f"{place}.querySelectorAll('input[type=number]')[1].value = '150'")
+    live.see(f"""(async () => {{
+        const slider = {place}.querySelector('input[type=range]');
+        const turn = (power) => {{
+            slider.value = power;
+            slider.dispatchEvent(new Event('input'));
+            slider.dispatchEvent(new Event('change'));
+        }};
+        turn(2);
+        while (!{place}.querySelector('.lablog-live-text').textContent)
+            await new Promise((resolve) => setTimeout(resolve));
+        turn(-3.1);  // where both texts are one
+    }})()""")
+    live.until(f"{state('strength')}.endsWith('a second') && {idle('strength')}")
+    one, other = live.see(
+        f"[...{place}.querySelectorAll('.lablog-live-text')].map(p => p.textContent)")
+    assert one == other != ""
+
+
 def test_a_model_that_is_damaged_leaves_the_page_alive(live, gguf, tmp_path):
     begin(live, "strength")
     bad = tmp_path / "bad.gguf"
