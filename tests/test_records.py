@@ -1,5 +1,6 @@
 """Records: what is valid, what is refused, and that writing leaves old or new, never between."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lablog.files import atomic_folder, atomic_write, write_if_changed
+from lablog.files import atomic_folder, atomic_write, scratch_folder, sweep, write_if_changed
 from lablog.intervals import Interval
 from lablog.provenance import CloneState, FileHash, Machine, machine
 from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Stage
@@ -319,6 +320,94 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
         fill(False)
         assert (target / "weights").read_text() == "whole"
         assert names(tmp_path) == ["model"]
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from lablog.files import scratch_folder
+
+with scratch_folder(Path(sys.argv[1])) as scratch:
+    (scratch / "inner").mkdir()
+    (scratch / "inner" / "half").write_text("half")
+    print("begin", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holding():
+    """Starts processes that are making a path; all end with the test."""
+    running = []
+
+    def start(path: Path) -> subprocess.Popen:
+        child = subprocess.Popen([sys.executable, "-c", HOLDING, str(path)],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        running.append(child)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"begin\n"
+        return child
+
+    yield start
+    for child in running:
+        child.kill()
+        child.wait()
+
+
+def test_what_a_killed_process_left_goes_with_the_next_that_makes_it(tmp_path: Path, holding):
+    """And what a living one is making stays, also when another makes the same."""
+    holding(tmp_path / "model").kill()
+    other = holding(tmp_path / "other")
+    living = holding(tmp_path / "model")
+    of_model = list(tmp_path.glob(".model.scratch-*"))
+    assert len(of_model) == 1, "that of the killed one is gone"
+    with scratch_folder(tmp_path / "model") as scratch:
+        assert {*tmp_path.glob(".model.scratch-*")} == {scratch, *of_model}
+    assert (of_model[0] / "inner" / "half").read_text() == "half"
+    living.communicate()
+    other.kill()
+    other.wait()
+    assert [name[:15] for name in names(tmp_path)] == [".other.scratch-"], "of another name"
+    atomic_write(tmp_path / "other", "whole")
+    assert names(tmp_path) == ["other"]
+
+
+def test_a_sweep_takes_what_nobody_makes_wherever_it_lies(tmp_path: Path, holding):
+    deep = tmp_path / "artifacts" / "cvfp"
+    holding(deep / "contexts").kill()
+    living = holding(tmp_path / "artifacts" / "model")
+    (deep / ".contexts.scratch-file").write_text("half")
+    kept = [".contexts.lock", ".contexts.work", "contexts.scratch-mine"]
+    for name in kept:
+        (deep / name).write_text("mine")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (deep / ".link.scratch-a").symlink_to(elsewhere)
+    sweep(tmp_path)
+    assert names(deep) == sorted([*kept, ".link.scratch-a"])
+    assert len(names(tmp_path / "artifacts")) == 2
+    living.communicate()
+    assert names(tmp_path / "artifacts") == ["cvfp"]
+
+
+def test_a_scratch_that_is_swept_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch):
+    """A maker and a sweeper at once: the folder is there, whoever came first."""
+    swept = []
+    locked = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        if not swept and how == fcntl.LOCK_EX:
+            swept.append(descriptor)
+            sweep(tmp_path)
+        locked(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with scratch_folder(tmp_path / "model") as scratch:
+        assert scratch.is_dir()
+    swept.clear()
+    atomic_write(tmp_path / "model", "whole")
+    assert (tmp_path / "model").read_text() == "whole"
+    assert names(tmp_path) == ["model"]
 
 
 @pytest.fixture

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+SCRATCH = ".scratch-"  # in the name of what is being made; its maker holds a lock on it
 
 
 def repository() -> Path:
@@ -32,7 +36,12 @@ def atomic_write(path: Path, content: str | bytes) -> Path:
     """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    sweep(path.parent, path.name)
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{SCRATCH}")
+        if _held(descriptor, Path(name)):
+            break
+        os.close(descriptor)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -56,18 +65,56 @@ def atomic_write(path: Path, content: str | bytes) -> Path:
 
 
 @contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to make it in, gone when the block ends. One that a killed process
+    left is removed by the next that makes `path`, and by `sweep`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    while True:
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{SCRATCH}"))
+        with suppress(FileNotFoundError):  # swept before it could be locked
+            descriptor = os.open(scratch, os.O_RDONLY)
+            if _held(descriptor, scratch):
+                break
+            os.close(descriptor)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A scratch folder that becomes `path` when the block ends well, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with scratch_folder(path) as scratch:
         yield scratch
         scratch.chmod(0o755)
         if path.exists():
             shutil.rmtree(path)
         scratch.replace(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _held(descriptor: int, scratch: Path) -> bool:
+    """Lock the open `scratch` until it is closed, by whatever end of this process; False if
+    another process had swept it by then."""
+    with suppress(OSError):  # a file system without locks, where nothing is swept either
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return scratch.exists()
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half made in `folder` (of `name` alone, or everywhere in
+    it): what has no living maker, which would hold its lock."""
+    where = "**/.*" if name is None else f".{glob.escape(name)}"
+    for stale in [*folder.glob(f"{where}{SCRATCH}*")]:
+        with suppress(OSError):  # its maker lives, or another process sweeps it
+            descriptor = os.open(stale, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager

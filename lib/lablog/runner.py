@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from lablog import claims, layout, profiles
-from lablog.files import repository, write_if_changed
+from lablog.files import repository, scratch_folder, sweep, write_if_changed
 from lablog.provenance import machine, source_dependencies, source_state
 from lablog.record import Failure, Record
 from lablog.run import RUN_VARIABLE
@@ -121,14 +120,8 @@ def execute(spec: RunSpec) -> Outcome:
             f"another run of {spec.notebook} is writing to {spec.folder}; wait until it ends, "
             "or use a profile of another name"
         ) from None
-    with lock:
-        for stale in spec.folder.glob(f".run-{spec.notebook}-*"):  # a run that was killed
-            shutil.rmtree(stale)
-        scratch = Path(tempfile.mkdtemp(prefix=f".run-{spec.notebook}-", dir=spec.folder))
-        try:
-            return _execute_in(spec, scratch)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with lock, scratch_folder(spec.folder / f"run-{spec.notebook}") as scratch:
+        return _execute_in(spec, scratch)
 
 
 def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
@@ -212,6 +205,7 @@ def plan(profile: profiles.Profile, names: Sequence[str]) -> str:
     """Write parameter files and return the rules that Make includes (paths from the root), behind a
     line that names the folder of results."""
     root, folder = repository(), layout.results(profile.name)
+    sweep(folder)
     lines = [f"FOLDER := {profile.name}"]
     pins = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     write_if_changed(folder / "parameters" / PINS, "\n".join(pins) + "\n")

@@ -29,8 +29,10 @@ from lablog.commitment.conversations import (
 from lablog.commitment.posterior import (
     MEMORY,
     NEAR,
+    SIGMA_START,
     Cells,
     CommitmentSettings,
+    Discriminant,
     Posterior,
     VariationalCommitment,
 )
@@ -54,6 +56,9 @@ PLAN = Plan(
 SPOKEN = ConversationSettings(DIALOGUES, word_weight=0.02, guesses=4, recall_share=0.5)
 WITH_CELLS = PLAN.model_copy(update={
     "schedule": PLAN.schedule.model_copy(update={"cells": 0.5})})
+
+
+DISCRIMINED = WITH_CELLS.model_copy(update={"reader": "discriminant", "compiled": True})
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +146,94 @@ def test_the_posterior_reads_the_last_real_token_of_the_prefix_alone(tokenizer):
     torch.testing.assert_close(commitment.posterior(hidden, mask).mean, expected)
     with pytest.raises(ValueError, match=r"row\(s\) \[1\] is empty"):
         commitment.posterior(hidden, mask * torch.tensor([[1], [0]]))
+
+
+def clusters(groups: int, of: int = 40, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [groups * of, width] of a cluster for each commitment, long and off centre."""
+    generator = torch.Generator().manual_seed(groups)
+    centres = 30 * torch.randn(groups, width, generator=generator)
+    number = torch.arange(groups).repeat(of)
+    noise = torch.randn(len(number), width, generator=generator) * torch.linspace(1, 9, width)
+    return 100 + centres[number] + noise, number
+
+
+@pytest.mark.parametrize("groups", [2, 5, 12])
+def test_a_discriminant_has_the_priors_moments_and_tells_commitments_apart(groups):
+    """Blurred by the posterior's σ its coordinates have variance 1; N commitments span N - 1."""
+    states, number = clusters(groups)
+    found = Discriminant(24, 8)
+    assert torch.equal(found(states), torch.zeros(len(states), 8)), "nothing before it is fitted"
+    found.fit(states, number)
+    read = found(states)
+    rank = min(8, groups - 1)
+    covariance = read.T @ read / len(read) + SIGMA_START**2 * torch.eye(8)[:, :8]
+    torch.testing.assert_close(covariance[:rank, :rank], torch.eye(rank), atol=1e-3, rtol=0)
+    torch.testing.assert_close(read.mean(dim=0), torch.zeros(8), atol=1e-3, rtol=0)
+    assert torch.equal(read[:, rank:], torch.zeros(len(read), 8 - rank))
+    centres = torch.stack([read[number == group].mean(dim=0) for group in range(groups)])
+    nearest = torch.cdist(read, centres).argmin(dim=1)
+    assert (nearest == number).float().mean() > 0.99
+
+
+def test_a_discriminant_of_two_is_fishers(tokenizer):
+    """Along S_w^-1 (m_1 - m_0), the textbook's answer."""
+    states, number = clusters(2, of=4000)
+    found = Discriminant(24, 1)
+    found.fit(states, number)
+    parts = [states[number == group].double() for group in (0, 1)]
+    within = sum((part - part.mean(0)).T @ (part - part.mean(0)) for part in parts)
+    fisher = torch.linalg.solve(within, parts[1].mean(0) - parts[0].mean(0))
+    cosine = torch.cosine_similarity(found.axes[0].double(), fisher, dim=0).abs()
+    # The ridge draws it towards the difference of means, by what it is in the weakest direction.
+    assert cosine > 0.98
+
+
+def test_a_discriminant_of_one_commitment_is_refused():
+    with pytest.raises(ValueError, match=r"4 prefixes of 1 commitment\(s\): a discriminant needs"):
+        Discriminant(24, 8).fit(torch.randn(4, 24), torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_discriminant_reads_the_base_without_its_adapter(folder, tokenizer):
+    """So that what is trained elsewhere moves no posterior, and a prefix costs no gradient."""
+    torch.manual_seed(0)
+    data = conversations(tokenizer, 48, 12)
+    made = qlora.committed_model(qlora.load_base(folder, "none", "f32"), DISCRIMINED, 12)
+    qlora.fit_discriminant(made, data, 12)
+    inputs = batch(tokenizer)
+    before = made.posterior(inputs["prefix_ids"], inputs["prefix_mask"]).mean
+    with torch.no_grad():
+        for name, parameter in made.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    after = made.posterior(inputs["prefix_ids"], inputs["prefix_mask"])
+    assert torch.equal(after.mean, before)
+    after.mean.sum().backward()
+    moved = {name for name, p in made.trainable().items() if p.grad is not None}
+    assert moved == {"commitment.head.weight", "commitment.head.bias"}
+    made.zero_grad(set_to_none=True)
+    made(**inputs)["loss"].backward()
+    assert all(p.grad is not None for p in made.trainable().values()), "the decoder is trained"
+
+
+def test_compiled_layers_compute_the_same(folder, tokenizer):
+    """Loss and gradients, with z* behind the layers and without."""
+    inputs = batch(tokenizer)
+    found = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        made = qlora.committed_model(qlora.load_base(folder, "none", "f32"), PLAN).train()
+        if compiled:
+            qlora.compile_layers(made)
+        torch.manual_seed(1)
+        parts = made(**inputs, beta=0.5)
+        parts["loss"].backward()
+        with torch.no_grad():
+            none = made(**inputs, z=torch.zeros(4, 8))["lm"]
+        found[compiled] = [parts["loss"].detach(), none, *(
+            p.grad for p in made.trainable().values())]
+    assert found[False][0] != found[False][1]
+    for plain, fused in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)
 
 
 def test_forks_in_one_row_do_not_see_each_other(model, tokenizer):
@@ -341,15 +434,16 @@ def test_cells_follow_in_training_alone(folder, tokenizer):
 
 
 @pytest.mark.parametrize("change", [
-    {"schedule": WITH_CELLS.schedule}, {"code": "label", "schedule": PLAN.schedule}])
-def test_cells_and_labels_for_data_without_numbers_are_refused(
+    {"schedule": WITH_CELLS.schedule}, {"code": "label", "schedule": PLAN.schedule},
+    {"reader": "discriminant"}])
+def test_cells_labels_and_a_discriminant_for_data_without_numbers_are_refused(
     folder, tokenizer, tmp_path, change
 ):
     plan = PLAN.model_copy(update=change)
-    with pytest.raises(ValueError, match=r"cells and labels need data that number .* set cells to"):
+    with pytest.raises(ValueError, match=r"cells, labels and a discriminant need .* set cells to"):
         qlora.train_commitment(folder, Chats([GUANACO], tokenizer, 99), plan, tmp_path / "run", "c")
     independent = Conversations(replace(SPOKEN, independent=2), tokenizer, 0, 12, 2)
-    with pytest.raises(ValueError, match=f"code = {plan.code}: cells and labels need data"):
+    with pytest.raises(ValueError, match=f"reader = {plan.reader}: cells, labels and a"):
         qlora.train_commitment(folder, independent, plan, tmp_path / "run", "c")
     assert not (tmp_path / "run").exists()
 
@@ -414,8 +508,12 @@ def test_beta_waits_and_rises_and_free_bits_cost_nothing(model, tokenizer):
 # --- files ----------------------------------------------------------------------------------------
 
 
-def test_a_commitment_survives_its_files(tmp_path: Path):
-    made = VariationalCommitment(CommitmentSettings(k=4, width=16, layers=(0, 2), strength=2.5))
+@pytest.mark.parametrize("reader", ["adapted", "discriminant"])
+def test_a_commitment_survives_its_files(tmp_path: Path, reader: str):
+    made = VariationalCommitment(
+        CommitmentSettings(k=4, width=16, layers=(0, 2), strength=2.5, reader=reader))
+    if made.discriminant:
+        made.discriminant.fit(torch.randn(30, 16), torch.arange(30) % 5)
     made.save(tmp_path, "ab" * 32)
     read = VariationalCommitment.load(tmp_path)
     assert read.settings.base_sha256 == "ab" * 32
@@ -465,13 +563,24 @@ def finished(folder: Path, tokenizer: Tokenizer, tmp_path_factory) -> Path:
     return qlora.train_commitment(folder, conversations(tokenizer), WITH_CELLS, output, "data")
 
 
-def test_a_killed_run_resumes_to_the_same_bits(folder, tokenizer, tmp_path, finished):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_killed_run_resumes_to_the_same_bits(
+    folder, tokenizer, tmp_path, finished, compiled, monkeypatch
+):
+    """Compiled too, by a process that had compiled nothing and saw other shapes first."""
+    plan = DISCRIMINED if compiled else WITH_CELLS
+    monkeypatch.setattr(qlora, "READ", 10)  # what is read first comes before the kill
+    if compiled:
+        finished = qlora.train_commitment(
+            folder, conversations(tokenizer), plan, tmp_path / "whole", "data")
     data = Interrupted(SPOKEN, tokenizer, 0, 12, 2)
     output = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        qlora.train_commitment(folder, data, WITH_CELLS, output, "data")
+        qlora.train_commitment(folder, data, plan, output, "data")
     assert not output.exists()
-    qlora.train_commitment(folder, conversations(tokenizer), WITH_CELLS, output, "data")
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "fresh"))
+    qlora.train_commitment(folder, conversations(tokenizer), plan, output, "data")
     log, whole = (json.loads((p / "training.json").read_text()) for p in (output, finished))
     assert log["resumed_from"] == 4
     assert log["history"] == whole["history"]

@@ -70,14 +70,16 @@ class Arm:
 
 
 NO_CELLS = {"cells": 0.0}
-LOG = {"k": 64, "lora": LoraSettings(r=8, alpha=16, dropout=0.05, targets=["q_proj", "v_proj"])}
-"""The lab log's configuration (A5), with β = 0.1, and no cells, which it did not know."""
+ADAPTED = {"reader": "adapted"}
+LOG = ADAPTED | {"k": 64, "lora": LoraSettings(r=8, alpha=16, dropout=0.05,
+                                               targets=["q_proj", "v_proj"])}
+"""The lab log's configuration (A5), with β = 0.1; it knew no cells and no discriminant."""
 TRAININGS = {
     "commitment": Training("z*"),
     "lora": Training("no z*", {"k": 0}),
     "note": Training("a line of text", {"k": 0}, conversations={"note": True}),
     "first_position": Training("z* at the first position", {"positions": "first"}),
-    "steering": Training("a table of steering vectors", {"code": "label"}, NO_CELLS),
+    "steering": Training("a table of steering vectors", ADAPTED | {"code": "label"}, NO_CELLS),
     "frozen": Training("frozen random W_c", {"projection": "frozen"}),
     "no_cells": Training("no cells", schedule=NO_CELLS),
     "log": Training("the log's configuration", LOG, NO_CELLS | {"beta": 0.1}),
@@ -86,8 +88,8 @@ TRAININGS = {
     "last_half": Training("z* in the last half", layers=(0.5, 1.0)),
     "no_gaps": Training("no talk in between", conversations={"gap": (0, 0)}),
     **{f"values_{n}": Training(f"one of {n}", values=n) for n in (4, 12, 24, 48, 96)},
-    **{f"independent_{n}": Training(f"{n} topics at once", conversations={"independent": n},
-                                    schedule=NO_CELLS) for n in (1, 2, 4)},
+    **{f"independent_{n}": Training(f"{n} topics at once", ADAPTED, NO_CELLS,
+                                    conversations={"independent": n}) for n in (1, 2, 4)},
 }
 ARMS = {
     "base": Arm("base", "base", "none"),

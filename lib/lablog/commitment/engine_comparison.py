@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +20,7 @@ from lablog.commitment.qlora import load_committed, plan_of
 from lablog.commitment.rendering import Prompt
 from lablog.commitment.torch_injection import injected
 from lablog.commitment.torch_speaker import TorchSpeaker
+from lablog.files import scratch_folder
 from lablog.intervals import hierarchical
 from lablog.models import convert, locate
 from lablog.models.llama_cpp import Commitment, Context, Model, generate_tokens
@@ -199,11 +199,11 @@ def compare(exported: Export, base: Path, asked: ProbeSet, device: str = "cpu",
                              plan_of(exported.folder).chat)
     layers = 0 if device == "cpu" else model.base.config.num_hidden_layers + 1
     found = {}
-    with tempfile.TemporaryDirectory(dir=exported.folder.parent) as scratch:
+    with scratch_folder(exported.folder) as scratch:
         for weights, compared in groupby(COMPARED.items(), key=lambda each: each[1][0]):
             file = exported.base
             if weights != "f32":
-                file = convert.quantize(file, Path(scratch) / "base.gguf", weights)
+                file = convert.quantize(file, scratch / "base.gguf", weights)
             with (Model(file, layers, exported.lora) as engine,
                   Context(engine, sequences, window, usable_threads()) as context):
                 native = ExportedSpeaker(reference, context)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from lablog.commitment.posterior import (
     VariationalCommitment,
 )
 from lablog.commitment.qlora import Plan, base_hash, dequantised, plan_of, renamed
-from lablog.files import atomic_folder, atomic_write, sha256
+from lablog.files import atomic_folder, atomic_write, scratch_folder, sha256
 from lablog.models import convert
 from lablog.models.llama_cpp import Commitment
 
@@ -77,11 +76,11 @@ def export(trained: Path, base: Path, output: Path) -> Export:
     if settings.positions != "all":
         raise ValueError(f"{trained} adds z* at the {settings.positions} position alone, which "
                          "no engine but PyTorch does: export one trained with positions = all")
-    with atomic_folder(output) as room, tempfile.TemporaryDirectory(dir=room.parent) as scratch:
+    with atomic_folder(output) as room, scratch_folder(output) as scratch:
         for name in (SETTINGS, WEIGHTS, "plan.json"):
             shutil.copyfile(trained / name, room / name)
         shutil.copytree(trained / "adapter", room / "adapter")
-        folder = write_dequantised(base, plan_of(trained), Path(scratch) / "base")
+        folder = write_dequantised(base, plan_of(trained), scratch / "base")
         with ThreadPoolExecutor() as pool:  # mostly they import their libraries
             model = pool.submit(convert.to_gguf, folder, room / "base.gguf")
             lora = pool.submit(convert.lora_to_gguf, room / "adapter", base, room / "lora.gguf")
@@ -150,9 +149,8 @@ def write_control_vector(path: Path, commitment: Commitment, model_hint: str) ->
             "layers from 1 on, or use the commitment itself in the patched llama.cpp"
         )
     addition = commitment.strength * np.asarray(commitment.direction, np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as room:
-        writer = gguf.GGUFWriter(Path(room) / path.name, ARCHITECTURE)
+    with scratch_folder(path) as room:
+        writer = gguf.GGUFWriter(room / path.name, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", last - first + 1)
         for layer in range(first, last + 1):
@@ -161,5 +159,5 @@ def write_control_vector(path: Path, commitment: Commitment, model_hint: str) ->
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        (Path(room) / path.name).replace(path)
+        (room / path.name).replace(path)
     return path

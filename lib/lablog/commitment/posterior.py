@@ -26,13 +26,17 @@ NEAR = 8  # of those in a cell, how many the one nearest to a border is chosen f
 MEMORY = 50  # batches over which the cells' running means reach back
 Positions = Literal["all", "first"]
 Code = Literal["gaussian", "label"]
+Reader = Literal["adapted", "discriminant"]
+RIDGE = 1e-3  # of the mean variance of a hidden unit, on the diagonal of their covariance
+SIGMA_START = math.exp(-1)  # of the posterior, in the prior's
 WEIGHTS, SETTINGS = "commitment.safetensors", "commitment.json"
 
 
 class CommitmentSettings(BaseModel):
     """Shape of a learnt commitment: latent dimension k, the model's width d, the layers that
     receive it (0-based, inclusive) and the strength λ; the positions that receive it; whether z*
-    is a Gaussian latent or a label's one-hot vector; and the base model that it belongs to."""
+    is a Gaussian latent or a label's one-hot vector; what the head reads (`VariationalCommitment`);
+    and the base model that it belongs to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -42,6 +46,7 @@ class CommitmentSettings(BaseModel):
     strength: float
     positions: Positions = "all"
     code: Code = "gaussian"
+    reader: Reader = "adapted"
     base_sha256: str | None = None
 
     @model_validator(mode="after")
@@ -137,28 +142,85 @@ class Cells(nn.Module):
         return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
 
 
+def decisive_states(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The hidden state [n, d] of the last real token of each row of [n, tokens, d], on whichever
+    side its padding stands; mask [n, tokens] (1 = real token)."""
+    last = (torch.arange(mask.shape[1], device=mask.device) * mask.bool()).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=mask.device), last]
+
+
+class Discriminant(nn.Module):
+    """Coordinates [n, k] in which the hidden states h [n, d] of prefixes tell their commitments
+    apart: linear discriminant analysis, canonical variates (Fisher, 1936). They are not trained,
+    and zero before they are fitted."""
+
+    centre: Tensor
+    axes: Tensor
+
+    def __init__(self, width: int, k: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("axes", torch.zeros(k, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (hidden - self.centre) @ self.axes.T
+
+    @torch.no_grad()
+    def fit(self, hidden: Tensor, commitment: Tensor) -> None:
+        """Find the axes for states [n, d] of prefixes of commitments int64 [n].
+
+        A ridge regression of the commitment's one-hot vector; its predictions in their principal
+        axes, so scaled that every coordinate, blurred by a posterior of σ = `SIGMA_START`, has the
+        prior's variance. N commitments span N - 1 axes; those beyond are zero. Raises ValueError
+        for states of one commitment alone.
+        """
+        h = hidden.double()
+        target = nn.functional.one_hot(commitment).double()
+        target = target[:, target.any(dim=0)]
+        if target.shape[1] < 2:
+            raise ValueError(f"{len(h)} prefixes of {target.shape[1]} commitment(s): a discriminant"
+                             " needs two or more; give more steps or another reader")
+        centre = h.mean(dim=0)
+        x = h - centre
+        covariance = x.T @ x / len(x)
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+        weights = torch.linalg.solve(covariance, x.T @ (target - target.mean(dim=0)) / len(x))
+        between = weights.T @ (x.T @ x / len(x)) @ weights
+        variance, axes = torch.linalg.eigh(between)
+        rank = min(len(self.axes), target.shape[1] - 1)
+        wanted = math.sqrt(1 - SIGMA_START**2) / variance[-rank:].sqrt()
+        self.centre.copy_(centre)
+        self.axes.zero_()
+        self.axes[:rank] = (weights @ (axes[:, -rank:] * wanted)).T.flip(0)
+
+
 class VariationalCommitment(nn.Module):
     """The variational head (h [d] → μ, log σ² [k]) and the projection W_c [d, k], float32.
 
-    W_c begins with variance 2/(d + k) (A1). μ begins as its transpose, so that head and projection
-    together already pass on what the hidden state holds, as an autoencoder with tied weights; σ
-    as e^-1 of the prior's. `cells`: how many commitments there are, for training on `Cells`; they
-    are not saved.
+    W_c begins with variance 2/(d + k) (A1), σ as e^-1 of the prior's. With the reader ``adapted``
+    the head reads the hidden state of the model that is being trained, and μ begins as W_c's
+    transpose, so that both together already pass on what the hidden state holds, as an autoencoder
+    with tied weights. With ``discriminant`` it reads the `Discriminant` of the hidden state of the
+    base as it is, and μ begins as its coordinates. `cells`: how many commitments there are, for
+    training on `Cells`; they are not saved.
     """
 
     def __init__(self, settings: CommitmentSettings, cells: int = 0) -> None:
         super().__init__()
         self.settings = settings
         self.cells = Cells(cells, settings.k) if cells else None
-        self.head = nn.Linear(settings.width, 2 * settings.k)
+        read = settings.reader == "discriminant"
+        self.discriminant = Discriminant(settings.width, settings.k) if read else None
+        self.head = nn.Linear(settings.k if read else settings.width, 2 * settings.k)
         self.projection = nn.Parameter(torch.empty(settings.width, settings.k))
         with torch.no_grad():
             nn.init.xavier_normal_(self.projection)
             self.head.weight.zero_()
             scale = 0.5 / math.sqrt(settings.width) / self.projection.std()
-            self.head.weight[: settings.k] = scale * self.projection.T
+            self.head.weight[: settings.k] = (
+                torch.eye(settings.k) if read else scale * self.projection.T)
             self.head.bias.zero_()
-            self.head.bias[settings.k :] = -2.0
+            self.head.bias[settings.k :] = 2 * math.log(SIGMA_START)
 
     def posterior(self, hidden: Tensor, mask: Tensor) -> Posterior:
         """q for each prefix: hidden states [n, tokens, d], mask [n, tokens] (1 = real token).
@@ -169,10 +231,9 @@ class VariationalCommitment(nn.Module):
         if not bool(mask.any(dim=1).all()):
             empty = (~mask.bool().any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(f"the prefix of row(s) {empty} is empty: nothing fixes a commitment")
-        last = (torch.arange(mask.shape[1], device=mask.device) * mask.bool()).argmax(dim=1)
-        decisive = hidden[torch.arange(len(hidden), device=mask.device), last]
+        decisive = decisive_states(hidden, mask).to(self.head.weight.dtype)
         with torch.autocast(decisive.device.type, enabled=False):  # also where the base has bf16
-            read = self.head(decisive.to(self.head.weight.dtype))
+            read = self.head(self.discriminant(decisive) if self.discriminant else decisive)
         mean, log_variance = read.chunk(2, dim=-1)
         return Posterior(mean, log_variance.clamp(-10, 4))
 

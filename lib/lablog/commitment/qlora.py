@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,9 @@ from lablog.commitment.posterior import (
     CommitmentSettings,
     Positions,
     Posterior,
+    Reader,
     VariationalCommitment,
+    decisive_states,
 )
 from lablog.commitment.rendering import Chat
 from lablog.commitment.torch_injection import injected
@@ -54,6 +56,7 @@ from lablog.models.training import TrainingSettings, model_hash, train_to_folder
 from lablog.strict import Strict
 
 Quantisation = Literal["nf4", "none"]
+READ = 960  # conversations, the first ones, whose prefixes a discriminant is fitted to
 ACTIVE = 0.01  # variance of a unit's posterior mean from which it counts as active (Burda et al.)
 
 
@@ -97,7 +100,10 @@ class Plan(Strict):
     posterior that reads the prefix, or the ``label`` of the commitment as a one-hot vector: a
     table of learned steering vectors, of which the data say which one to use. projection: W_c is
     ``trained``, or keeps its random start (``frozen``).
+    reader: what the head reads of a prefix: the hidden state of the ``adapted`` model, or the
+    ``discriminant`` of that of the base without its adapter, fitted before the training begins.
     chat: how the model is spoken to, in training and by the probes.
+    compiled: the layers by torch.compile, which fuses what lies between products.
     """
 
     k: int = Field(ge=0)
@@ -110,9 +116,11 @@ class Plan(Strict):
     positions: Positions = "all"
     code: Code = "gaussian"
     projection: Literal["trained", "frozen"] = "trained"
+    reader: Reader = "adapted"
     chat: Chat = "plain"
     window: int = Field(1024, ge=2)  # tokens that a prefix or a chat may have
     gradient_checkpointing: bool = False
+    compiled: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -181,15 +189,39 @@ class CommittedModel(nn.Module):
         Raises ValueError for a prefix that is empty, or longer than the model's window.
         """
         assert self.commitment is not None
+        with self._reading():
+            hidden = self._read(ids, mask)
+        return self.commitment.posterior(hidden, mask)
+
+    def decisive(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What a discriminant reads of prefixes [n, tokens]: float32 [n, d], of the base."""
+        with self._bare():
+            return decisive_states(self._read(ids, mask), mask).float()
+
+    def _reading(self) -> AbstractContextManager[Any]:
+        assert self.commitment is not None
+        return self._bare() if self.commitment.discriminant else nullcontext()
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The base as it is, and no gradients, since nothing in it is trained."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if isinstance(self.model, PeftModel):
+                stack.enter_context(self.model.disable_adapter())
+            yield
+
+    def _read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [n, tokens, d] of prefixes."""
         window = self.base.config.max_position_embeddings
         if ids.shape[1] > window:
             raise ValueError(f"a prefix of {ids.shape[1]} tokens does not fit the model's window "
                              f"of {window}: shorten it")
-        hidden = self.base.get_decoder()(
+        states: Tensor = self.base.get_decoder()(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        return self.commitment.posterior(hidden, mask)
+        return states
 
     def hidden(self, ids: Tensor, addition: Tensor | None, **options: Any) -> Any:
         """The decoder's output with `addition` behind every chosen layer (None: nothing)."""
@@ -343,12 +375,38 @@ def committed_model(base: PreTrainedModel, plan: Plan, commitments: int = 0) -> 
         layers = layers_of(plan, base.config.num_hidden_layers)
         commitment = VariationalCommitment(CommitmentSettings(
             k=plan.k, width=base.config.hidden_size, layers=layers, strength=plan.strength,
-            positions=plan.positions, code=plan.code,
+            positions=plan.positions, code=plan.code, reader=plan.reader,
         ), commitments if plan.schedule.cells else 0).to(base.device)
         commitment.projection.requires_grad_(plan.projection == "trained")
         if plan.code == "label":
             commitment.head.requires_grad_(False)
     return CommittedModel(adapted, commitment)
+
+
+def fit_discriminant(model: CommittedModel, dataset: Dataset[Conversation], batch: int) -> None:
+    """Fit what `model` reads prefixes by to those of the first `READ` conversations, or of all.
+
+    `model` is left in training mode: in evaluation bitsandbytes packs the weights of some CPUs in
+    another layout, which compiled layers do not expect.
+    """
+    assert model.commitment is not None
+    assert model.commitment.discriminant is not None
+    model.train()
+    count = min(READ, len(dataset))  # type: ignore[arg-type]  # it does not say that it is sized
+    states, commitments = [], []
+    dtype = model.base.dtype
+    with torch.autocast(model.base.device.type, dtype, enabled=dtype == torch.bfloat16):
+        for begin in range(0, count, batch):
+            part = model.collated([dataset[i] for i in range(begin, min(begin + batch, count))])
+            states.append(model.decisive(part["prefix_ids"], part["prefix_mask"]))
+            commitments.append(part["commitment"])
+    model.commitment.discriminant.fit(torch.cat(states), torch.cat(commitments))
+
+
+def compile_layers(model: CommittedModel) -> None:
+    """Compile what each layer computes, for any shape; what is injected behind it stays outside."""
+    for layer in model.base.get_decoder().layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def layers_of(plan: Plan, layers: int) -> tuple[int, int]:
@@ -379,16 +437,22 @@ def train_commitment(base: Path, dataset: Dataset[Conversation], plan: Plan, out
     digest = base_hash(base)
     made_of = training_key(base, plan, data_key)
     commitments = getattr(dataset, "commitments", 0)
-    if not commitments and plan.k and (plan.schedule.cells or plan.code == "label"):
-        raise ValueError(f"cells = {plan.schedule.cells:g}, code = {plan.code}: cells and labels "
-                         "need data that number their commitments, and these do not; set cells to "
-                         "0 and code to gaussian")
+    if not commitments and plan.k and (plan.schedule.cells or plan.code == "label"
+                                       or plan.reader == "discriminant"):
+        raise ValueError(f"cells = {plan.schedule.cells:g}, code = {plan.code}, reader = "
+                         f"{plan.reader}: cells, labels and a discriminant need data that number "
+                         "their commitments, and these do not; set cells to 0, code to gaussian "
+                         "and reader to adapted")
 
     def build(arguments: TrainingArguments) -> Trainer:
         model = load_base(base, plan.quantisation, plan.training.precision, plan.training.cpu)
-        return CommitmentTrainer(model=committed_model(model, plan, commitments), args=arguments,
-                                 train_dataset=dataset, data_collator=collate,
-                                 schedule=plan.schedule)
+        committed = committed_model(model, plan, commitments)
+        if plan.compiled:
+            compile_layers(committed)
+        if committed.commitment is not None and plan.reader == "discriminant":
+            fit_discriminant(committed, dataset, plan.training.batch_size)
+        return CommitmentTrainer(model=committed, args=arguments, train_dataset=dataset,
+                                 data_collator=collate, schedule=plan.schedule)
 
     def save(trainer: Trainer, folder: Path) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)

@@ -6,11 +6,11 @@ import ctypes
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 from lablog import layout
+from lablog.files import scratch_folder
 from lablog.models.gguf_file import check_gguf
 from lablog.models.llama_cpp import EngineError, bindings
 
@@ -49,9 +49,8 @@ def lora_to_gguf(adapter: Path, base: Path, output: Path) -> Path:
 def _converted(script: str, source: Path, output: Path, *options: str) -> Path:
     """Run a converter of the llama.cpp tree; `output` appears whole or not at all."""
     tree = native_tree()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as room:
-        made = Path(room) / "model.gguf"
+    with scratch_folder(output) as room:
+        made = room / "model.gguf"
         command = [sys.executable, str(tree / script), str(source), "--outfile", str(made)]
         run = subprocess.run(
             [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -77,8 +76,8 @@ def quantize(source: Path, output: Path, dtype: Literal["f16", "q8_0"]) -> Path:
     parameters.ftype = {"f16": engine.LLAMA_FTYPE_MOSTLY_F16,
                         "q8_0": engine.LLAMA_FTYPE_MOSTLY_Q8_0}[dtype]
     parameters.nthread = 1
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as room:
-        made = Path(room) / "model.gguf"
+    with scratch_folder(output) as room:
+        made = room / "model.gguf"
         names = os.fsencode(check_gguf(source)), os.fsencode(made)
         if engine.llama_model_quantize(*names, ctypes.byref(parameters)):
             raise EngineError(f"llama.cpp cannot write {source} as {dtype}")

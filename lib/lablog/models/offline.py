@@ -4,10 +4,10 @@ dialogues, by a recipe of ``data/dialogues.yaml``."""
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pydantic import Field
 
+from lablog.files import scratch_folder
 from lablog.keys import key
 from lablog.models.shape import ModelShape
 from lablog.models.training import TrainingSettings, train_causal_lm
@@ -51,11 +51,10 @@ def offline_model(name: str, artifacts: Path, seed: int | None = None) -> Path:
     if (output / "key").is_file():
         return output
     plan = made.training
-    artifacts.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=artifacts, prefix=f".{output.name}.") as room:
+    with scratch_folder(output) as room:
         drawn = (dialogues.generate(settings, 0, i).turns for i in range(4000))
         lines = {line for turns in drawn for line in dialogues.render(turns).splitlines()}
-        path = Path(room) / "tokenizer.model"
+        path = room / "tokenizer.model"
         dataset = DialogueDataset(
             settings,
             train_tokenizer(sorted(lines), made.vocabulary, path),
