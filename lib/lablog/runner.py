@@ -28,6 +28,7 @@ import nbformat
 import pandas as pd
 import papermill
 from filelock import FileLock, Timeout
+from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
@@ -120,8 +121,10 @@ def execute(spec: RunSpec) -> Outcome:
             f"another run of {spec.notebook} is writing to {spec.folder}; wait until it ends, "
             "or use a profile of another name"
         ) from None
-    with lock, scratch_folder(spec.folder / f"run-{spec.notebook}") as scratch:
-        return _execute_in(spec, scratch)
+    with lock:
+        sweep(spec.folder)  # what killed runs left
+        with scratch_folder(spec.folder / f"run-{spec.notebook}") as scratch:
+            return _execute_in(spec, scratch)
 
 
 def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
@@ -146,11 +149,15 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
             execution_timeout=spec.timeout, autosave_cell_every=10,
             # Sockets in the file system: no port that others can connect to, or be in the way of.
             config=Config(KernelManager={"transport": "ipc"}),
+            # A kernel that ends while it answers would tell of its own closed sockets.
+            extra_arguments=["--log-level=CRITICAL"],
         )
         if not produced["record"].is_file():
             raise RuntimeError("the notebook ended without `run.finish()`: it wrote no record")
         record = Record.read(produced["record"])
     except BaseException as error:
+        # The cell that was interrupted ends by itself, and its error would be told at exit again.
+        ensure_event_loop().set_exception_handler(lambda *_: None)
         status, message = _explain(error)
         record = Record(
             notebook=spec.notebook, profile=spec.profile, status=status,  # type: ignore[arg-type]

@@ -278,6 +278,33 @@ def test_tasks_end_with_a_chapter_that_was_killed(tmp_path):
     wait_until(lambda: not alive(int(began.stem)), 20)
 
 
+LOADING = """
+import os, signal, sys
+from multiprocessing import forkserver
+from lablog.cluster.child import start_server
+
+start_server(["slow_to_load"])
+while not os.path.exists("loading"):
+    pass
+os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
+assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+open("go", "w").close()
+while not os.path.exists("loaded"):
+    pass
+"""
+
+
+def test_ctrl_c_does_not_reach_libraries_that_are_being_loaded(tmp_path):
+    """Each process would end in a traceback, above the one message that the user needs."""
+    (tmp_path / "slow_to_load.py").write_text(
+        "import os\nopen('loading', 'w').close()\nwhile not os.path.exists('go'):\n    pass\n"
+        "open('loaded', 'w').close()\n")
+    path = os.pathsep.join([str(repository() / "lib"), str(tmp_path)])
+    done = subprocess.run([sys.executable, "-c", LOADING], cwd=tmp_path, timeout=60, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_workers_are_free_again_when_a_client_was_killed(two, tmp_path):
     folder, path = tmp_path / "began", os.pathsep.join(
         [str(repository() / "lib"), str(Path(__file__).parent)])

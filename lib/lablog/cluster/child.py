@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver, spawn
+from multiprocessing import forkserver, resource_tracker, spawn
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,18 @@ def run_alone(head: bytes, call: bytes, places: Places, threads: int, name: str,
 
 
 def start_server(preload: Sequence[str]) -> None:
-    """Start the server that tasks are forked from, if there is none, and let it load `preload`."""
+    """Start the server that tasks are forked from, if there is none, and let it load `preload`.
+
+    It inherits that Ctrl-C is blocked: what it loads would else end in the middle, with a
+    traceback for every process, and the parent ends it anyway.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload([*preload])
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # which the server would start, and unblock Ctrl-C again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _reason(code: int | None) -> str:
