@@ -23,6 +23,7 @@ from lablog.commitment.qlora import (
     Plan,
     Quantisation,
     committed_model,
+    compile_layers,
     load_base,
     load_to_read,
 )
@@ -68,11 +69,14 @@ def _in_window(conversation: Conversation) -> Conversation:
     return Conversation(prefix, item, fork, conversation.commitment)
 
 
-def step(base: Path, k: int, quantisation: Quantisation) -> Callable[[], None]:
+def step(base: Path, k: int, quantisation: Quantisation,
+         compiled: bool = False) -> Callable[[], None]:
     """A function that takes one optimiser step; k = 0 is LoRA alone on the same tokens."""
     plan, batch = _plan(k, quantisation), SETTINGS["batch_size"]
     torch.manual_seed(0)
     model = committed_model(load_base(base, quantisation, "f32"), plan, batch).train()
+    if compiled:
+        compile_layers(model)
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-4, fused=True)
     count = 4 * batch  # three batches of choices, one of recall
     settings = ConversationSettings(trained_part(load_settings()),
@@ -111,8 +115,8 @@ def forks(base: Path) -> Callable[[], None]:
 
 def record(run: Run) -> None:
     """Record a training step with the commitment over LoRA alone on the same tokens, 4 bits over
-    f32, and forked choices a second; with one thread, as chapter 3 trains several such models at
-    a time."""
+    f32, compiled over not, and forked choices a second; with one thread, as chapter 3 trains
+    several such models at a time."""
     base = locate.hugging_face_folder("offline:laptop", layout.artifacts(layout.results("laptop")))
     k, threads = SETTINGS["k"], torch.get_num_threads()
     plain, committed, whole = step(base, 0, "nf4"), step(base, k, "nf4"), step(base, k, "none")
@@ -120,6 +124,7 @@ def record(run: Run) -> None:
         ("step.commitment_over_lora.all_threads", plain, committed, threads),
         ("step.commitment_over_lora", plain, committed, 1),
         ("step.nf4_over_f32", whole, committed, 1),
+        ("step.compiled_over_eager", committed, step(base, k, "nf4", compiled=True), 1),
     ):
         torch.set_num_threads(used)
         ratios = [1 / paired(reference, candidate, 1) for _ in range(20)]
