@@ -147,11 +147,12 @@ run.metrics_table("bases")
 # $$ q(z^* \mid \text{prefix}) = \mathcal N\bigl(\mu(h), \operatorname{diag} \sigma^2(h)\bigr),
 #    \qquad z^* = \mu + \sigma \odot \varepsilon, \quad \varepsilon \sim \mathcal N(0, I/k). $$
 #
-# In a model that has read much, hidden states are long and mostly not about the choice. The first
-# step of training then threw the posteriors of SmolLM2 about (KL from 13 to 132 nats), and later
-# they collapsed. `reader="discriminant"` reads less: before the training a linear discriminant
-# {cite}`fisher1936taxonomic` is fitted to the hidden states of 960 prefixes, in the base as it is,
-# and the head reads its $k$ coordinates. The prefix then costs no gradient.
+# In a model that has read much, hidden states are long and mostly not about the choice: the first
+# step on SmolLM2 moved the KL of the posteriors from 13 to 132 nats. `reader="discriminant"` begins
+# with what is about it: before the training a linear discriminant {cite}`fisher1936taxonomic` is
+# fitted to the hidden states of 960 prefixes, in the base as it is, and the head reads its $k$
+# coordinates. The prefix then costs no gradient; but what the fit has not met, a new phrasing of
+# the prefix, may lie anywhere.
 #
 # The conversation then goes on in a window that does **not** hold the prefix. After every layer,
 # at every real position, $\lambda W_c z^*$ is added, as in chapter 1. The loss is on the model's
