@@ -23,11 +23,12 @@ def test_what_is_stale_is_made_whatever_happened_before(clone: Clone):
     ("lock.acquire()", "contextlib.suppress()", "two_at_once"),
 ])
 def test_a_fault_is_seen(clone: Clone, right: str, wrong: str, seen: str):
-    for name in ("runner.py", "provenance.py"):
+    for name in ("runner.py", "provenance.py", "files.py"):
         path = Path(clone.root / "lib/lablog" / name)
         source = path.read_text()
         if right in source:
             break
+    assert right in source
     try:
         path.write_text(source.replace(right, wrong).replace(
             "import argparse\n", "import argparse\nimport contextlib\n"))
