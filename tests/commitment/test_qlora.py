@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import in_two_processes
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -166,7 +167,7 @@ def test_a_discriminant_has_the_priors_moments_and_tells_commitments_apart(group
     found.fit(states, number)
     read = found(states)
     rank = min(8, groups - 1)
-    covariance = read.T @ read / len(read) + SIGMA_START**2 * torch.eye(8)[:, :8]
+    covariance = read.T @ read / len(read) + SIGMA_START**2 * torch.eye(8)
     torch.testing.assert_close(covariance[:rank, :rank], torch.eye(rank), atol=1e-3, rtol=0)
     torch.testing.assert_close(read.mean(dim=0), torch.zeros(8), atol=1e-3, rtol=0)
     assert torch.equal(read[:, rank:], torch.zeros(len(read), 8 - rank))
@@ -175,7 +176,7 @@ def test_a_discriminant_has_the_priors_moments_and_tells_commitments_apart(group
     assert (nearest == number).float().mean() > 0.99
 
 
-def test_a_discriminant_of_two_is_fishers(tokenizer):
+def test_a_discriminant_of_two_is_fishers():
     """Along S_w^-1 (m_1 - m_0), the textbook's answer."""
     states, number = clusters(2, of=4000)
     found = Discriminant(24, 1)
@@ -184,8 +185,9 @@ def test_a_discriminant_of_two_is_fishers(tokenizer):
     within = sum((part - part.mean(0)).T @ (part - part.mean(0)) for part in parts)
     fisher = torch.linalg.solve(within, parts[1].mean(0) - parts[0].mean(0))
     cosine = torch.cosine_similarity(found.axes[0].double(), fisher, dim=0).abs()
-    # The ridge draws it towards the difference of means, by what it is in the weakest direction.
-    assert cosine > 0.98
+    # The ridge draws it a little towards the difference of means, which is another direction.
+    apart = torch.cosine_similarity(parts[1].mean(0) - parts[0].mean(0), fisher, dim=0).abs()
+    assert apart < 0.9 < 0.98 < cosine
 
 
 def test_a_discriminant_of_one_commitment_is_refused():
@@ -216,7 +218,9 @@ def test_a_discriminant_reads_the_base_without_its_adapter(folder, tokenizer):
 
 
 def test_compiled_layers_compute_the_same(folder, tokenizer):
-    """Loss and gradients, with z* behind the layers and without."""
+    """Loss and gradients, with z* behind the layers and without; and they are compiled."""
+    torch._dynamo.reset()
+    counters.clear()
     inputs = batch(tokenizer)
     found = {}
     for compiled in (False, True):
@@ -232,6 +236,7 @@ def test_compiled_layers_compute_the_same(folder, tokenizer):
         found[compiled] = [parts["loss"].detach(), none, *(
             p.grad for p in made.trainable().values())]
     assert found[False][0] != found[False][1]
+    assert 0 < counters["stats"]["unique_graphs"] < made.base.config.num_hidden_layers
     for plain, fused in zip(found[False], found[True], strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -189,7 +189,7 @@ class CommittedModel(nn.Module):
         Raises ValueError for a prefix that is empty, or longer than the model's window.
         """
         assert self.commitment is not None
-        with self._reading():
+        with self._bare() if self.commitment.discriminant else nullcontext():
             hidden = self._read(ids, mask)
         return self.commitment.posterior(hidden, mask)
 
@@ -198,17 +198,12 @@ class CommittedModel(nn.Module):
         with self._bare():
             return decisive_states(self._read(ids, mask), mask).float()
 
-    def _reading(self) -> AbstractContextManager[Any]:
-        assert self.commitment is not None
-        return self._bare() if self.commitment.discriminant else nullcontext()
-
     @contextmanager
     def _bare(self) -> Iterator[None]:
         """The base as it is, and no gradients, since nothing in it is trained."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if isinstance(self.model, PeftModel):
-                stack.enter_context(self.model.disable_adapter())
+        model = self.model
+        with torch.no_grad(), (
+                model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()):
             yield
 
     def _read(self, ids: Tensor, mask: Tensor) -> Tensor:
