@@ -169,11 +169,14 @@ run.say("""
 # %%
 blocks, contexts, ranks = {}, {}, []
 with run.stage("iteration 0"):
-    for seed in seeds:
-        name = f"untrained.seed{seed}"
-        blocks[name] = CVFPBlock(shape, seed).to(device)
-        contexts[name] = {"training": phase1.contexts_of(folder, blocks[name], training)}
-        ranks.append(effective_rank(contexts[name]["training"]).fraction)
+    untrained = [CVFPBlock(shape, seed).to(device) for seed in seeds]
+    found = cluster.map("contexts", phase1.contexts_of, [(block, training) for block in untrained],
+                        common=(folder,), threads=threads, gpus=gpus,
+                        names=[f"untrained.seed{seed}" for seed in seeds])
+    for seed, block, rows in zip(seeds, untrained, found, strict=True):
+        blocks[f"untrained.seed{seed}"] = block
+        contexts[f"untrained.seed{seed}"] = {"training": rows}
+        ranks.append(effective_rank(rows).fraction)
 run.metrics([Metric.over_seeds("untrained.training.effective_rank", ranks, "fraction", seeds)])
 
 # %% [markdown]
@@ -294,8 +297,12 @@ compared = list(dict.fromkeys([main, low, truly, bare]))
 # %%
 frozen = {}
 with run.stage("validation"):
-    for name, block in blocks.items():
-        contexts[name]["validation"] = phase1.contexts_of(folder, block, validation)
+    found = cluster.map(
+        "contexts", phase1.contexts_of, [(block, validation) for block in blocks.values()],
+        common=(folder,), threads=threads, gpus=gpus,
+        names=[f"{name}, validation" for name in blocks])
+    for name, rows in zip(blocks, found, strict=True):
+        contexts[name]["validation"] = rows
     for name in compared:
         frozen[name] = passes.iterate_passes(
             blocks[name], validation, iterations - 1, "parallel", convergence_threshold,
@@ -433,11 +440,12 @@ run.figure("rank", *plots.rank_growth(matrices, by_weight),
 again_true = [f"true.w{true_pass_weight:g}.seed{seed}" for seed in seeds]
 readers = {name: (blocks[name], validation) for name in dict.fromkeys(compared + again_true)}
 readers["control.shuffled"] = (blocks[main], mixed["validation"])
-again = {}
 with run.stage("passes"):
-    for name, (block, text) in readers.items():
-        again[name] = passes.iterate_passes(block, text, check3_passes - 1, "sequential",
-                                            convergence_threshold, contexts[name]["validation"])
+    found = cluster.map("passes", passes.iterate_passes, [
+        (block, text, check3_passes - 1, "sequential", convergence_threshold,
+         contexts[name]["validation"]) for name, (block, text) in readers.items()
+    ], threads=threads, gpus=gpus, names=list(readers))
+    again = dict(zip(readers, found, strict=True))
 for name in ("control.constant", "control.embeddings"):
     again[name] = passes.Passes.unchanged(contexts[name]["validation"], check3_passes - 1)
 
