@@ -39,7 +39,7 @@ MEANINGS = {
     "native.decode.tokens_per_s": "writing with a commitment",
     "native.decode.tokens_per_s.pretrained": "writing",
     "native.prefill.tokens_per_s.pretrained": "reading",
-    "native.probes.together_over_one_by_one": "forks asked together: speed over one prompt at a time",
+    "native.probes.together_over_one_by_one": "forks asked together: speed over one by one",
     "native.probes_per_s": "forks asked together",
     "qlora.step.commitment_over_lora": "a step with commitment: time over that of LoRA alone",
     "qlora.step.nf4_over_f32": "a step in 4 bits: time over that in f32",
@@ -51,8 +51,8 @@ MEANINGS = {
         "a parallel step in bf16: how far its contexts are from those in f32",
     "cvfp.ten_iterations.parallel": "ten iterations over 6,400 tokens, parallel",
     "cvfp.ten_iterations.sequential": "ten iterations over 6,400 tokens, sequential, from a slice",
-    "cvfp.train.true_pass_over_parallel": "a true pass with a step, read by the loop: time over a "
-                                          "parallel one's",
+    "cvfp.train.true_pass_over_parallel": "a true pass with a step, read by the loop: time over "
+                                          "that of a parallel one",
     "cvfp.train.true_pass_over_parallel.contracting": "the same, read by shooting, after ten passes",
     "cvfp.train.sequential": "sequential training",
     "cvfp.train.parallel_over_sequential": "parallel training: speed over sequential training's",
