@@ -51,9 +51,9 @@ MEANINGS = {
         "a parallel step in bf16: how far its contexts are from those in f32",
     "cvfp.ten_iterations.parallel": "ten iterations over 6,400 tokens, parallel",
     "cvfp.ten_iterations.sequential": "ten iterations over 6,400 tokens, sequential, from a slice",
-    "cvfp.train.true_pass_over_parallel": "a true pass with a step, read by the loop: time over "
-                                          "that of a parallel one",
-    "cvfp.train.true_pass_over_parallel.contracting": "the same, read by shooting, after ten passes",
+    "cvfp.train.true_pass_over_parallel": "a true pass with a step, read by the loop: time "
+                                          "over a parallel one's",
+    "cvfp.train.true_pass_over_parallel.contracting": "the same read by shooting, after ten passes",
     "cvfp.train.sequential": "sequential training",
     "cvfp.train.parallel_over_sequential": "parallel training: speed over sequential training's",
     "cvfp.train.parallel_over_sequential.sequential_fraction_of_memory_bound":
