@@ -30,7 +30,8 @@ ALIKE = 0.03
 """Difference, in tolerances, below which shooting takes two readings for one."""
 FREE_ROWS = {"cpu": 10.0, "cuda": 200.0}
 """Rows whose products with a weight matrix take about as long as reading the matrix once: the
-operations that the machine computes while it reads a number, over two."""
+operations that the machine computes while it reads a number, over two. Measured on a CPU (between 5
+and 40 the time changes by a fifth), estimated for a GPU."""
 WINDOW = 256  # tokens that Jacobi iteration and the quasi-Newton method solve at a time
 CHECKED = 8  # tokens between two comparisons of readings, each of which a GPU has to wait for
 
@@ -39,7 +40,7 @@ CHECKED = 8  # tokens between two comparisons of readings, each of which a GPU h
 class Rollout:
     """Contexts [n, context_dim] and how they were found.
 
-    `passes`: evaluations of the parallel map per token, on average. `sequential_tokens`: tokens
+    `passes`: contexts that a parallel method computed per token. `sequential_tokens`: tokens
     computed by the loop: all for the method `sequential` and where another fell back to it, else
     0. `residuals`: per window of tokens, the largest relative change of a context in each pass.
     `seconds`: wall-clock time of the whole, fallback included.
