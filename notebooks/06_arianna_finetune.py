@@ -319,10 +319,10 @@ with run.stage("reading answers"):
 
 # %% [markdown]
 # A condition's bits per byte are all its bits over all its bytes. Its interval comes from drawing
-# as many dialogues again, with replacement, 2,000 times. `before` and `after` of one form belong
-# together in the figure, and `qa` and `bare` of one model: the first pair says what fine-tuning
-# does, the second what the marks are worth to the model. The names of the metrics are those of the
-# conditions, as they stand in the table.
+# as many dialogues again, with replacement, 2,000 times. Before and after, in one form, belong
+# together in the figure, and both forms, `qa` and `bare`, of one model: the first pair says what
+# fine-tuning does, the second what the marks are worth to the model. The names of the metrics are
+# those of the conditions, as they stand in the table.
 
 # %%
 conditions = {name: estimate(values, sizes) for name, values in bits.items()}
