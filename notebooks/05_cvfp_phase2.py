@@ -155,7 +155,8 @@ blocks, true_blocks = ({seed: block for (variant, seed, _), (block, _) in zip(
 # %% [markdown]
 # And their contexts, a row for each token of each of the four texts. Every text is read from the
 # zero context: the validation text is a part of the training text, but its contexts begin anew. How
-# a network reads is how it read in training: by the loop, or as `true_pass_reading` says.
+# a network reads is how it read in training: by the loop, or as `true_pass_reading` says. Both come
+# to the same but for rounding, as the chapter before measures.
 
 # %%
 calls = [(block, tokens, config.reading)

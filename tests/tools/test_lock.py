@@ -1,6 +1,7 @@
 """The lock holds what pyproject.toml leads to, and is what is installed."""
 
 import re
+import site
 import tomllib
 from importlib import metadata
 
@@ -46,8 +47,9 @@ def test_every_entry_has_a_hash_and_no_address():
 
 
 def test_what_is_installed_is_what_is_locked():
+    """In the environment's own folders: setuptools puts packages of its own on Python's path."""
     versions = here()
-    for found in metadata.distributions():
+    for found in metadata.distributions(path=site.getsitepackages()):
         name = canonicalize_name(found.name)
         if name in versions:
             assert found.version == versions[name], name
