@@ -52,7 +52,7 @@ early_stop_from: int = 2  # first iteration that may end it
 ema_decay: float = 0.99  # decay of the moving mean, sequential variant
 true_pass_weight: float = 0.5  # w of the variant that reads truly
 true_pass_other_weights: list[float] = [0.01]  # further values of w, first seed only
-true_pass_reading: str = "shooting"  # how it reads: sequential (the loop), shooting, jacobi
+true_pass_reading: str = "shooting"  # or sequential (the loop), jacobi, quasi-newton
 sequential_weight: float = 0.5  # w of the sequential variant
 sequential_tokens: int = 64  # tokens of the text that it reads
 sequential_iterations: int = 3  # its passes, iteration 0 included
@@ -236,8 +236,8 @@ cases += [("true.", true_pass, first, w) for w in true_pass_other_weights]
 # True passes are read by *shooting*: the text is cut into segments, all of which are read at the
 # same time, each from the context that it began with in the pass before, and then again from where
 # its neighbour has ended, until both readings are one. Where the network does not forget soon
-# enough for that, the loop reads. It changes how long a pass takes, not what it is; how far both
-# are from each other is measured further down.
+# enough for that, the loop reads. It changes how long a pass takes, not what it is; how far a
+# reading by either is from one in double precision is measured further down.
 
 # %% [markdown]
 # Contraction is learnt or it is not, and that can be watched. Of two trainings of the first seed,
@@ -496,10 +496,12 @@ for name in compared:
 #
 # *Shooting* asks for less. Reading a token by the loop takes as long as reading the weights from
 # memory, and a few rows take no longer than one; so segments of the text are read side by side,
-# each a second time for as long as it takes to forget its guess, some $\ln(1/\tau)/|\lambda|$
-# tokens. With $S$ segments of a text of $n$ tokens the weights are read
-# $n/S + \ln(1/\tau)/|\lambda|$ times instead of $n$. How fast the network forgets is measured on
-# the first tokens; where it does not, and where residuals do not shrink, the loop does all.
+# each a second time for as long as it takes to forget its guess, some
+# $w = \ln(1/\tau)/|\lambda|$ tokens, where two readings count as one below a relative difference
+# of $\tau = 3 \cdot 10^{-6}$. How long that is, is measured first, by two rows on the first tokens.
+# With $S$ segments of a text of $n$ tokens the weights are read $n/S + 2w$ times instead of $n$.
+# Where the network does not forget, and where residuals do not shrink, the loop does all; the
+# tolerance of all methods is $10^{-4}$ of a context's norm.
 #
 # The tangent vector $v$ starts in a random direction and turns into the fastest growing one while
 # the first fifth of the tokens is read; those are not counted.

@@ -42,7 +42,7 @@ bias_std: float = 0.01  # standard deviation of the initial biases
 # Training of Phase 1.
 diversity_weight: float = 0.9  # w of the parallel variant
 true_pass_weight: float = 0.5  # w of the variant that reads truly
-true_pass_reading: str = "shooting"  # how it reads: sequential (the loop), shooting, jacobi
+true_pass_reading: str = "shooting"  # or sequential (the loop), jacobi, quasi-newton
 seeds: list[int] = [42, 43]  # seeds of network and Phase 2
 iterations: int = 5  # passes over the text at most, iteration 0 included
 phase1_learning_rate: float = 0.002  # Adam's
@@ -154,9 +154,9 @@ blocks, true_blocks = ({seed: block for (variant, seed, _), (block, _) in zip(
 
 # %% [markdown]
 # And their contexts, a row for each token of each of the four texts. Every text is read from the
-# zero context: the validation text is a part of the training text, but its contexts begin anew. How
-# a network reads is how it read in training: by the loop, or as `true_pass_reading` says. Both come
-# to the same but for rounding, as the chapter before measures.
+# zero context: the validation text is a part of the training text, but its contexts begin anew. The
+# networks of parallel passes are read by the loop, those of true passes as `true_pass_reading`
+# says, which comes to the same within a tolerance that the chapter before states and measures.
 
 # %%
 calls = [(block, tokens, config.reading)

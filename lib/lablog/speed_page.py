@@ -53,7 +53,9 @@ MEANINGS = {
     "cvfp.ten_iterations.sequential": "ten iterations over 6,400 tokens, sequential, from a slice",
     "cvfp.train.true_pass_over_parallel": "a true pass with a step, read by the loop: time "
                                           "over a parallel one's",
-    "cvfp.train.true_pass_over_parallel.contracting": "the same read by shooting, after ten passes",
+    "cvfp.train.true_pass_over_parallel.contracting": "a true pass with a step, read by shooting, "
+                                                      "in the tenth iteration: time over a "
+                                                      "parallel one's",
     "cvfp.train.sequential": "sequential training",
     "cvfp.train.parallel_over_sequential": "parallel training: speed over sequential training's",
     "cvfp.train.parallel_over_sequential.sequential_fraction_of_memory_bound":
@@ -69,8 +71,8 @@ MEANINGS = {
     "arianna.train": "training",
     "arianna.packing": "tokenising and packing text",
     "arianna.generate.pytorch": "writing by transformers, with its cache",
-    "arianna.generate.llama_cpp_f32": "writing by llama.cpp",
-    "arianna.generate.llama_cpp_q8_0": "writing by llama.cpp",
+    "arianna.generate.llama_cpp_f32": "writing by llama.cpp, f32",
+    "arianna.generate.llama_cpp_q8_0": "writing by llama.cpp, Q8_0",
     "scale.startup_s": "starting a cluster of processes",
     "scale.tasks_per_s": "empty tasks handed out",
     "scale.overhead_per_task_ms": "an empty task",

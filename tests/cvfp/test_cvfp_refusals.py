@@ -289,14 +289,18 @@ def test_no_synchronisation_with_the_host_inside_token_loops():
     from lablog.cvfp import rollout as module
 
     loops = (phase1.SequentialStep.__call__, phase1.sequential_iteration,
-             module.Recurrence.read, lyapunov.lyapunov_exponent,
-             memory.memory_curve)
-    for function in loops:
+             module.Recurrence.read, lyapunov.lyapunov_exponent, memory.memory_curve)
+    whole = (module.Recurrence.prepare, module.Recurrence.step, module.Shooting._advance,
+             lyapunov._pushed, lyapunov._normed)
+    for function in (*loops, *whole):
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        for loop in (n for n in ast.walk(tree) if isinstance(n, ast.For)):
+        bodies = [tree] if function in whole else [
+            node for node in ast.walk(tree) if isinstance(node, ast.For)]
+        assert bodies
+        for body in bodies:
             called = {
                 c.func.attr if isinstance(c.func, ast.Attribute) else getattr(c.func, "id", "")
-                for c in ast.walk(loop) if isinstance(c, ast.Call)
+                for c in ast.walk(body) if isinstance(c, ast.Call)
             }
             assert not called & {"item", "tolist", "float", "int", "bool", "numpy", "cpu"}
 

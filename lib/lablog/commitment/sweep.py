@@ -228,22 +228,23 @@ def sweep(tasks: Tasks, engine: Engine, configurations: Sequence[Task], conditio
     size = BLOCK if engine.small else 1
     blocks = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
     engine.make_room()
-    with journal.open("a") as file:
+    with journal.open("ab", buffering=0) as file:  # a block is one write, whoever else writes
         if blocks and file.tell():  # what a kill may have cut off takes no row with it
-            file.write("\n")
+            file.write(b"\n")
         def keep(_: int, rows: list[dict[str, Any]]) -> None:
+            lines = []
             for row in rows:
                 task = as_task(row)
-                done[identity(task)] = row = row | {"directions": directions(task)}
-                file.write(json.dumps(row) + "\n")
-            file.flush()
+                done[identity(task)] = kept = row | {"directions": directions(task)}
+                lines.append(json.dumps(kept) + "\n")
+            file.write("".join(lines).encode())
 
         tasks.map("sweep", evaluate_block, blocks, common=(asked, conditions), reads=[asked.gguf],
                   threads=asked.threads, gpus=float(asked.gpu_layers > 0), done=keep)
     return pd.DataFrame([
         done[identity(task)] | asdict(task) | {"span": span(task.layers, layers)}
         for task in configurations
-    ]).drop(columns="directions")
+    ]).drop(columns="directions", errors="ignore")
 
 
 def journalled(journal: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lablog.cvfp.model import CVFPBlock, CVFPLayer, mix_norm
+from lablog.cvfp.model import CVFPBlock, CVFPLayer, check_widths, mix_norm
 from lablog.intervals import Interval, t_interval
 
 
@@ -19,6 +19,7 @@ def lyapunov_exponent(
     Tangents smaller than 1e-30 (a constant network) count as that. A layer's weights, which do not
     fit a processor's cache at full width, are read once a token, for context and tangent together.
     """
+    check_widths(block.config, start, tokens)
     generator = torch.Generator().manual_seed(seed)
     tangent = F.normalize(torch.randn(1, len(start), generator=generator), dim=1).to(start)
     context, growth = start.unsqueeze(0), tokens.new_empty(len(tokens))
@@ -36,7 +37,7 @@ def _pushed(layer: CVFPLayer, context: Tensor, token: Tensor, tangent: Tensor,
             rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A layer's outputs [1, ...] for context and token, and how they change along tangent and rate.
 
-    By hand: automatic forward differentiation of the same takes five times as long.
+    By hand: automatic forward differentiation of the same takes several times as long.
     """
     here, along = torch.cat([context, token], 1), torch.cat([tangent, rate], 1)
     value, change = F.linear(torch.cat([here, along]), layer.linear.weight).split(1)

@@ -131,12 +131,12 @@ def rollout(
     same text under slightly other weights; it changes how much work is needed, not the result
     that they approach.
 
-    Shooting is described at :class:`Shooting`. The others solve a window of tokens at a time, from
-    the exact end of the window before, and stop when the error that is left, extrapolated from how
-    residuals shrink, is below half of `tolerance` relative to the context's norm: an estimate, not
-    a bound. As soon as a window would not get there within `max_passes` (about where the loop is as
-    fast on two CPU cores), the loop does the whole text: where the recurrence does not contract,
-    even the rounding of an exact prefix would grow.
+    Shooting is described at :class:`Shooting`, and knows no `max_passes`. The others solve a window
+    of tokens at a time, from the exact end of the window before, and stop when the error that is
+    left, extrapolated from how residuals shrink, is below half of `tolerance` relative to the
+    context's norm: an estimate, not a bound. As soon as a window would not get there within
+    `max_passes` (about where the loop is as fast on two CPU cores), the loop does the whole text:
+    where the recurrence does not contract, even the rounding of an exact prefix would grow.
     Raises ValueError for a wrong width, method, tolerance or guess, FloatingPointError for NaN.
     """
     began, config = time.perf_counter(), block.config
@@ -156,7 +156,7 @@ def rollout(
     elif method == "shooting":
         shooting = Shooting(block, tolerance)
         found = shooting.solve(tokens, start, guess)
-        result.passes = shooting.read / max(1, len(tokens))
+        result.passes = shooting.computed / max(1, len(tokens))
     else:
         found = _by_windows(block, tokens, start, tolerance, max_passes, guess, result)
     if found is None:
@@ -195,29 +195,36 @@ class Shooting:
     """Segments of a text, read at the same time and joined.
 
     How fast the network forgets is measured on the first tokens, by reading them from two contexts
-    until they are one; two rows cost what one does. Where that does not come about, nothing is
-    tried. It decides how many segments the text is cut into: many share the reading of the weights,
-    each costs the tokens that it needs to forget its guess.
+    until they are one; two rows cost what one does. Where that does not come about within a
+    sixteenth of the text, or the text has less than 64 tokens, nothing is tried. It decides how
+    many segments the text is cut into: many share the reading of the weights, each costs the tokens
+    that it needs to forget its guess.
 
     Every segment is read from a guess, and then again from where the one before has ended, until
-    the difference to the first reading is below `ALIKE` of the tolerance relative to the context's
-    norm; from there on the first reading stands. A segment that comes to its end before passes its
-    own end on. An estimate, not a bound: that a difference stays small once it is, is what
-    contraction means on average.
+    the difference to the reading before is below `ALIKE` of the tolerance relative to the context's
+    norm; from there on that reading stands. A segment that comes to its end before passes its own
+    end on. An estimate, not a bound: that a difference stays small once it is, is what contraction
+    means on average.
 
-    read: contexts computed so far.
+    computed: contexts so far.
     """
 
     def __init__(self, block: CVFPBlock, tolerance: float) -> None:
-        self.recurrence, self.alike, self.read = Recurrence(block), ALIKE * tolerance, 0
+        self.recurrence, self.alike, self.computed = Recurrence(block), ALIKE * tolerance, 0
 
-    def _step(self, context: Tensor, token: Tensor) -> Tensor:
-        self.read += len(context)
-        return self.recurrence.step(context, token, self.recurrence.prepare(token))
+    def _advance(self, context: Tensor, tokens: Tensor) -> Tensor:
+        """Contexts [m, b, context_dim] of rows of tokens [m, b, embed_dim], from those [m, ...]
+        before."""
+        self.computed += tokens.shape[0] * tokens.shape[1]
+        ready, found = self.recurrence.prepare(tokens), []
+        for i in range(tokens.shape[1]):
+            context = self.recurrence.step(context, tokens[:, i], ready[:, i])
+            found.append(context)
+        return torch.stack(found, 1)
 
     def _apart(self, one: Tensor, other: Tensor) -> Tensor:
-        """Which rows [m, context_dim] are not yet one, bool [m]."""
-        return relative_errors(one, other) > self.alike
+        """Which rows [m, context_dim] are not yet one, bool [m]; a NaN is one with nothing."""
+        return ~(relative_errors(one, other) <= self.alike)
 
     def solve(self, tokens: Tensor, start: Tensor, guess: Tensor | None) -> Tensor | None:
         """Contexts of tokens [n, embed_dim], or None where the loop is to read them."""
@@ -233,11 +240,12 @@ class Shooting:
         begun = start.expand(count, -1) if guess is None else torch.cat(
             [start[None], guess[size - 1 : (count - 1) * size : size]])
         out = tokens.new_empty(count, size, len(start))
-        for i in range(size):
-            begun = out[:, i] = self._step(begun, cut[:, i])
+        for part in _parts(size):
+            out[:, part] = self._advance(begun, cut[:, part])
+            begun = out[:, part][:, -1]
         changed = torch.arange(1, count, device=tokens.device)
         while len(changed):
-            if self.read > 3 * len(tokens):
+            if self.computed > 3 * len(tokens):
                 return None
             left = self._join(out, cut, changed) + 1
             changed = left[left < count]
@@ -248,28 +256,31 @@ class Shooting:
         most = max(32, len(tokens) // 16)
         if len(tokens) < 2 * most:
             return None
-        other = self._step(start[None], tokens[most : most + 1])
+        other = self._advance(start[None], tokens[None, most : most + 1])[:, 0]
         pair = torch.cat([start[None], other])
-        for i in range(most):
-            pair = self._step(pair, tokens[i : i + 1].expand(2, -1))
-            if i % CHECKED == CHECKED - 1 and not bool(self._apart(pair[1:], pair[:1])):
-                return i + 1
+        for part in _parts(most):
+            pair = self._advance(pair, tokens[part].expand(2, -1, -1))[:, -1]
+            if not bool(self._apart(pair[1:], pair[:1])):
+                return min(part.stop, most)
         return None
 
     def _join(self, out: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
         """Read segments `rows` again, from where those before them have ended, until they are one
         with what `out` [segments, size, context_dim] holds; which were not to their end."""
         context = out[rows - 1, -1]
-        for i in range(cut.shape[1]):
-            context = self._step(context, cut[rows, i])
-            before = out[rows, i]
-            out[rows, i] = context
-            if i % CHECKED == CHECKED - 1 or i == cut.shape[1] - 1:
-                apart = self._apart(context, before)
-                rows, context = rows[apart], context[apart]
-                if not len(rows):
-                    break
+        for part in _parts(cut.shape[1]):
+            before, found = out[rows, part][:, -1], self._advance(context, cut[rows, part])
+            out[rows, part] = found
+            apart = self._apart(found[:, -1], before)
+            rows, context = rows[apart], found[apart, -1]
+            if not len(rows):
+                break
         return rows
+
+
+def _parts(size: int) -> list[slice]:
+    """Positions of a segment, those between two comparisons together."""
+    return [slice(begin, begin + CHECKED) for begin in range(0, size, CHECKED)]
 
 
 def relative_errors(guess: Tensor, exact: Tensor) -> Tensor:
