@@ -103,7 +103,8 @@ print(f"incoherent: perplexity above {limits.perplexity_ratio} × that at λ = 0
 # 0 alone) and every seed. Layer 0 is a range of its own because llama.cpp's control vectors
 # cannot reach it. Ranges that name the same layers of a small model are computed once, drawn once
 # and counted once: in three layers, the first quarter *is* layer 0. Finished rows are kept as the
-# sweep goes; after a kill it continues behind them. Every few settings are a task with a process
+# sweep goes; after a kill it continues behind them, and what chapter 1 has measured in the same way
+# is found rather than measured again. Every few settings are a task with a process
 # and a context of its own, as many at a time as there are cores, or as workers of a `CLUSTER` have.
 #
 # Every cell has its own control, in which the direction is drawn anew for every turn and every

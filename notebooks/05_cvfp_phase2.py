@@ -42,7 +42,7 @@ bias_std: float = 0.01  # standard deviation of the initial biases
 # Training of Phase 1.
 diversity_weight: float = 0.9  # w of the parallel variant
 true_pass_weight: float = 0.5  # w of the variant that reads truly
-true_pass_segment: int = 16  # tokens of a segment when true passes are read; 1: by the loop
+true_pass_reading: str = "shooting"  # or sequential (the loop), jacobi, quasi-newton
 seeds: list[int] = [42, 43]  # seeds of network and Phase 2
 iterations: int = 5  # passes over the text at most, iteration 0 included
 phase1_learning_rate: float = 0.002  # Adam's
@@ -137,7 +137,7 @@ for path in texts.files.values():
 # decides. Each has a name, under which the record says where it ran and for how long.
 
 # %%
-true_pass = replace(settings, variant="true_pass", segment=true_pass_segment,
+true_pass = replace(settings, variant="true_pass", reading=true_pass_reading,
                     diversity_weight=true_pass_weight)
 wanted = [(variant, seed, replace(base, seed=seed))
           for variant, base in (("", settings), ("true.", true_pass)) for seed in seeds]
@@ -154,10 +154,14 @@ blocks, true_blocks = ({seed: block for (variant, seed, _), (block, _) in zip(
 
 # %% [markdown]
 # And their contexts, a row for each token of each of the four texts. Every text is read from the
-# zero context: the validation text is a part of the training text, but its contexts begin anew.
+# zero context: the validation text is a part of the training text, but its contexts begin anew. The
+# networks of parallel passes are read by the loop, those of true passes as `true_pass_reading`
+# says, which comes to the same within a tolerance that the chapter before states and measures.
 
 # %%
-calls = [(block, tokens) for block, _ in networks for tokens in texts.tokens.values()]
+calls = [(block, tokens, config.reading)
+         for (block, _), (*_, config) in zip(networks, wanted, strict=True)
+         for tokens in texts.tokens.values()]
 with run.stage("contexts"):
     rows = iter(cluster.map("contexts", phase1.contexts_of, calls, common=(folder,),
                             threads=threads, gpus=gpus))

@@ -209,8 +209,8 @@ run.say("""
 # AdamW with a linear warm-up and a cosine to zero, as in the log. One optimiser step sees
 # `batch_size` times `gradient_accumulation` windows of `context` tokens. The log's 4,000 steps of
 # $8 \times 4$ windows in float32 are profile `full`. The profile `laptop` has minutes, not hours,
-# and spends them on bfloat16 autocast, which its processor multiplies faster; compiling would gain
-# little more than it costs before the first step. `make bench` measures all four modes.
+# and spends them on compiled bfloat16 autocast, which its processor multiplies faster. `make bench`
+# measures all four modes.
 #
 # The shape is Llama's: every head has keys of its own, the output matrix is the embedding, and the
 # feed-forward width follows from the width by Llama's rule. A run logs its loss a hundred times,
@@ -319,10 +319,10 @@ with run.stage("reading answers"):
 
 # %% [markdown]
 # A condition's bits per byte are all its bits over all its bytes. Its interval comes from drawing
-# as many dialogues again, with replacement, 2,000 times. `before` and `after` of one form belong
-# together in the figure, and `qa` and `bare` of one model: the first pair says what fine-tuning
-# does, the second what the marks are worth to the model. The names of the metrics are those of the
-# conditions, as they stand in the table.
+# as many dialogues again, with replacement, 2,000 times. Before and after, in one form, belong
+# together in the figure, and both forms, `qa` and `bare`, of one model: the first pair says what
+# fine-tuning does, the second what the marks are worth to the model. The names of the metrics are
+# those of the conditions, as they stand in the table.
 
 # %%
 conditions = {name: estimate(values, sizes) for name, values in bits.items()}

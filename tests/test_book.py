@@ -255,6 +255,16 @@ def test_every_claim_is_in_the_book_and_leads_to_its_record(made: tuple[Path, Pa
     assert list((html / "_downloads").rglob("claims.csv"))
 
 
+def test_every_measure_of_speed_is_said_in_words():
+    published = book.latest(layout.benchmark())
+    said = [speed_page.meaning(metric.name) for metric in published.metrics]
+    assert len(set(said)) == len(said), "two measures are told apart"
+    assert all(words not in (metric.name for metric in published.metrics) for words in said)
+    assert speed_page.meaning("cvfp.rollout.shooting_over_sequential.true_pass.25000").endswith(
+        "the loop's, 25,000 tokens")
+    assert speed_page.meaning("new.measure") == "new.measure"
+
+
 def test_a_clones_own_speed_is_shown_before_the_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -33,6 +33,78 @@ TARGETS = {
 TITLES = {"native": "llama.cpp with a commitment", "qlora": "Training the commitment",
           "cvfp": "CVFP", "arianna": "Arianna", "scale": "Many workers",
           "live": "In a browser's engine"}
+MEANINGS = {
+    "native.build_seconds": "building the patched library",
+    "native.decode.committed_over_stock": "writing with a commitment: speed over stock llama.cpp's",
+    "native.decode.tokens_per_s": "writing with a commitment",
+    "native.decode.tokens_per_s.pretrained": "writing",
+    "native.prefill.tokens_per_s.pretrained": "reading",
+    "native.probes.together_over_one_by_one": "forks asked together: speed over one by one",
+    "native.probes_per_s": "forks asked together",
+    "qlora.step.commitment_over_lora": "a step with commitment: time over that of LoRA alone",
+    "qlora.step.nf4_over_f32": "a step in 4 bits: time over that in f32",
+    "qlora.step.compiled_over_eager": "a step with compiled layers: time over one without",
+    "qlora.memory.nf4_over_f32": "the base's weights in 4 bits: memory over that in f32",
+    "qlora.forks_per_s": "forked choices evaluated in PyTorch",
+    "cvfp.parallel_step.fraction_of_gemm": "a parallel step: speed over its matrix products'",
+    "cvfp.parallel_step.fraction_of_gemm.bf16.relative_deviation":
+        "a parallel step in bf16: how far its contexts are from those in f32",
+    "cvfp.ten_iterations.parallel": "ten iterations over 6,400 tokens, parallel",
+    "cvfp.ten_iterations.sequential": "ten iterations over 6,400 tokens, sequential, from a slice",
+    "cvfp.train.true_pass_over_parallel": "a true pass with a step, read by the loop: time "
+                                          "over a parallel one's",
+    "cvfp.train.true_pass_over_parallel.contracting": "a true pass with a step, read by shooting, "
+                                                      "in the tenth iteration: time over a "
+                                                      "parallel one's",
+    "cvfp.train.sequential": "sequential training",
+    "cvfp.train.parallel_over_sequential": "parallel training: speed over sequential training's",
+    "cvfp.train.parallel_over_sequential.sequential_fraction_of_memory_bound":
+        "sequential training: speed over that at which memory gives its bytes",
+    "cvfp.rollout.fraction_of_gemv": "the loop: speed over that of its matrix-vector products",
+    "cvfp.rollout.bf16_over_f32": "the loop in bf16: speed over that in f32",
+    "cvfp.rollout.bf16_over_f32.relative_deviation": "how far its contexts are from those in f32",
+    "cvfp.rollout.best_over_sequential": "the fastest parallel reading of 1,600 tokens: speed over "
+                                         "the loop's",
+    "cvfp.rollout.shooting_over_sequential.true_pass": "reading so many tokens by shooting after "
+                                                       "true passes: speed over the loop's",
+    "cvfp.growth.seconds_per_token": "a parallel step over so many tokens: time for each",
+    "arianna.train": "training",
+    "arianna.packing": "tokenising and packing text",
+    "arianna.generate.pytorch": "writing by transformers, with its cache",
+    "arianna.generate.llama_cpp_f32": "writing by llama.cpp, f32",
+    "arianna.generate.llama_cpp_q8_0": "writing by llama.cpp, Q8_0",
+    "scale.startup_s": "starting a cluster of processes",
+    "scale.tasks_per_s": "empty tasks handed out",
+    "scale.overhead_per_task_ms": "an empty task",
+    "scale.efficiency.two_workers": "a sweep by two workers: speed over twice one worker's",
+    "scale.trainings.tasks_over_pool": "three trainings as tasks: speed over a pool of processes'",
+    "scale.efficiency.simulated": "64 simulated workers: share of the time that they work",
+    "scale.simulated.memory": "memory that they take",
+    "live.tokens_per_s": "writing, 51 M parameters in Q8_0",
+    "live.tokens_per_s.offline": "writing, 0.6 M parameters in f16",
+    "live.over_native_without_avx": "the same: speed over the native one's, without AVX",
+    "live.over_native_without_avx.offline": "the same: speed over the native one's, without AVX",
+}
+"""What a measure says, by the beginning of its name; the rest of the name is a case of it."""
+CASES = {"tokens_per_s": "", "seconds": "", "mb_per_s": "", "mfu": "share of the fastest product's "
+         "rate", "q4_1": "weights in Q4_1", "q8_0": "weights in Q8_0", "f16": "weights in f16",
+         "per_sequence": "a commitment "
+         "for each of several sequences", "offline": "0.6 M parameters", "50m": "51 M parameters",
+         "pretrained": "SmolLM2-135M", "all_threads": "all threads", "true_pass": "after true "
+         "passes", "trained": "after parallel passes", "untrained": "untrained"}
+"""What the rest of a name says; what is not here is said as it is."""
+
+
+def meaning(name: str) -> str:
+    """What a measure says, in words."""
+    known = max((start for start in MEANINGS if f"{name}.".startswith(f"{start}.")), key=len,
+                default="")
+    rest = [part for part in name[len(known):].split(".") if part]
+    if not known:
+        return name
+    cases = [CASES.get(part, f"{int(part):,} tokens" if part.isdigit() else part.replace("_", " "))
+             for part in rest]
+    return ", ".join([MEANINGS[known], *filter(None, cases)])
 
 
 def rates(record: Record) -> tuple[Figure, pd.DataFrame]:
@@ -77,9 +149,9 @@ def page(record: Record | None, folder: Path) -> str:
         here = [metric for metric in record.metrics if metric.name.startswith(f"{room}.")]
         if not here:
             continue
-        parts.append(f"## {title}\n\n| value | target | measure |\n|---|---|---|")
-        parts += [f"| {plain(format_metric(m))} | {TARGETS.get(m.name, '')} | `{m.name}` |"
-                  for m in here]
+        parts.append(f"## {title}\n\n| what | value | target | name |\n|---|---|---|---|")
+        parts += [f"| {plain(meaning(m.name))} | {plain(format_metric(m))} | "
+                  f"{TARGETS.get(m.name, '')} | `{m.name}` |" for m in here]
         if room == "arianna":
             figures.use_style()
             svg, csv = figures.save(*rates(record), folder, "tokens_per_s")

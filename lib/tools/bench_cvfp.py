@@ -6,11 +6,12 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from lablog.cvfp.phase1 import (
     train,
     true_pass_step,
 )
-from lablog.cvfp.rollout import Method, SequentialRollout, rollout
+from lablog.cvfp.rollout import TOLERANCE, Method, Recurrence, relative_errors, rollout
 from lablog.provenance import peak_memory_bytes
 from lablog.run import Run
 from tools.timing import median_seconds, timed
@@ -46,12 +47,13 @@ class Size:
     repeats: int = 3
     growth: tuple[int, ...] = (1000, 6400, 25000)
     rollout_tokens: int = 1600
+    lengths: tuple[int, ...] = (1000, 6400, 25_000, 100_000)
 
 
 def measured(size: Size | None = None, device: str = "cpu") -> list[Row]:
     """All measurements as (name, value, unit, details), printed as they come.
 
-    Most of the time goes into training on true passes.
+    Most of the time goes into training on true passes and into reading long texts by the loop.
     """
     size = size or Size()
     config = ModelConfig(context_dim=size.width, embed_dim=size.width, num_layers=size.layers,
@@ -141,7 +143,8 @@ class _Bench:
                details | {"f32_over_bf16": step / half,
                           "relative_deviation": deviation})
 
-        yield self.true_pass_over_parallel()
+        by_the_loop = replace(self.true_pass(), reading="sequential")
+        yield self.true_pass_over_parallel(self.block(), self.tokens, by_the_loop)
         block, slice_ = self.block(), self.tokens[: size.slice]
         settings = replace(self.settings, variant="sequential", diversity_weight=0.5)
         sequential = SequentialStep(block, settings, make_optimizer(block, settings))
@@ -165,24 +168,26 @@ class _Bench:
                 "bandwidth_bytes_per_second": bandwidth,
                 "adam_share": optimizer_alone / one})
 
-    def true_pass_over_parallel(self) -> Row:
-        """Time of a true pass, read by the loop, over that of a parallel one, both with a step."""
-        block, tokens = self.block(), self.tokens[: self.size.rollout_tokens]
-        settings = replace(self.true_pass(), segment=1)
+    def true_pass_over_parallel(self, block: CVFPBlock, before: Tensor, settings: Phase1Config,
+                                suffix: str = "") -> Row:
+        """Time of a true pass over that of a parallel one, from contexts `before` of other weights,
+        both with a step so small that `block` remains what it is."""
+        tokens = self.tokens[: self.size.rollout_tokens]
+        settings = replace(settings, learning_rate=1e-12)
         optimizer = make_optimizer(block, settings)
-        times = [self.time(partial(step, block, tokens, tokens, optimizer, settings))
+        times = [self.time(partial(step, block, tokens, before[: len(tokens)], optimizer, settings))
                  for step in (true_pass_step, parallel_step)]
-        return ("train.true_pass_over_parallel", times[0] / times[1], "ratio",
+        return (f"train.true_pass_over_parallel{suffix}", times[0] / times[1], "ratio",
                 {"seconds": times, "tokens": len(tokens)})
 
     def rollouts(self) -> Iterator[Row]:
         block, tokens = self.block(), self.tokens[:400]
-        loop, out = SequentialRollout(block), torch.empty_like(tokens)
+        loop, out = Recurrence(block), torch.empty_like(tokens)
         full = [layer.linear.weight.detach().t().contiguous() for layer in block.stack]
         read = sum(weight.nbytes for weight in loop.weights)
         pairs = [
             (self.products(loop.weights), self.products(full),
-             self.time(lambda: loop(tokens, tokens[0], out), 1) / len(tokens))
+             self.time(lambda: loop.read(tokens, tokens[0], out), 1) / len(tokens))
             for _ in range(self.size.repeats)
         ]
         bound, _, once = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -191,21 +196,25 @@ class _Bench:
                 "bytes_read_per_token": read, "bytes_per_second": read / bound,
                 "of_all_weights": {"bytes": self.weight_bytes(),
                                    "fraction": statistics.median(n / t for _, n, t in pairs)}})
-        half = SequentialRollout(block, torch.bfloat16)
+        half = Recurrence(block, torch.bfloat16)
         rough = torch.empty_like(tokens)
-        fast = self.time(lambda: half(tokens, tokens[0], rough)) / len(tokens)
+        fast = self.time(lambda: half.read(tokens, tokens[0], rough)) / len(tokens)
         yield ("rollout.bf16_over_f32", once / fast, "ratio",
                {"relative_deviation": float((rough - out).norm() / out.norm())})
         yield self.best_over_sequential("untrained", block)
         initial, true_pass = rollout(block, self.tokens).contexts, self.true_pass()
         for name, settings in (("trained", self.settings), ("true_pass", true_pass)):
             block = self.block()
-            train(block, self.tokens, settings, initial=initial)
+            trained = train(block, self.tokens, settings, initial=initial)
             yield self.best_over_sequential(name, block)
+        # Those of its last pass, before its last step: what the next pass would begin with.
+        yield self.true_pass_over_parallel(block, trained.contexts, true_pass, ".contracting")
+        yield from self.lengths(block)
 
     def true_pass(self) -> Phase1Config:
         """The settings of the variant that reads truly, as chapter 4 has them."""
-        return replace(self.settings, variant="true_pass", diversity_weight=0.5, segment=64)
+        return replace(self.settings, variant="true_pass", diversity_weight=0.5,
+                       reading="shooting")
 
     def products(self, weights: Sequence[Tensor]) -> float:
         """Seconds of one vector's product with each of `weights` [in, out], the fastest form.
@@ -232,26 +241,38 @@ class _Bench:
         return min(self.time(form, 100) for form in (one_row, vector, vector_transposed))
 
     def best_over_sequential(self, name: str, block: CVFPBlock) -> Row:
-        """Time of the loop over that of the fastest method that is within 1e-4 of it."""
+        """Time of the loop over that of the fastest method that is as near to double precision: at
+        most the tolerance farther away than twice what the loop is."""
         tokens = self.tokens[: self.size.rollout_tokens]
+        exact = rollout(deepcopy(block).double(), tokens.double()).contexts
         times: dict[str, float] = {}
         details: dict[str, Any] = {"tokens": len(tokens)}
-        times["sequential"], loop = timed(lambda: rollout(block, tokens))
-        exact = loop.contexts
-        methods: dict[str, tuple[Method, int]] = {
-            "jacobi": ("jacobi", 1), "jacobi segments of 64": ("jacobi", 64),
-            "quasi-newton": ("quasi-newton", 1),
-        }
-        for label, (method, segment) in methods.items():
-            times[label], result = timed(
-                partial(rollout, block, tokens, method=method, segment=segment)
-            )
-            error = (result.contexts - exact).norm(dim=1) / exact.norm(dim=1)
-            details[label] = {"passes": result.passes, "error": float(error.max()),
-                              "loop_tokens": result.sequential_tokens}
-        best = min((label for label in times if label != "sequential"), key=times.__getitem__)
-        return (f"rollout.best_over_sequential.{name}", times["sequential"] / times[best], "ratio",
-                {"best": best, "seconds": times, **details})
+        for method in get_args(Method):
+            times[method], result = timed(partial(rollout, block, tokens, method=method))
+            errors = relative_errors(result.contexts.double(), exact)
+            details[method] = {"passes": result.passes, "error": float(errors.max()),
+                               "median_error": float(errors.median()),
+                               "loop_tokens": result.sequential_tokens}
+        loop = times.pop("sequential")
+        allowed = TOLERANCE + 2 * details["sequential"]["error"]
+        best = min((method for method in times if details[method]["error"] <= allowed),
+                   key=times.__getitem__)
+        return (f"rollout.best_over_sequential.{name}", loop / times[best], "ratio",
+                {"best": best, "seconds": {"sequential": loop, **times}, **details})
+
+    def lengths(self, block: CVFPBlock) -> Iterator[Row]:
+        """Time of the loop over that of shooting, by tokens of the text, once each. What is longer
+        than the training text repeats it."""
+        repeats = -(-max(self.size.lengths) // len(self.tokens))
+        text = self.tokens.repeat(repeats, 1)
+        for n in self.size.lengths:
+            loop, shot = (rollout(block, text[:n], method=method)
+                          for method in ("sequential", "shooting"))
+            errors = relative_errors(shot.contexts, loop.contexts)
+            yield (f"rollout.shooting_over_sequential.true_pass.{n}", loop.seconds / shot.seconds,
+                   "ratio", {"seconds": [loop.seconds, shot.seconds], "passes": shot.passes,
+                             "error": float(errors.max()), "median_error": float(errors.median()),
+                             "loop_tokens": shot.sequential_tokens})
 
     def growth(self) -> Iterator[Row]:
         """Seconds and peak memory of a parallel step per token, relative to the smallest size."""

@@ -43,6 +43,32 @@ def anywhere(request):
     return request.getfixturevalue({"local": "local", "two": "connected"}[request.param])
 
 
+SLEEPER = """
+import operator, sys, time
+from pathlib import Path
+from lablog.cluster.client import Cluster
+with Cluster("", Path(sys.argv[1]), 2) as cluster:
+    print(cluster.map("power", operator.pow, [(3,)], common=(2,)), flush=True)
+    input()
+    time.sleep(2)
+    print(cluster.map("power", operator.pow, [(4,)], common=(2,)), flush=True)
+"""
+
+
+def test_a_machine_that_slept_has_its_worker_still(tmp_path):
+    """A scheduler forgets a worker that it has not heard of for so long, here a second (of itself
+    five minutes, and never sooner than ten heartbeats)."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(tmp_path)], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "1s"})
+    assert process.stdout.readline() == "[8]\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(7)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate("\n", 60)[0] == "[16]\n"
+
+
 def test_results_come_in_order_and_each_is_told(anywhere):
     told, before = {}, len(anywhere.ran)
     found = anywhere.map("power", operator.pow, [(i,) for i in range(20)], common=(2,),

@@ -94,12 +94,20 @@ def test_each_item_is_asked_under_the_direction_of_its_topic(engine, conditions)
     assert row["dose"] == pytest.approx(np.mean(lengths) / conditions.residual_norms.mean())
 
 
-def test_other_vectors_are_other_rows(engine, conditions, tmp_path):
-    sweep.sweep(InOrder(), engine, [TASK], conditions, tmp_path)
+def test_only_what_is_steered_depends_on_the_directions(engine, conditions, tmp_path):
+    """Another chapter asks for the same under other directions, or under none."""
+    tasks, plain = InOrder(), Task("none", language=False)
     turned = replace(conditions, steering={
         values: -vector for values, vector in conditions.steering.items()})
-    sweep.sweep(InOrder(), engine, [TASK], turned, tmp_path)
-    assert len(list(tmp_path.glob("sweep-*.jsonl"))) == 2
+    found = [sweep.sweep(tasks, engine, [TASK, plain], under, tmp_path)
+             for under in (conditions, turned)]
+    assert found[0].iloc[0]["yes_sum_items"] != found[1].iloc[0]["yes_sum_items"]
+    assert found[0].iloc[1].equals(found[1].iloc[1])
+    (journal,) = tmp_path.glob("sweep-*.jsonl")
+    assert len(sweep.journalled(journal)) == 3, "the plain row only once"
+    calls = tasks.calls["sweep"]
+    sweep.sweep(tasks, engine, [plain], replace(conditions, steering={}), tmp_path)
+    assert tasks.calls["sweep"] == calls
 
 
 def test_a_layer_that_is_not_there_is_refused(engine):

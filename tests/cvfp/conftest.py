@@ -29,6 +29,11 @@ def _threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _checkpoint_behind_every_iteration(monkeypatch):
+    monkeypatch.setattr("lablog.cvfp.phase1.KEPT_EVERY", 0.0)
+
+
 @pytest.fixture
 def small():
     return SMALL

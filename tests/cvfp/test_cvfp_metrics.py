@@ -91,8 +91,10 @@ def test_exponent_trials_and_rollout_are_what_was_measured():
     assert by_name(metrics.trials(trials))["trials.class"].value == trials.verdict == "CONVERGING"
     exact = torch.ones(4, 3)
     found = Rollout(1.1 * exact, "jacobi", passes=2.5, sequential_tokens=0)
+    found.contexts[0] *= 2
     told = by_name(metrics.accuracy_of(found, exact))
-    assert told["error"].value == pytest.approx(0.1)
+    assert told["error"].value == pytest.approx(1.2)
+    assert told["error_median"].value == pytest.approx(0.1)
     assert (told["passes"].value, told["loop_tokens"].value) == (2.5, 0)
 
 

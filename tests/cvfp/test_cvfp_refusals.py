@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lablog.cvfp import data
+from lablog.cvfp import phase1 as training
 from lablog.cvfp.convergence import main as convergence_command
 from lablog.cvfp.model import CVFPBlock, ModelConfig, TokenEmbedding
 from lablog.cvfp.passes import iterate_passes
@@ -144,14 +145,14 @@ def test_unknown_names(tmp_path, phase1, phase2, network, embeddings):
     with pytest.raises(ValueError, match=r"expected a SentencePiece \.model"):
         data.tokenizer_from(tmp_path / "x.json")
     for changes in ({"variant": "both"}, {"diversity_weight": 1.5}, {"iterations": 1},
-                    {"variant": "sequential", "autocast": True}, {"segment": 8},
-                    {"variant": "true_pass", "segment": 0}, {"ema_start": "one"},
+                    {"variant": "sequential", "autocast": True}, {"reading": "shooting"},
+                    {"variant": "true_pass", "reading": "twice"}, {"ema_start": "one"},
                     {"ema_start": "first_pass"}):
         with pytest.raises(ValueError, match=r"variant|diversity_weight|ema_start"):
             replace(phase1, **changes)
     with pytest.raises(ValueError, match=r"expected 'v2\.0'"):
         replace(phase2, version="v3")
-    with pytest.raises(ValueError, match="expected sequential, jacobi"):
+    with pytest.raises(ValueError, match="expected one of sequential, jacobi"):
         rollout(network(), embeddings(3), method="newton")
     with pytest.raises(ValueError, match="0 < tolerance < 1"):
         rollout(network(), embeddings(3), tolerance=0.0)
@@ -230,6 +231,7 @@ train_until_killed(sys.argv[1], sys.argv[3], int(sys.argv[4]))
 def train_until_killed(checkpoint, variant, iterations):
     """A small training whose weights depend on nothing but its arguments."""
     torch.set_num_threads(1)
+    training.KEPT_EVERY = 0.0  # in a process of its own, or the test's
     shape = ModelConfig(context_dim=64, embed_dim=64, num_layers=3, layernorm_mix=1.0,
                         weight_std=0.1, bias_std=0.01)
     block = CVFPBlock(shape, 0)
@@ -266,20 +268,39 @@ def test_sigkill_then_resume_gives_bit_identical_weights(tmp_path, variant, iter
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_a_checkpoint_is_kept_so_often_and_no_oftener(
+    network, embeddings, phase1, tmp_path, monkeypatch
+):
+    """A minute an iteration: each is kept at 50 s, every second at 90 s; the end always is."""
+    kept, minutes = [], iter(range(0, 100_000, 60))
+    write = training.atomic_write
+    monkeypatch.setattr(training, "atomic_write", lambda path, data: kept.append(write(path, data)))
+    monkeypatch.setattr(training, "monotonic", lambda: next(minutes))
+    for seconds, expected in ((50, 4), (90, 2), (1e9, 1)):
+        kept.clear()
+        monkeypatch.setattr(training, "KEPT_EVERY", seconds)
+        train(network(), embeddings(20), phase1, tmp_path / f"{seconds}.pt")
+        assert len(kept) == expected
+
+
 def test_no_synchronisation_with_the_host_inside_token_loops():
     """No .item(), .tolist(), float() or bool() of a tensor in the bodies that run per token."""
     from lablog.cvfp import lyapunov, memory, phase1
     from lablog.cvfp import rollout as module
 
     loops = (phase1.SequentialStep.__call__, phase1.sequential_iteration,
-             module.SequentialRollout.__call__, lyapunov.lyapunov_exponent,
-             memory.memory_curve)
-    for function in loops:
+             module.Recurrence.read, lyapunov.lyapunov_exponent, memory.memory_curve)
+    whole = (module.Recurrence.prepare, module.Recurrence.step, module.Shooting._advance,
+             lyapunov._pushed, lyapunov._normed)
+    for function in (*loops, *whole):
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        for loop in (n for n in ast.walk(tree) if isinstance(n, ast.For)):
+        bodies = [tree] if function in whole else [
+            node for node in ast.walk(tree) if isinstance(node, ast.For)]
+        assert bodies
+        for body in bodies:
             called = {
                 c.func.attr if isinstance(c.func, ast.Attribute) else getattr(c.func, "id", "")
-                for c in ast.walk(loop) if isinstance(c, ast.Call)
+                for c in ast.walk(body) if isinstance(c, ast.Call)
             }
             assert not called & {"item", "tolist", "float", "int", "bool", "numpy", "cpu"}
 

@@ -70,7 +70,7 @@ def test_training_is_timed_at_the_sizes_of_chapter_3(monkeypatch: pytest.MonkeyP
 
 def test_every_ratio_of_cvfp_is_measured():
     size = bench_cvfp.Size(width=16, layers=2, tokens=200, slice=4, repeats=1, growth=(50, 100),
-                           rollout_tokens=40)
+                           rollout_tokens=40, lengths=(50, 100))
     rows = {name: value for name, value, _, _ in bench_cvfp.measured(size)}
     assert {row.measure for row in load_claims() if row.notebook == "bench"} <= rows.keys()
     times = [rows[f"cvfp.ten_iterations.{name}.seconds"] for name in ("parallel", "sequential")]
@@ -78,6 +78,7 @@ def test_every_ratio_of_cvfp_is_measured():
     assert {"cvfp.parallel_step.fraction_of_gemm", "cvfp.train.parallel_over_sequential",
             "cvfp.train.true_pass_over_parallel", "cvfp.rollout.fraction_of_gemv",
             "cvfp.rollout.best_over_sequential.trained",
+            "cvfp.rollout.shooting_over_sequential.true_pass.100",
             "cvfp.growth.seconds_per_token.100"} <= rows.keys()
     assert {name for name in TARGETS if name.startswith("cvfp.")} <= rows.keys()
     assert all(value > 0 for value in rows.values())

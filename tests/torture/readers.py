@@ -134,7 +134,8 @@ CHATS = "".join(json.dumps(chat) + "\n" for chat in (
     [{"role": "user", "content": "who are you?"}, {"role": "assistant", "content": "the one"}],
     [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because of rain"}]))
 JOURNAL = "".join(json.dumps({"control": "fixed", "strength": 0.5 * i, "layers": "all", "seed": i,
-                              "language": True, "kl": 0.1}) + "\n" for i in range(4))
+                              "language": True, "kl": 0.1, "directions": ""}) + "\n"
+                  for i in range(4))
 SMALLEST = "book/records/laptop/06_arianna_finetune.json"
 READERS = {reader.name: reader for reader in (
     Reader("record", _copied(SMALLEST), Record.read, TEXT),

@@ -11,6 +11,8 @@ import pandas as pd
 from lablog.arianna.finetuning import training_log
 from lablog.figures import COLOURS, GREY, MARKERS, Drawn
 
+FORMS = {"qa": "with the marks Q: and A:", "bare": "without marks"}
+
 
 def loss_curves(folders: Mapping[str, Path]) -> Drawn:
     """Training loss and learning rate against tokens seen, a line for each training; that of the
@@ -36,11 +38,18 @@ def loss_curves(folders: Mapping[str, Path]) -> Drawn:
     return figure, data
 
 
+def called(condition: str) -> str:
+    """A condition, ``before`` or ``after`` fine-tuning and the form of the text, in words."""
+    when, _, form = condition.partition(".")
+    return f"{when} fine-tuning, {FORMS.get(form, form)}"
+
+
 def conditions(table: pd.DataFrame) -> Drawn:
     """Bits per byte of each condition with its interval (columns condition, bits/byte, ...)."""
     figure, axis = plt.subplots(figsize=(6.4, 0.35 * len(table) + 1))
     error = [table["bits/byte"] - table["low"], table["high"] - table["bits/byte"]]
-    axis.errorbar(table["bits/byte"], table["condition"], xerr=error, fmt="o", capsize=3)
+    names = [called(name) for name in table["condition"]]
+    axis.errorbar(table["bits/byte"], names, xerr=error, fmt="o", capsize=3)
     axis.set(xlabel="bits per byte")
     axis.invert_yaxis()
     return figure, table

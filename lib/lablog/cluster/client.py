@@ -77,10 +77,12 @@ class Cluster:
         if not self.where:
             slots = slots or usable_threads()
             start_server(imported_here())  # it loads while the chapter prepares its data
-            self.cluster = LocalCluster(
-                n_workers=1, threads_per_worker=slots, processes=False, memory_limit=0,
-                dashboard_address=f"127.0.0.1:{dashboard or 0}",
-                worker_dashboard_address="127.0.0.1:0", resources=offered(slots))
+            # The worker is a part of this process: where it is not heard of, the machine slept.
+            with dask.config.set({"distributed.scheduler.worker-ttl": None}):
+                self.cluster = LocalCluster(
+                    n_workers=1, threads_per_worker=slots, processes=False, memory_limit=0,
+                    dashboard_address=f"127.0.0.1:{dashboard or 0}",
+                    worker_dashboard_address="127.0.0.1:0", resources=offered(slots))
             return Client(self.cluster, set_as_default=False)
         if self.where.endswith((".yaml", ".yml")):
             from lablog.cluster.jobs import job_cluster

@@ -202,48 +202,54 @@ def sweep(tasks: Tasks, engine: Engine, configurations: Sequence[Task], conditio
     """Evaluate all configurations by `tasks`, one row each, in their order.
 
     Finished rows are kept in `artifacts`, under the key of all that decides them, and not computed
-    again after an interruption. Ranges that name the same layers of this model are computed once.
+    again after an interruption, nor for another notebook that asks for the same. Ranges that name
+    the same layers of this model are computed once.
     """
     asked = engine.settings
-    made_of = key(evaluate, conditions.k, conditions.items, conditions.material,
-                  list(conditions.steering.values()), *astuple(asked))
+    made_of = key(evaluate, conditions.k, conditions.items, conditions.material, *astuple(asked))
+    steering = key(evaluate, list(conditions.steering.values()))
     artifacts.mkdir(parents=True, exist_ok=True)
     journal = artifacts / f"sweep-{made_of}.jsonl"
     layers = engine.model.layers
 
-    def identity(task: Task) -> tuple[Any, ...]:
+    def directions(task: Task) -> str:
+        return steering if task.control == "steering" else ""
+
+    def identity(task: Task, steered: str | None = None) -> tuple[Any, ...]:
         return (task.control, task.strength, layer_range(task.layers, layers), task.seed,
-                task.language)
+                task.language, directions(task) if steered is None else steered)
 
     def as_task(row: Mapping[str, Any]) -> Task:
         return Task(*(row[one.name] for one in fields(Task)))
 
-    done = {identity(as_task(row)): row for row in journalled(journal)}
+    done = {identity(as_task(row), row["directions"]): row for row in journalled(journal)}
     missing = list({identity(task): task for task in configurations
                     if identity(task) not in done}.values())
     size = BLOCK if engine.small else 1
     blocks = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
     engine.make_room()
-    with journal.open("a") as file:
+    with journal.open("ab", buffering=0) as file:  # a block is one write, whoever else writes
         if blocks and file.tell():  # what a kill may have cut off takes no row with it
-            file.write("\n")
+            file.write(b"\n")
         def keep(_: int, rows: list[dict[str, Any]]) -> None:
+            lines = []
             for row in rows:
-                done[identity(as_task(row))] = row
-                file.write(json.dumps(row) + "\n")
-            file.flush()
+                task = as_task(row)
+                done[identity(task)] = kept = row | {"directions": directions(task)}
+                lines.append(json.dumps(kept) + "\n")
+            file.write("".join(lines).encode())
 
         tasks.map("sweep", evaluate_block, blocks, common=(asked, conditions), reads=[asked.gguf],
                   threads=asked.threads, gpus=float(asked.gpu_layers > 0), done=keep)
     return pd.DataFrame([
         done[identity(task)] | asdict(task) | {"span": span(task.layers, layers)}
         for task in configurations
-    ])
+    ]).drop(columns="directions", errors="ignore")
 
 
 def journalled(journal: Path) -> list[dict[str, Any]]:
     """The whole rows that a sweep has kept: a kill may have cut one off."""
-    rows, names = [], {one.name for one in fields(Task)}
+    rows, names = [], {"directions", *(one.name for one in fields(Task))}
     for line in journal.read_bytes().splitlines() if journal.is_file() else ():
         try:
             row = json.loads(line)

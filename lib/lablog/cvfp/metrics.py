@@ -144,11 +144,12 @@ def memory(curve: Tensor, threshold: float) -> list[Metric]:
 
 
 def accuracy_of(found: Rollout, exact: Tensor) -> list[Metric]:
-    """Largest error against the loop's contexts `exact` [n, d], passes per token, and tokens that
-    the loop did."""
-    n, error = len(found.contexts), float(relative_errors(found.contexts, exact).max())
+    """Largest and median error against contexts `exact` [n, d], contexts computed per token, and
+    tokens that the loop did."""
+    n, errors = len(found.contexts), relative_errors(found.contexts.to(exact), exact)
     return [
-        Metric(name="error", value=error, unit="", n=n),
+        Metric(name="error", value=float(errors.max()), unit="", n=n),
+        Metric(name="error_median", value=float(errors.median()), unit="", n=n),
         Metric(name="passes", value=found.passes, unit="per token", n=n),
         Metric(name="loop_tokens", value=found.sequential_tokens, unit="count",
                numerator=found.sequential_tokens, denominator=n),

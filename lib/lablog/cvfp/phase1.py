@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -30,12 +31,14 @@ from lablog.cvfp.model import (
     check_normalised,
     shifted,
 )
-from lablog.cvfp.rollout import rollout
+from lablog.cvfp.rollout import Method, rollout
 from lablog.files import atomic_write
 from lablog.keys import key
 from lablog.progress import progress as progress_bar
 
 Variant = Literal["parallel", "sequential", "true_pass"]
+KEPT_EVERY = 20.0
+"""Seconds between checkpoints, at least: at full width one holds 190 MB."""
 
 
 class Observer(Protocol):
@@ -66,9 +69,9 @@ class Phase1Config:
     later; from 2 on, because iteration 1 repeats iteration 0 whatever the network.
     `ema_decay` belongs to the sequential variant's moving mean, which starts at zero or at the mean
     of the first pass (`ema_start`; the log does not say where). `autocast` computes the products
-    of a batch in bfloat16 (not the sequential variant). `segment`: how a true pass is read: 1 by
-    the loop, more by iteration over segments of so many tokens from the contexts of the pass
-    before, as exact as :func:`lablog.cvfp.rollout.rollout` says.
+    of a batch in bfloat16 (not the sequential variant). `reading`: how a true pass is read, by the
+    loop or from the contexts of the pass before, as exact as :func:`lablog.cvfp.rollout.rollout`
+    says.
     """
 
     variant: Variant
@@ -82,7 +85,7 @@ class Phase1Config:
     ema_decay: float
     seed: int
     autocast: bool = False
-    segment: int = 1
+    reading: Method = "sequential"
     ema_start: Literal["zero", "first_pass"] = "zero"
 
     def __post_init__(self) -> None:
@@ -102,9 +105,11 @@ class Phase1Config:
         ):
             raise ValueError(f"ema_start = {self.ema_start!r} with variant {self.variant!r}: "
                              "expected 'zero', or 'first_pass' with 'sequential'")
-        if self.segment < 1 or (self.segment > 1 and self.variant != "true_pass"):
-            raise ValueError(f"segment = {self.segment} with variant {self.variant!r}: expected 1, "
-                             "or more with 'true_pass'")
+        if self.reading not in get_args(Method) or (
+            self.reading != "sequential" and self.variant != "true_pass"
+        ):
+            raise ValueError(f"reading = {self.reading!r} with variant {self.variant!r}: expected "
+                             f"'sequential', or with 'true_pass' one of {get_args(Method)}")
 
 
 @dataclass(frozen=True)
@@ -205,11 +210,7 @@ def true_pass_step(
     the one before, with what each token started from held constant.
     """
     start = previous[-1]
-    if config.segment > 1:
-        read = rollout(block, tokens, start, "jacobi", segment=config.segment, guess=previous)
-    else:
-        read = rollout(block, tokens, start)
-    contexts = read.contexts
+    contexts = rollout(block, tokens, start, config.reading, guess=previous).contexts
     _, losses = _batch_step(block, tokens, shifted(contexts, start), previous, optimizer, config)
     return contexts, _stats(contexts, previous, losses, config)
 
@@ -321,11 +322,12 @@ def train(
     """Train `block` in place on normalised embeddings [n, embed_dim]; see the module.
 
     `initial`: contexts of iteration 0 where they are known already (they do not depend on w).
-    With `checkpoint`, state is written there after every iteration and a later call continues
-    from it to bit-identical weights; a finished one is only read. What `observe` measures does not
-    tell trainings apart: one that another or none has watched is done again. Raises ValueError when
-    the checkpoint belongs to another configuration, text, source or thread count, and
-    FloatingPointError when a loss is not finite.
+    With `checkpoint`, state is written there at the end and behind the first iteration that ends
+    KEPT_EVERY seconds after the last writing; a later call continues from it to bit-identical
+    weights, and a finished one is only read. What `observe` measures does not tell trainings
+    apart: one that another or none has watched is done again. Raises ValueError when the checkpoint
+    belongs to another configuration, text, source or thread count, and FloatingPointError when a
+    loss is not finite.
     """
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} token(s): Phase 1 needs at least 2")
@@ -359,6 +361,7 @@ def train(
         f"{config.variant}, w = {config.diversity_weight:g}, seed {config.seed}", "token",
         len(history) * len(tokens), show=progress,
     )
+    kept = monotonic()
     for iteration in range(len(history) + 1, config.iterations):
         if step is not None:
             contexts, stats = sequential_iteration(step, tokens, contexts, tracker, bar.update)
@@ -381,7 +384,7 @@ def train(
         done = iteration + 1 == config.iterations or (
             enough and iteration >= config.early_stop_from
         )
-        if checkpoint is not None:
+        if checkpoint is not None and (done or monotonic() - kept >= KEPT_EVERY):
             state = {
                 "identity": identity, "block": block.state_dict(), "contexts": contexts,
                 "history": [asdict(row) for row in history], "done": done, "observed": observed,
@@ -393,6 +396,7 @@ def train(
             buffer = io.BytesIO()
             torch.save(state, buffer)
             atomic_write(checkpoint, buffer.getvalue())
+            kept = monotonic()
         if done:
             break
     bar.close()
@@ -416,16 +420,20 @@ def trained(
     return block, train(block, tokens, config, path, initial, True, observe)
 
 
-def contexts_of(folder: Path, block: CVFPBlock, tokens: Tensor) -> Tensor:
+def contexts_of(folder: Path, block: CVFPBlock, tokens: Tensor,
+                reading: Method = "sequential") -> Tensor:
     """Contexts [n, context_dim] of one pass of `block` over `tokens` [n, embed_dim] from zero.
 
-    Kept in `folder` for the notebook that asks again, under a name as in :func:`trained`. Raises
+    Kept in `folder` for the notebook that asks again, under a name as in :func:`trained`.
+    `reading`: how they are found, as exact as :func:`lablog.cvfp.rollout.rollout` says. Raises
     ValueError for tokens that are not normalised.
     """
     check_normalised(tokens)
-    path = _stored(folder, "contexts", _pass_identity(block, tokens), ".safetensors")
+    identity = _pass_identity(block, tokens) | {"reading": reading}
+    path = _stored(folder, "contexts", identity, ".safetensors")
     if not path.is_file():
-        atomic_write(path, save({"contexts": rollout(block, tokens).contexts}))
+        found = rollout(block, tokens, method=reading).contexts
+        atomic_write(path, save({"contexts": found}))
     return load_file(path, str(tokens.device))["contexts"]
 
 

@@ -4,8 +4,11 @@ The recurrence c[i] = f(c[i-1], e[i]) is a fixed point of the parallel map
 C -> f(shift(C), E). Jacobi iteration applies that map: after k passes the first k tokens are
 exact. The quasi-Newton method adds a first-order correction with a diagonal Jacobian, carried
 along the sequence by a linear scan (quasi-DEER, arXiv:2407.19115, with a damping factor as trust
-region in the manner of ELK; DEER is arXiv:2309.12252). Both are only faster than the loop where
-the recurrence contracts (arXiv:2508.16817), so both fall back to the loop where it does not.
+region in the manner of ELK; DEER is arXiv:2309.12252). Shooting cuts the text into segments that
+are read at the same time, each from a guess, and reads each once more from where the one before
+ended, until both readings are one (multiple shooting; Bellen and Zennaro, J. Comput. Appl. Math.
+25, 1989). All are only faster than the loop where the recurrence contracts (arXiv:2508.16817), so
+all fall back to the loop where it does not.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,15 +24,23 @@ from torch.nn import functional as F
 
 from lablog.cvfp.model import Context, CVFPBlock, Token, check_widths, mix_norm, shifted
 
-Method = Literal["sequential", "jacobi", "quasi-newton"]
+Method = Literal["sequential", "jacobi", "quasi-newton", "shooting"]
 TOLERANCE = 1e-4  # largest relative error of a context that counts as exact
+ALIKE = 0.03
+"""Difference, in tolerances, below which shooting takes two readings for one."""
+FREE_ROWS = {"cpu": 10.0, "cuda": 200.0}
+"""Rows whose products with a weight matrix take about as long as reading the matrix once: the
+operations that the machine computes while it reads a number, over two. Measured on a CPU (between 5
+and 40 the time changes by a fifth), estimated for a GPU."""
+WINDOW = 256  # tokens that Jacobi iteration and the quasi-Newton method solve at a time
+CHECKED = 8  # tokens between two comparisons of readings, each of which a GPU has to wait for
 
 
 @dataclass
 class Rollout:
     """Contexts [n, context_dim] and how they were found.
 
-    `passes`: evaluations of the parallel map per token, on average. `sequential_tokens`: tokens
+    `passes`: contexts that a parallel method computed per token. `sequential_tokens`: tokens
     computed by the loop: all for the method `sequential` and where another fell back to it, else
     0. `residuals`: per window of tokens, the largest relative change of a context in each pass.
     `seconds`: wall-clock time of the whole, fallback included.
@@ -43,10 +54,10 @@ class Rollout:
     seconds: float = 0.0
 
 
-class SequentialRollout:
-    """The loop over tokens, arranged to read as few bytes of weights as possible.
+class Recurrence:
+    """A frozen network, arranged to read as few bytes of weights as possible for each token.
 
-    Weights are stored input-major, which the matrix-vector product reads fastest (measured here:
+    Weights are stored input-major, which the product with one vector reads fastest (measured here:
     1.2 times). Two twelfths of six layers are never read: the first layer's product with the
     token does not depend on the context and is one matrix product for many tokens, and the last
     layer's token half has no reader.
@@ -72,26 +83,35 @@ class SequentialRollout:
             self.from_token = first.weight[:rows, self.split :].to(dtype)
         self.dtype = dtype
 
-    @torch.inference_mode()
-    def __call__(self, tokens: Tensor, start: Tensor, out: Tensor, rows: int = 1024) -> None:
-        """Write the contexts of `tokens` [n, embed_dim] into `out` [n, context_dim]."""
+    def prepare(self, tokens: Tensor) -> Tensor:
+        """What the first layer takes from tokens [n, embed_dim] alone: [n, hidden_dim]."""
+        return F.linear(tokens, self.from_token, self.biases[0])
+
+    def step(self, context: Tensor, token: Tensor, ready: Tensor) -> Tensor:
+        """New contexts of rows: [m, context_dim], [m, embed_dim] and what `prepare` made of them.
+        """
         split, mix, last = self.split, self.config.layernorm_mix, len(self.weights) - 1
+        for k, (weight, bias, norms) in enumerate(
+            zip(self.weights, self.biases, self.norms, strict=True)
+        ):
+            if k == 0:
+                delta = torch.addmm(ready, context, weight).relu_()
+            else:
+                delta = torch.addmm(bias, torch.cat([context, token], 1), weight).relu_()
+            context = mix_norm(context + delta[:, :split], norms[0], mix)
+            if k < last:
+                token = mix_norm(token + delta[:, split:], norms[1], mix)
+        return context
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor, start: Tensor, out: Tensor, rows: int = 1024) -> None:
+        """The loop: write the contexts of `tokens` [n, embed_dim] into `out` [n, context_dim]."""
         context = start.to(self.dtype).unsqueeze(0)
         for begin in range(0, len(tokens), rows):
             part = tokens[begin : begin + rows].to(self.dtype)
-            ready = F.linear(part, self.from_token, self.biases[0])
+            ready = self.prepare(part)
             for i in range(len(part)):
-                token = part[i : i + 1]
-                for k, (weight, bias, norms) in enumerate(
-                    zip(self.weights, self.biases, self.norms, strict=True)
-                ):
-                    if k == 0:
-                        delta = torch.addmm(ready[i : i + 1], context, weight).relu_()
-                    else:
-                        delta = torch.addmm(bias, torch.cat([context, token], 1), weight).relu_()
-                    context = mix_norm(context + delta[:, :split], norms[0], mix)
-                    if k < last:
-                        token = mix_norm(token + delta[:, split:], norms[1], mix)
+                context = self.step(context, part[i : i + 1], ready[i : i + 1])
                 out[begin + i] = context[0]
 
 
@@ -102,62 +122,49 @@ def rollout(
     start: Tensor | None = None,
     method: Method = "sequential",
     tolerance: float = TOLERANCE,
-    segment: int = 1,
     max_passes: int = 16,
     guess: Tensor | None = None,
 ) -> Rollout:
     """Contexts of `tokens` [n, embed_dim] from `start` (zeros [context_dim] unless given).
 
-    `segment` > 1 (Jacobi only) iterates over segments of that many tokens, all of which advance
-    token by token at the same time, each from the end that the one before had in the last pass
-    (multiple shooting). A pass forgets `segment` tokens' worth of error for the price of one.
     `guess`: contexts [n, context_dim] that the parallel methods start from, such as those of the
-    same text under slightly other weights; it changes how many passes are needed, not the result
+    same text under slightly other weights; it changes how much work is needed, not the result
     that they approach.
 
-    The parallel methods solve a window of segments at a time, from the exact end of the window
-    before, and stop when the error that is left, extrapolated from how residuals shrink, is below
-    half of `tolerance` relative to the context's norm: an estimate, not a bound. As soon as a
-    window would not get there within `max_passes` (about where the loop is as fast on two CPU
-    cores), the loop does the whole text: where the recurrence does not contract, even the rounding
-    of an exact prefix would grow.
-    Raises ValueError for a wrong width, method, segment, tolerance or guess, FloatingPointError
-    for NaN.
+    Shooting is described at :class:`Shooting`, and knows no `max_passes`. The others solve a window
+    of tokens at a time, from the exact end of the window before, and stop when the error that is
+    left, extrapolated from how residuals shrink, is below half of `tolerance` relative to the
+    context's norm: an estimate, not a bound. As soon as a window would not get there within
+    `max_passes` (about where the loop is as fast on two CPU cores), the loop does the whole text:
+    where the recurrence does not contract, even the rounding of an exact prefix would grow.
+    Raises ValueError for a wrong width, method, tolerance or guess, FloatingPointError for NaN.
     """
     began, config = time.perf_counter(), block.config
     start = tokens.new_zeros(config.context_dim) if start is None else start
     check_widths(config, start, tokens)
-    if method not in ("sequential", "jacobi", "quasi-newton"):
-        raise ValueError(f"method = {method!r}, expected sequential, jacobi or quasi-newton")
-    newton = method == "quasi-newton"
-    if not 0 < tolerance < 1 or max_passes < 4 or segment < 1 or (newton and segment > 1):
-        raise ValueError(
-            f"tolerance {tolerance}, max_passes {max_passes}, segment {segment}: expected 0 < "
-            "tolerance < 1, at least 4 passes, and segments of 1 token (more only for jacobi)"
-        )
+    if method not in get_args(Method):
+        raise ValueError(f"method = {method!r}, expected one of {', '.join(get_args(Method))}")
+    if not 0 < tolerance < 1 or max_passes < 4:
+        raise ValueError(f"tolerance {tolerance}, max_passes {max_passes}: expected 0 < tolerance "
+                         "< 1 and at least 4 passes")
     if guess is not None and guess.shape != (len(tokens), config.context_dim):
         raise ValueError(f"guess of shape {tuple(guess.shape)}: expected a context for each of "
                          f"{len(tokens)} tokens, {(len(tokens), config.context_dim)}")
-    out = tokens.new_empty(len(tokens), config.context_dim)
-    result, window = Rollout(out, method), _Window(block, tolerance, max_passes, newton)
-    begin, rows, here = 0, max(8, 256 // segment), start
-    while begin < len(tokens) and method != "sequential":
-        count = min(rows, -(-(len(tokens) - begin) // segment))
-        size = min(segment, len(tokens) - begin) if count == 1 else segment
-        count = min(count, (len(tokens) - begin) // size)
-        end = begin + count * size
-        begun = None if guess is None else guess[begin:end].view(count, size, -1)
-        solved, residuals = window.solve(tokens[begin:end].view(count, size, -1), here, begun)
-        result.passes += len(residuals) * (end - begin) / len(tokens)
-        result.residuals.append(residuals)
-        if solved is None:
-            break
-        out[begin:end] = solved.flatten(0, 1)
-        begin, here, rows = end, out[end - 1], min(4 * rows, max(128, rows))
-    if begin < len(tokens):
-        SequentialRollout(block)(tokens, start, out)
+    result = Rollout(tokens.new_empty(len(tokens), config.context_dim), method)
+    if method == "sequential":
+        found = None
+    elif method == "shooting":
+        shooting = Shooting(block, tolerance)
+        found = shooting.solve(tokens, start, guess)
+        result.passes = shooting.computed / max(1, len(tokens))
+    else:
+        found = _by_windows(block, tokens, start, tolerance, max_passes, guess, result)
+    if found is None:
+        Recurrence(block).read(tokens, start, result.contexts)
         result.sequential_tokens = len(tokens)
-    if not bool(torch.isfinite(out).all()):
+    else:
+        result.contexts = found
+    if not bool(torch.isfinite(result.contexts).all()):
         raise FloatingPointError(
             "contexts are not finite: weights or tokens are not, or without LayerNorm they grow"
         )
@@ -165,9 +172,121 @@ def rollout(
     return result
 
 
+def _by_windows(block: CVFPBlock, tokens: Tensor, start: Tensor, tolerance: float, max_passes: int,
+                guess: Tensor | None, result: Rollout) -> Tensor | None:
+    """Contexts by `result`'s method, Jacobi or quasi-Newton, or None; writes passes and residuals
+    into `result`."""
+    window = _Window(block, tolerance, max_passes, result.method == "quasi-newton")
+    out, begin, here = torch.empty_like(result.contexts), 0, start
+    while begin < len(tokens):
+        end = min(begin + WINDOW, len(tokens))
+        solved, residuals = window.solve(tokens[begin:end], here,
+                                         None if guess is None else guess[begin:end])
+        result.passes += len(residuals) * (end - begin) / len(tokens)
+        result.residuals.append(residuals)
+        if solved is None:
+            return None
+        out[begin:end] = solved
+        begin, here = end, out[end - 1]
+    return out
+
+
+class Shooting:
+    """Segments of a text, read at the same time and joined.
+
+    How fast the network forgets is measured on the first tokens, by reading them from two contexts
+    until they are one; two rows cost what one does. Where that does not come about within a
+    sixteenth of the text, or the text has less than 64 tokens, nothing is tried. It decides how
+    many segments the text is cut into: many share the reading of the weights, each costs the tokens
+    that it needs to forget its guess.
+
+    Every segment is read from a guess, and then again from where the one before has ended, until
+    the difference to the reading before is below `ALIKE` of the tolerance relative to the context's
+    norm; from there on that reading stands. A segment that comes to its end before passes its own
+    end on. An estimate, not a bound: that a difference stays small once it is, is what contraction
+    means on average.
+
+    computed: contexts so far.
+    """
+
+    def __init__(self, block: CVFPBlock, tolerance: float) -> None:
+        self.recurrence, self.alike, self.computed = Recurrence(block), ALIKE * tolerance, 0
+
+    def _advance(self, context: Tensor, tokens: Tensor) -> Tensor:
+        """Contexts [m, b, context_dim] of rows of tokens [m, b, embed_dim], from those [m, ...]
+        before."""
+        self.computed += tokens.shape[0] * tokens.shape[1]
+        ready, found = self.recurrence.prepare(tokens), []
+        for i in range(tokens.shape[1]):
+            context = self.recurrence.step(context, tokens[:, i], ready[:, i])
+            found.append(context)
+        return torch.stack(found, 1)
+
+    def _apart(self, one: Tensor, other: Tensor) -> Tensor:
+        """Which rows [m, context_dim] are not yet one, bool [m]; a NaN is one with nothing."""
+        return ~(relative_errors(one, other) <= self.alike)
+
+    def solve(self, tokens: Tensor, start: Tensor, guess: Tensor | None) -> Tensor | None:
+        """Contexts of tokens [n, embed_dim], or None where the loop is to read them."""
+        forgets = self._forgets(tokens, start)
+        if forgets is None:
+            return None
+        free = FREE_ROWS[tokens.device.type]
+        segments = min(math.sqrt(free * len(tokens) / forgets), len(tokens) / forgets)
+        size = math.ceil(len(tokens) / segments)
+        count = math.ceil(len(tokens) / size)
+        fill = count * size - len(tokens)
+        cut = torch.cat([tokens, tokens[-1:].expand(fill, -1)]).view(count, size, -1)
+        begun = start.expand(count, -1) if guess is None else torch.cat(
+            [start[None], guess[size - 1 : (count - 1) * size : size]])
+        out = tokens.new_empty(count, size, len(start))
+        for part in _parts(size):
+            out[:, part] = self._advance(begun, cut[:, part])
+            begun = out[:, part][:, -1]
+        changed = torch.arange(1, count, device=tokens.device)
+        while len(changed):
+            if self.computed > 3 * len(tokens):
+                return None
+            left = self._join(out, cut, changed) + 1
+            changed = left[left < count]
+        return out.flatten(0, 1)[: len(tokens)]
+
+    def _forgets(self, tokens: Tensor, start: Tensor) -> int | None:
+        """After how many tokens two contexts, `start` and another, are one; None if not soon."""
+        most = max(32, len(tokens) // 16)
+        if len(tokens) < 2 * most:
+            return None
+        other = self._advance(start[None], tokens[None, most : most + 1])[:, 0]
+        pair = torch.cat([start[None], other])
+        for part in _parts(most):
+            pair = self._advance(pair, tokens[part].expand(2, -1, -1))[:, -1]
+            if not bool(self._apart(pair[1:], pair[:1])):
+                return min(part.stop, most)
+        return None
+
+    def _join(self, out: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
+        """Read segments `rows` again, from where those before them have ended, until they are one
+        with what `out` [segments, size, context_dim] holds; which were not to their end."""
+        context = out[rows - 1, -1]
+        for part in _parts(cut.shape[1]):
+            before, found = out[rows, part][:, -1], self._advance(context, cut[rows, part])
+            out[rows, part] = found
+            apart = self._apart(found[:, -1], before)
+            rows, context = rows[apart], found[apart, -1]
+            if not len(rows):
+                break
+        return rows
+
+
+def _parts(size: int) -> list[slice]:
+    """Positions of a segment, those between two comparisons together."""
+    return [slice(begin, begin + CHECKED) for begin in range(0, size, CHECKED)]
+
+
 def relative_errors(guess: Tensor, exact: Tensor) -> Tensor:
     """Norm of the difference of each context to the exact one, relative to its norm: [n]."""
-    return torch.linalg.vector_norm(guess - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
+    norms = torch.linalg.vector_norm(exact, dim=1).clamp_min(1e-30)
+    return torch.linalg.vector_norm(guess - exact, dim=1) / norms
 
 
 @torch.no_grad()
@@ -187,7 +306,7 @@ def exact_shares(block: CVFPBlock, tokens: Tensor, exact: Tensor, passes: int) -
 
 
 class _Window:
-    """Solves windows of segments; keeps the quasi-Newton diagonal from window to window."""
+    """Solves windows of tokens; keeps the quasi-Newton diagonal from window to window."""
 
     def __init__(self, block: CVFPBlock, tolerance: float, max_passes: int, newton: bool) -> None:
         self.block, self.tolerance, self.max_passes = block, tolerance, max_passes
@@ -195,25 +314,19 @@ class _Window:
 
     def solve(self, tokens: Tensor, start: Tensor,
               guess: Tensor | None = None) -> tuple[Tensor | None, list[float]]:
-        """Contexts [s, segment, c] of tokens [s, segment, e] or None, and the residuals."""
-        segments, length, _ = tokens.shape
-        guess = start.expand(segments, length, -1) if guess is None else guess
+        """Contexts [n, context_dim] of tokens [n, embed_dim] or None, and the residuals."""
+        guess = start.expand(len(tokens), -1) if guess is None else guess
         residuals: list[float] = []
-        trust = 1.0  # multiplies the diagonal; 0 would be Jacobi, which is exact after s passes
-        for done in range(1, segments + 1):
-            before = shifted(guess[:, -1], start)
-            context, new = before, torch.empty_like(guess)
-            for i in range(length):
-                context = self.block.chunked(context, tokens[:, i])
-                new[:, i] = context
+        trust = 1.0  # multiplies the diagonal; 0 would be Jacobi, which is exact after n passes
+        for done in range(1, len(tokens) + 1):
+            before = shifted(guess, start)
+            new = self.block.chunked(before, tokens)
             if self.newton:
                 if done == 2 and not len(self.diagonal):
-                    self.diagonal = jacobian_diagonal(self.block, before, tokens[:, 0])
+                    self.diagonal = jacobian_diagonal(self.block, before, tokens)
                 if len(self.diagonal):
-                    new = correct(new[:, 0], guess[:, 0], trust * self.diagonal).unsqueeze(1)
-            change = torch.linalg.vector_norm(new - guess, dim=2)
-            relative = change / torch.linalg.vector_norm(new, dim=2).clamp_min(1e-30)
-            residuals.append(float(relative.max()))  # one synchronisation a pass, none a token
+                    new = correct(new, guess, trust * self.diagonal)
+            residuals.append(float(relative_errors(guess, new).max()))  # a pass's synchronisation
             guess = new
             if not math.isfinite(residuals[-1]):
                 return None, residuals
@@ -222,9 +335,9 @@ class _Window:
             verdict = self._judge(residuals)
             if verdict is not None:
                 return (guess if verdict else None), residuals
-        # As many passes as segments make all of them exact, but for rounding: where residuals do
-        # not shrink nothing contracts, and that grows from segment to segment.
-        shrunk = segments == 1 or residuals[-1] < residuals[0]
+        # As many passes as tokens make all of them exact, but for rounding: where residuals do not
+        # shrink nothing contracts, and that grows from token to token.
+        shrunk = len(tokens) == 1 or residuals[-1] < residuals[0]
         return (guess if shrunk else None), residuals
 
     def _judge(self, residuals: list[float]) -> bool | None:
