@@ -86,12 +86,14 @@ MEANINGS = {
     "live.over_native_without_avx.offline": "0.6 M parameters: speed over the native one's",
 }
 """What a measure says, by the beginning of its name; the rest of the name is a case of it."""
-CASES = {"tokens_per_s": "", "seconds": "", "mb_per_s": "", "mfu": "share of the fastest product's "
-         "rate", "q4_1": "weights in Q4_1", "q8_0": "weights in Q8_0", "f16": "weights in f16",
-         "per_sequence": "a commitment "
-         "for each of several sequences", "offline": "0.6 M parameters", "50m": "51 M parameters",
-         "pretrained": "SmolLM2-135M", "all_threads": "all threads", "true_pass": "after true "
-         "passes", "trained": "after parallel passes", "untrained": "untrained"}
+CASES = {
+    "tokens_per_s": "", "seconds": "", "mb_per_s": "",
+    "mfu": "share of the fastest product's rate",
+    "q4_1": "weights in Q4_1", "q8_0": "weights in Q8_0", "f16": "weights in f16",
+    "offline": "0.6 M parameters", "50m": "51 M parameters", "pretrained": "SmolLM2-135M",
+    "per_sequence": "a commitment for each of several sequences", "all_threads": "all threads",
+    "true_pass": "after true passes", "trained": "after parallel passes",
+}
 """What the rest of a name says; what is not here is said as it is."""
 
 

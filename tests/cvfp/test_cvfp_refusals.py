@@ -290,7 +290,7 @@ def test_no_synchronisation_with_the_host_inside_token_loops():
 
     loops = (phase1.SequentialStep.__call__, phase1.sequential_iteration,
              module.Recurrence.read, lyapunov.lyapunov_exponent, memory.memory_curve)
-    whole = (module.Recurrence.prepare, module.Recurrence.step, module.Shooting._advance,
+    whole = (module.Recurrence.prepare, module.Recurrence.step, module.Recurrence.advance,
              lyapunov._pushed, lyapunov._normed)
     for function in (*loops, *whole):
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -215,14 +215,15 @@ def sweep(tasks: Tasks, engine: Engine, configurations: Sequence[Task], conditio
     def directions(task: Task) -> str:
         return steering if task.control == "steering" else ""
 
-    def identity(task: Task, steered: str | None = None) -> tuple[Any, ...]:
+    def identity(task: Task) -> tuple[Any, ...]:
         return (task.control, task.strength, layer_range(task.layers, layers), task.seed,
-                task.language, directions(task) if steered is None else steered)
+                task.language)
 
     def as_task(row: Mapping[str, Any]) -> Task:
         return Task(*(row[one.name] for one in fields(Task)))
 
-    done = {identity(as_task(row), row["directions"]): row for row in journalled(journal)}
+    done = {identity(as_task(row)): row for row in journalled(journal)
+            if row["directions"] == directions(as_task(row))}
     missing = list({identity(task): task for task in configurations
                     if identity(task) not in done}.values())
     size = BLOCK if engine.small else 1

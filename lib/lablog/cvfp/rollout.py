@@ -84,7 +84,7 @@ class Recurrence:
         self.dtype = dtype
 
     def prepare(self, tokens: Tensor) -> Tensor:
-        """What the first layer takes from tokens [n, embed_dim] alone: [n, hidden_dim]."""
+        """What the first layer takes from tokens [..., embed_dim] alone: [..., hidden_dim]."""
         return F.linear(tokens, self.from_token, self.biases[0])
 
     def step(self, context: Tensor, token: Tensor, ready: Tensor) -> Tensor:
@@ -103,16 +103,24 @@ class Recurrence:
                 token = mix_norm(token + delta[:, split:], norms[1], mix)
         return context
 
+    def advance(self, context: Tensor, tokens: Tensor) -> Tensor:
+        """Contexts [m, b, context_dim] of rows of tokens [m, b, embed_dim], from those [m, ...]
+        before."""
+        ready, found = self.prepare(tokens), []
+        for i in range(tokens.shape[1]):
+            context = self.step(context, tokens[:, i], ready[:, i])
+            found.append(context)
+        return torch.stack(found, 1)
+
     @torch.inference_mode()
     def read(self, tokens: Tensor, start: Tensor, out: Tensor, rows: int = 1024) -> None:
         """The loop: write the contexts of `tokens` [n, embed_dim] into `out` [n, context_dim]."""
         context = start.to(self.dtype).unsqueeze(0)
         for begin in range(0, len(tokens), rows):
-            part = tokens[begin : begin + rows].to(self.dtype)
-            ready = self.prepare(part)
-            for i in range(len(part)):
-                context = self.step(context, part[i : i + 1], ready[i : i + 1])
-                out[begin + i] = context[0]
+            part = tokens[None, begin : begin + rows].to(self.dtype)
+            (found,) = self.advance(context, part)
+            out[begin : begin + rows] = found
+            context = found[-1:]
 
 
 @torch.no_grad()
@@ -213,14 +221,8 @@ class Shooting:
         self.recurrence, self.alike, self.computed = Recurrence(block), ALIKE * tolerance, 0
 
     def _advance(self, context: Tensor, tokens: Tensor) -> Tensor:
-        """Contexts [m, b, context_dim] of rows of tokens [m, b, embed_dim], from those [m, ...]
-        before."""
         self.computed += tokens.shape[0] * tokens.shape[1]
-        ready, found = self.recurrence.prepare(tokens), []
-        for i in range(tokens.shape[1]):
-            context = self.recurrence.step(context, tokens[:, i], ready[:, i])
-            found.append(context)
-        return torch.stack(found, 1)
+        return self.recurrence.advance(context, tokens)
 
     def _apart(self, one: Tensor, other: Tensor) -> Tensor:
         """Which rows [m, context_dim] are not yet one, bool [m]; a NaN is one with nothing."""
