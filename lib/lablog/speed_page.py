@@ -151,9 +151,9 @@ def page(record: Record | None, folder: Path) -> str:
         here = [metric for metric in record.metrics if metric.name.startswith(f"{room}.")]
         if not here:
             continue
-        parts.append(f"## {title}\n\n| what | value | target | name |\n|---|---|---|---|")
-        parts += [f"| {plain(meaning(m.name))} | {plain(format_metric(m))} | "
-                  f"{TARGETS.get(m.name, '')} | `{m.name}` |" for m in here]
+        parts.append(f"## {title}\n\n| measure | value | target |\n|---|---|---|")
+        parts += [f"| {plain(meaning(m.name))}<br>`{m.name}` | {plain(format_metric(m))} | "
+                  f"{TARGETS.get(m.name, '')} |" for m in here]
         if room == "arianna":
             figures.use_style()
             svg, csv = figures.save(*rates(record), folder, "tokens_per_s")
