@@ -318,8 +318,13 @@ Finished = subprocess.CompletedProcess[str]
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 240) -> Finished:
-    """Wait for a process and collect its output."""
-    out, error = process.communicate(timeout=seconds)
+    """Wait for a process and collect its output; what is not waited for to its end is ended."""
+    try:
+        out, error = process.communicate(timeout=seconds)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 

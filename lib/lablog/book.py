@@ -143,8 +143,7 @@ def _inputs(folder: Path) -> str:
     results = [path for kind in ("records", "notebooks", "figures", "live")
                for path in (folder / kind).rglob("*") if path.is_file()]
     own = [root / "pyproject.toml", *source_dependencies(Path(__file__))]
-    bench = [path for path in (layout.benchmark(), layout.torture()) if path.is_file()]
-    ours = sha256_of([*pages, *own, *bench], root)
+    ours = sha256_of([*pages, *own, *layout.measured()], root)
     return f"{ours} {sha256_of(results, folder)}\n"
 
 
@@ -200,7 +199,8 @@ def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
         claims.ledger(published), source, {record.notebook for record in records}))
     tried = source / "tried.md"
     if tried.is_file():
-        tried.write_text(torture_page.page(tried.read_text(), latest(layout.torture())))
+        tried.write_text(torture_page.page(tried.read_text(), latest(layout.torture()),
+                                           latest(layout.long_run()), source))
     (source / "speed.md").write_text(speed_page.page(latest(layout.benchmark()), source))
     for page in source.glob("*.md"):
         reject_judgements(page.read_text(), IN_PROSE)

@@ -51,6 +51,16 @@ def torture() -> Path:
     return built("torture.json")
 
 
+def long_run() -> Path:
+    """What `make long` has seen on this machine."""
+    return built("long.json")
+
+
+def measured() -> tuple[Path, ...]:
+    """The records of what is measured beside the chapters, where they have been made."""
+    return tuple(path for path in (benchmark(), torture(), long_run()) if path.is_file())
+
+
 def cache() -> Path:
     """Models that the commands have converted for themselves."""
     return built("cache")

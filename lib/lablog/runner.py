@@ -84,7 +84,7 @@ def _move(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def _as_notebook(path: Path) -> nbformat.NotebookNode:
+def as_notebook(path: Path) -> nbformat.NotebookNode:
     """The source as a notebook whose cell ids follow from its name and the cell's position."""
     notebook = jupytext.read(path)
     for index, cell in enumerate(notebook.cells):
@@ -143,7 +143,7 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
     print(f"[{spec.notebook}] running, profile {spec.profile}", flush=True)
     try:
         papermill.execute_notebook(
-            _as_notebook(profiles.notebook_path(spec.notebook)), produced["notebook"],
+            as_notebook(profiles.notebook_path(spec.notebook)), produced["notebook"],
             parameters=dict(spec.parameters), kernel_name="python3", language="python",
             cwd=repository(), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
             execution_timeout=spec.timeout, autosave_cell_every=10,

@@ -55,9 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             drawn = source / "figures" / record.stem / f"{figure}.svg"
             if drawn.exists():
                 shutil.copy(drawn, target / f"{record.stem}.{figure}.svg")
-    for path in (layout.benchmark(), layout.torture()):
-        if path.exists():
-            shutil.copy(path, target.parent)
+    for path in layout.measured():
+        shutil.copy(path, target.parent)
 
 
 if __name__ == "__main__":

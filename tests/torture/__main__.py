@@ -22,7 +22,7 @@ from lablog.progress import progress
 from lablog.provenance import source_state
 from lablog.run import Run
 from tools.stages import in_stages
-from torture import corrupt, faults, kills, results
+from torture import corrupt, disk, faults, kills, results
 from torture.readers import READERS
 
 Case = TypeVar("Case")
@@ -30,9 +30,9 @@ SEQUENCES = 100  # that one process tries
 Stage = Callable[[Run], list[str]]
 """Records numbers, and returns what fell, a line each."""
 FILES_AN_HOUR, CALLS_AN_HOUR, RUNS_AN_HOUR, CHAPTERS_AN_HOUR = 40_000, 60, 60, 2
-SEQUENCES_AN_HOUR = 600
+SEQUENCES_AN_HOUR, DISKS_AN_HOUR = 600, 30
 """What two cores try in an hour, about; every reader is given as many files, and of every chapter
-as many runs are ended."""
+as many runs are ended, and as many meet a small disk."""
 
 
 def damaged(reader: str, cases: int, seed: int) -> Stage:
@@ -71,8 +71,7 @@ def ended_runs(notebook: str, count: int, seed: int) -> Stage:
     def measure(run: Run) -> list[str]:
         what = notebook or "small clone"
         with tempfile.TemporaryDirectory() as folder:
-            made = (results.Chapter(Path(folder), notebook) if notebook else
-                    results.SmallClone(Path(folder)))
+            made = made_in(Path(folder), notebook)
             ending, chosen = kills.Kills(made), kills.chosen(made.seconds, count, seed)
             trials = [ending.trial(*one) for one in counted(chosen, f"ended: {what}", "run")]
         wrong = [trial for trial in trials if trial.fault]
@@ -82,6 +81,30 @@ def ended_runs(notebook: str, count: int, seed: int) -> Stage:
         return [f"{what}, {trial.way}: {trial.fault} ({trial})" for trial in wrong]
 
     return measure
+
+
+def small_disks(notebook: str, count: int, seed: int | list[int]) -> Stage:
+    """Make the small clone's results, or a notebook's, `count` times with too little room."""
+    def measure(run: Run) -> list[str]:
+        what, trials = notebook or "small clone", []
+        if disk.may_mount():
+            with (tempfile.TemporaryDirectory() as folder,
+                  disk.on_a_small_disk(made_in(Path(folder), notebook)) as small):
+                trials = [small.trial(share) for share in counted(
+                    disk.chosen(count, seed), f"small disk: {what}", "run")]
+        else:
+            print(f"small disk: {what}: not tried, since this process may not mount", flush=True)
+        wrong = [trial for trial in trials if trial.fault]
+        for name, number in (("cases", len(trials)), ("fell", len(wrong))):
+            run.metric(f"disks.{slug(what)}.{name}", number, "runs")
+        return [f"{what}, small disk: {trial.fault} ({trial})" for trial in wrong]
+
+    return measure
+
+
+def made_in(folder: Path, notebook: str) -> results.Results:
+    """What is disturbed: a notebook's results, or those of the small clone if none is named."""
+    return results.Chapter(folder, notebook) if notebook else results.SmallClone(folder)
 
 
 def sequences(count: int, seed: int) -> Stage:
@@ -118,16 +141,19 @@ def slug(name: str) -> str:
 
 def stages(hours: float, seed: int) -> dict[str, Stage]:
     """All that is tried in so many `hours`, by name."""
-    def number(an_hour: int) -> int:
+    def share(an_hour: int) -> int:
         return max(int(an_hour * hours), 1)
 
     chapters = int(CHAPTERS_AN_HOUR * hours)
-    files = number(FILES_AN_HOUR // len(READERS))
+    files = share(FILES_AN_HOUR // len(READERS))
     return {
-        "runs": ended_runs("", number(RUNS_AN_HOUR), seed),
-        "calls": refused_calls(number(CALLS_AN_HOUR), seed),
-        "sequences": sequences(number(SEQUENCES_AN_HOUR), seed),
+        "runs": ended_runs("", share(RUNS_AN_HOUR), seed),
+        "calls": refused_calls(share(CALLS_AN_HOUR), seed),
+        "disks": small_disks("", share(DISKS_AN_HOUR), seed),
+        "sequences": sequences(share(SEQUENCES_AN_HOUR), seed),
         **{name: ended_runs(name, chapters, seed) for name in profiles.notebooks() if chapters},
+        **{f"disk-{name}": small_disks(name, chapters, [seed, number])
+           for number, name in enumerate(profiles.notebooks(), 1) if chapters},
         **{slug(name): damaged(name, files, seed) for name in READERS},
     }
 
@@ -159,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             number[kind] += int(metric.value or 0)
     print("\n".join([*lines, f"{number['corrupt']} damaged files for {len(READERS)} readers, "
                      f"{number['runs']} ended runs, {number['calls']} failing calls, "
-                     f"{number['sequences']} sequences; kinds of fall: {len(lines)}; record: "
-                     "build/torture.json"]))
+                     f"{number['disks']} small disks, {number['sequences']} sequences; "
+                     f"kinds of fall: {len(lines)}; record: build/torture.json"]))
     return 1 if lines else 0
 
 

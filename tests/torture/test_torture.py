@@ -1,5 +1,6 @@
 """``make torture`` as a whole: its record, what it says, and its page."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torture.__main__ as torture
 from lablog import torture_page
 from lablog.record import Record
+from torture import disk
 from torture.corrupt import Tried
 from torture.faults import Trial
 from torture.kills import Trial as Killed
@@ -27,6 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torture.faults, "Faults", lambda folder: SimpleNamespace(
         calls=lambda: 187, trial=lambda call, code, lasting: Trial(
             call, code, lasting, "open x", "a traceback" if call > 100 else "")))
+    monkeypatch.setattr(disk, "may_mount", lambda: False)
     monkeypatch.setattr(torture.corrupt, "tried", lambda name, cases, seed: (
         Tried(cases, cases, 0) if name == "text" else
         Tried(cases, 0, cases - 2, {"KeyError in x.py, read": [3, seed]})))
@@ -39,19 +42,48 @@ def test_what_fell_is_said_and_stands_in_the_record(small: Path, capsys):
     assert [line for line in said if line.startswith("open x: a traceback (Trial(call=1")]
     assert said[-2:] == [
         "list of models: KeyError in x.py, read: cases 3, 9",
-        "2000 damaged files for 2 readers, 3 ended runs, 3 failing calls, 30 sequences; "
+        "2000 damaged files for 2 readers, 3 ended runs, 3 failing calls, 0 small disks, 30 "
+        "sequences; "
         "kinds of fall: 2; record: build/torture.json"]
     record = Record.read(small / "torture.json")
     assert {m.name: m.value for m in record.metrics if m.name.startswith("corrupt.list")} == {
         "corrupt.list_of_models.cases": 1000, "corrupt.list_of_models.read": 0,
         "corrupt.list_of_models.refused": 998, "corrupt.list_of_models.fell": 2}
     told = torture_page.page(
-        "{sequences}\n{ended runs}\n{failing calls}\n{damaged files}\n", record)
+        "{sequences}\n{ended runs}\n{failing calls}\n{damaged files}\n{small disks}\n{long run}\n",
+        record, None, small)
     assert "| list of models | 1,000 | 0 | 998 | 2 |" in told
     assert "| all | 2,000 | 1,000 | 998 | 2 |" in told
     assert "| small clone | 2 | 1 | 0 | 0 | 0 | 0 | 0 |" in told
     assert "| 187 | 3 | 1 |" in told
+    assert "Not tried in this run" in told
+    assert "It has not been run yet" in told
     assert "seed 9" in told
+
+
+def test_half_an_hour_has_chapters_too_and_small_disks_where_one_may_mount(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    names: list[str] = []
+    shares: list[float] = []
+
+    @contextmanager
+    def on_a_small_disk(made):
+        yield SimpleNamespace(trial=lambda share: (
+            shares.append(share), disk.Trial(share, "a traceback" if share > 0.9 else ""))[1])
+
+    monkeypatch.setattr(torture.profiles, "notebooks", lambda: ["04_small", "05_small"])
+    monkeypatch.setattr(torture, "made_in", lambda folder, name: (
+        names.append(name), SimpleNamespace(seconds=10))[1])
+    monkeypatch.setattr(disk, "may_mount", lambda: True)
+    monkeypatch.setattr(disk, "on_a_small_disk", on_a_small_disk)
+    assert torture.main(["--hours", "0.5"]) == 1
+    assert sorted(names) == ["", "", "04_small", "04_small", "05_small", "05_small"]
+    assert len(set(shares)) == len(shares) == 15 + 2, "other chapters, other shares"
+    assert "small clone, small disk: a traceback (Trial(share=0.9" in capsys.readouterr().out
+    record = Record.read(small / "torture.json")
+    fell = sum(share > 0.9 for share in shares[:15])
+    assert f"| small clone | 15 | {fell} |" in torture_page.small_disks(record)
 
 
 def test_a_stopped_run_goes_on_behind_what_has_ended(small: Path, monkeypatch, capsys):
@@ -73,5 +105,5 @@ def test_a_stopped_run_goes_on_behind_what_has_ended(small: Path, monkeypatch, c
 
 
 def test_nothing_tried_is_said():
-    told = torture_page.page("{failing calls} and {damaged files}", None)
+    told = torture_page.page("{failing calls} and {damaged files}", None, None, Path("nowhere"))
     assert told.count("Nothing has been tried yet: `make torture`.") == 2
