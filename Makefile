@@ -30,6 +30,7 @@ export OMP_WAIT_POLICY ?= passive
 
 ENV_STAMP    := build/.environment$(subst /,-,$(ENV))
 NATIVE_STAMP := build/native/.built
+NATIVE_ARGUMENTS := build/native/.arguments
 LIVE_STAMP   := build/native-live/.built
 BINDING      := $(shell sed -n 's/^ *"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.toml)
 SDIST        := build/source/$(subst -,_,$(firstword $(subst ==, ,$(BINDING))))-$(lastword $(subst ==, ,$(BINDING))).tar.gz
@@ -42,7 +43,7 @@ NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 # Debian keeps the JavaScript libraries of Emscripten where only its own Node looks.
 LIVE         := NODE_PATH=/usr/share/nodejs $(TOOL)/native.py build/native-live 'emcmake $(CMAKE)' $(JOBS)
 
-.PHONY: help setup lock lab reproduce test book live pdf bench torture verify why claims compare notes publish clean distclean \
+.PHONY: help setup lock lab reproduce test book live pdf bench torture long verify why claims compare notes publish clean distclean \
         cluster worker certificates test-native test-native-sanitize test-native-races fuzz _setup _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -78,8 +79,17 @@ $(SDIST): | $(ENV_STAMP)
 $(NATIVE_STAMP): native/CMakeLists.txt $(wildcard native/cmake/* native/patches/* native/src/*) $(SDIST)
 	@$(TOOL)/check.py programs '$(CMAKE)' '$(COMPILER)'
 	@echo "building the patched llama.cpp (about two minutes)"
+	@rm -f $@
 	@$(NATIVE) build.log -DLLAMA_SDIST=$(CURDIR)/$(SDIST) -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS)
+	@$(if $(CMAKE_ARGS),printf '%s\n' '$(CMAKE_ARGS)' > $(NATIVE_ARGUMENTS))
 	@touch $@
+
+# CMake keeps the arguments that it was once given; others build the library anew.
+ifneq ($(CMAKE_ARGS),)
+ifneq ($(CMAKE_ARGS),$(shell cat $(NATIVE_ARGUMENTS) 2>/dev/null))
+.PHONY: $(NATIVE_STAMP)
+endif
+endif
 
 lock: | $(PY) ## lock what pyproject.toml pins, with hashes (LOCK=--upgrade: and renew the rest)
 	@$(PY) lib/tools/lock.py $(LOCK)

@@ -196,8 +196,8 @@ print(f"incoherent: perplexity above {limits.perplexity_ratio} × that at λ = 0
 #
 # That dose needs the mean norm of the residual stream of Llama-2-7B, which the log did not
 # record. Sun et al. {cite}`sun2024massive` give quantiles of its magnitudes $|h_i|$: median 0.2,
-# upper tenth 0.6, upper hundredth 1.1. For normal coordinates these mean $\lVert h \rVert =
-# \sqrt{4096}\,\sigma$ of 19, 23 or 27, of which the middle one is taken. With $d = 4096$ and $k =
+# upper tenth 0.6, upper hundredth 1.1 (quoted from memory, not compared with the paper). For
+# normal coordinates these mean $\lVert h \rVert = \sqrt{4096}\,\sigma$ of 19, 23 or 27, of which the middle one is taken. With $d = 4096$ and $k =
 # 64$, $\lVert W_c z^* \rVert \approx 1.40$, and $\lambda = 1$ in 32 layers was a dose near 2. The
 # quantiles are those of a single hidden state, and norms grow along the layers, so the factor may
 # be two or three off. It decides where these rows lie, not what is measured there.
@@ -305,7 +305,7 @@ run.finish(rows=[*NAMED_ROWS, *AT_LOG_DOSE], aids=aids, steered=bool(steering))
 # - A row that differs from λ = 0 here is one of many looked at. Chapter 2 tests all settings
 #   against both λ = 0 and the redrawn control, and corrects for their number.
 # - At the log's λ the doses are small in this model. That nothing happens there says nothing about
-#   the log; the rows at the log's dose come closer, as far as one published norm carries.
+#   the log; the rows at the log's dose come closer, as far as that derived norm carries.
 # - In a model of few layers the named ranges are coarse: a quarter of three layers is one.
 # - The offline model is trained where this runs, and on another kind of processor it is another
 #   model: the intervals are over items and directions, not over bases.

@@ -489,17 +489,17 @@ for name in compared:
 #
 # With frozen weights the parallel map is a Jacobi iteration: after $k$ passes exactly the first $k$
 # tokens are exact, and whether the others come sooner depends on the recurrence. Its largest
-# Lyapunov exponent $\lambda$, the mean of $\ln \lVert J_i v\rVert / \lVert v\rVert$ along the text,
-# decides: an error shrinks like $e^{\lambda k}$ in $k$ passes, so that at two cores a pass must
+# Lyapunov exponent $\Lambda$, the mean of $\ln \lVert J_i v\rVert / \lVert v\rVert$ along the text,
+# decides: an error shrinks like $e^{\Lambda k}$ in $k$ passes, so that at two cores a pass must
 # take off about half of it to beat the loop. The quasi-Newton method adds a diagonal Jacobian under
 # a trust region.
 #
 # *Shooting* asks for less. Reading a token by the loop takes as long as reading the weights from
 # memory, and a few rows take no longer than one; so segments of the text are read side by side,
 # each a second time for as long as it takes to forget its guess, some
-# $w = \ln(1/\tau)/|\lambda|$ tokens, where two readings count as one below a relative difference
+# $m = \ln(1/\tau)/|\Lambda|$ tokens, where two readings count as one below a relative difference
 # of $\tau = 3 \cdot 10^{-6}$. How long that is, is measured first, by two rows on the first tokens.
-# With $S$ segments of a text of $n$ tokens the weights are read $n/S + 2w$ times instead of $n$.
+# With $S$ segments of a text of $n$ tokens the weights are read $n/S + 2m$ times instead of $n$.
 # Where the network does not forget, and where residuals do not shrink, the loop does all; the
 # tolerance of all methods is $10^{-4}$ of a context's norm.
 #
@@ -548,7 +548,7 @@ run.table(names, ["passes", "loop_tokens", "error", "error_median"])
 # loop without any fallback: the share of tokens that are within the tolerance after $k$ passes.
 # Where it follows the diagonal, parallel evaluation is the loop in disguise. Where it stays below,
 # arithmetic does: a product over many tokens rounds otherwise than one over a single
-# token, and a recurrence with $\lambda > 0$ multiplies that difference by $e^{\lambda}$ a token, so
+# token, and a recurrence with $\Lambda > 0$ multiplies that difference by $e^{\Lambda}$ a token, so
 # that after a few tokens there is no common answer to be exact about. That is why a fallback starts
 # over with the loop instead of keeping the tokens that were "exact". Shown are forty passes over
 # the first two hundred tokens.
@@ -595,7 +595,7 @@ run.figure("memory", *plots.memory(curves),
 # reads the weights twice, writes the gradient and updates Adam's moments: it is bound by memory,
 # about ten times the weights' bytes a token, so at full width it runs on a slice of the text here.
 # The parallel variant does the same arithmetic in one batch and is bound by the processor; that,
-# not the algorithm, is the log's factor of 23 (measured by `make bench`).
+# not the algorithm, is the log's factor of 23. `make bench` measures the factor here.
 
 # %%
 part = training[:sequential_tokens]

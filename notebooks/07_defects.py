@@ -23,7 +23,7 @@ seeds: list[int] = [42, 43, 44]  # of networks, of text order and of trainings
 # Context vectors
 text_source: str = "arianna"  # arianna, self_consistency, ultrachat (Hub), or a .txt or .jsonl
 corpus_documents: int = 200  # training dialogues read at most
-vocabulary: int = 512  # base.tokenizer of the tokenizers
+vocabulary: int = 512  # pieces of the tokenizers
 dialogues: int = 10  # dialogues in the training text
 dialogue_tokens: int = 32  # tokens that each is cut to
 width: int = 64  # dimensions of a context, and of an embedding

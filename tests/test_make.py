@@ -76,6 +76,23 @@ def test_a_second_setup_does_nothing(clone: Clone):
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_other_arguments_for_cmake_build_the_library_anew(clone: Clone):
+    """As those for CUDA, after a `make test` that had none; without arguments it stays."""
+    clone.write("native/CMakeLists.txt", """\
+cmake_minimum_required(VERSION 3.20)
+project(told NONE)
+file(APPEND "${CMAKE_BINARY_DIR}/told" "${WISH};")
+""")
+    clone.age(3600)
+    clone.stamps()
+    told = clone.root / "build" / "native" / "told"
+    for arguments, expected in (("", None), ("-DWISH=a", "a;"), ("-DWISH=a", "a;"), ("", "a;"),
+                                ("-DWISH=b -DX=1", "a;b;"), ("-DWISH=b -DX=1", "a;b;")):
+        done = clone.make("setup", f"CMAKE_ARGS={arguments}")
+        assert done.returncode == 0, done.stderr
+        assert (told.read_text() if told.exists() else None) == expected
+
+
 @pytest.mark.parametrize(("python", "told"), [
     ("nonexistent-python", "no Python with venv"), ("false", "no Python with venv"),
     ("./python3.10", "Python 3.10"), ("./python3.14", "Python 3.14"),

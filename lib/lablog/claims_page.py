@@ -30,11 +30,13 @@ def page(rows: Sequence[Judged], folder: Path, chapters: Collection[str]) -> str
     """
     atomic_write(folder / "claims.csv", as_csv(rows))
     found = counts(rows)
+    lacking = sum(row.claim.claimed == "not stated" for row in rows)
     parts = [
         "# Claims\n",
-        f"The three lab logs state {len(rows)} things that can be measured. None is left out. Each "
-        "stands beside the value of the published record whose conditions are nearest to the "
-        "log's, and a rule in the table of claims, not a reader, decides the verdict.\n",
+        f"The three lab logs state {len(rows) - lacking} things that can be measured; {lacking} "
+        "more row is a control that they lack. None is left out. Each stands beside the value of "
+        "the published record whose conditions are nearest to the log's, and a rule in the table "
+        "of claims, not a reader, decides the verdict.\n",
         "| verdict | claims | meaning |\n|---|---|---|",
         *(f"| {verdict} | {found[verdict]} | {MEANING[verdict]} |" for verdict in VERDICTS),
         "\nIn brackets: 95 % intervals, where the record has one. *Within* and *outside* say on "

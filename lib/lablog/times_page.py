@@ -33,7 +33,7 @@ def _table(records: Sequence[Record]) -> str:
     rows = [[record.notebook, _clock(record.seconds), _longest(record), _tasks(record),
              f"{(record.peak_memory_bytes or 0) / 2**20:,.0f} MiB",
              *(() if same else where[record.notebook])] for record in records]
-    names = ["chapter", "time", "longest stages", "tasks", "memory",
+    names = ["chapter", "time", "longest stages", "tasks", "memory of its own process",
              *(() if same else ("machine", "commit"))]
     rows.append(["**all**", f"**{_clock(sum(record.seconds for record in records))}**",
                  *[""] * (len(names) - 2)])
