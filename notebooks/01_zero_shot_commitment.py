@@ -194,13 +194,14 @@ print(f"incoherent: perplexity above {limits.perplexity_ratio} × that at λ = 0
 # not the same experiment in another model: where $h$ is longer, it is a smaller push. So each row
 # is run a second time with the $\lambda$ that has the *dose* of the log's experiment here.
 #
-# That dose needs the mean norm of the residual stream of Llama-2-7B, which the log did not
-# record. Sun et al. {cite}`sun2024massive` give quantiles of its magnitudes $|h_i|$: median 0.2,
-# upper tenth 0.6, upper hundredth 1.1 (quoted from memory, not compared with the paper). For
-# normal coordinates these mean $\lVert h \rVert = \sqrt{4096}\,\sigma$ of 19, 23 or 27, of which the middle one is taken. With $d = 4096$ and $k =
-# 64$, $\lVert W_c z^* \rVert \approx 1.40$, and $\lambda = 1$ in 32 layers was a dose near 2. The
-# quantiles are those of a single hidden state, and norms grow along the layers, so the factor may
-# be two or three off. It decides where these rows lie, not what is measured there.
+# That dose needs the mean norm of the residual stream of Llama-2-7B, which the log did not record.
+# Sun et al. {cite}`sun2024massive` give quantiles of its magnitudes $|h_i|$: median 0.2, upper
+# tenth 0.6, upper hundredth 1.1 (quoted from memory, not compared with the paper). For normal
+# coordinates these mean $\lVert h \rVert = \sqrt{4096}\,\sigma$ of 19, 23 or 27, of which the
+# middle one is taken. With $d = 4096$ and $k = 64$, $\lVert W_c z^* \rVert \approx 1.40$, and
+# $\lambda = 1$ in 32 layers was a dose near 2. The quantiles are those of a single hidden state,
+# and norms grow along the layers, so the factor may be two or three off. It decides where these
+# rows lie, not what is measured there.
 
 # %%
 named = (*NAMED_ROWS, *log_experiments.rows_at_the_logs_dose(

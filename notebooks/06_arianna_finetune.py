@@ -559,5 +559,5 @@ run.finish(arms=[arm.name for _, arm in arms])
 # - Bits per byte measure prediction. Whether an answer is worth reading is for the reader of the
 #   samples to say.
 # - A base model that is trained here has, outside the profiles `study` and `full`, seen a small
-#   part of the log's tokens; what fine-tuning does to a better one may differ, and so may the effect of the batch
-#   size. Profile `pretrained` asks that of a model that others have trained.
+#   part of the log's tokens; what fine-tuning does to a better one may differ, and so may the
+#   effect of the batch size. Profile `pretrained` asks that of a model that others have trained.
