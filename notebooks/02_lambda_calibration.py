@@ -247,8 +247,10 @@ run.finish(ranges=ranges)
 # ## What this does not show
 #
 # - The budget is spent on held-out dialogues of the project. Another domain spends it elsewhere.
-# - All intervals are over sampled directions and items for one trained model; they do not cover
-#   the luck of training it.
+# - All intervals are over sampled directions and items for one trained model (those of perplexity
+#   and KL over directions alone); they do not cover the luck of training it.
+# - Recall can be beaten only where it is missed. Where few conversations lack it, no setting could
+#   pass the correction, and that none does says nothing of it.
 # - A cell that is not counted as working is not shown to be without effect. With few seeds the
 #   test sees large differences only, and the correction for many cells costs power too.
 # - A cell that is counted keeps an answer that a redrawn direction does not keep. It may do so by

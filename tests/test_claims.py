@@ -179,7 +179,8 @@ def test_what_a_record_says_of_itself_can_be_measured():
     row = claim(measure="@without_gpu", rule="equal", number="no", allowed="")
     assert judged(row, record()).measured[0].shown == "yes"
     for asked in ({"device": "cuda"}, {"device": "cpu", "trainings": "h100"}):
-        assert judged(row, record(parameters=asked)).verdict == "reproduced"
+        assert judged(row, record(parameters=asked)).verdict == "not run"
+    assert judged(row, record(status="failed")).verdict == "not run"
 
 
 # --- the table ------------------------------------------------------------------------------------

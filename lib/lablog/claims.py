@@ -13,7 +13,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,17 +36,22 @@ PROFILES = ("full", "pretrained", "pretrained-gpu", "study", "laptop")
 BENCH = "bench"
 
 
-def _without_gpu(record: Record) -> str:
-    """Whether what a record measures was trained on a CPU, in this run."""
+def _without_gpu(record: Record) -> Metric | None:
+    """That what a record measures was trained on a CPU, in this run; a run on a GPU, one that took
+    over its trainings and one that failed say nothing of that."""
     asked = record.parameters
     here = asked.get("device", "cpu") == "cpu" and not asked.get("trainings")
-    return "yes" if here and record.status == "ok" else "no"
+    if not here or record.status != "ok":
+        return None
+    return Metric.of("trained_without_gpu", "yes", "class")
 
 
-RECORDED = {
-    "@failures": lambda record: Metric.of("failures", int(record.status == "failed"), "count"),
-    "@without_gpu": lambda record: Metric.of("trained_without_gpu", _without_gpu(record), "class"),
-}
+def _failures(record: Record) -> Metric:
+    return Metric.of("failures", int(record.status == "failed"), "count")
+
+
+RECORDED: Mapping[str, Callable[[Record], Metric | None]] = {
+    "@failures": _failures, "@without_gpu": _without_gpu}
 """Measures that are the record's own and no metric of it."""
 
 

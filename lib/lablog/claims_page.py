@@ -17,7 +17,8 @@ MEANING = {
     "not reproduced": "measured under the claim's conditions, and outside",
     "indicative": "measured under other conditions, which are named; the value is given with the "
                   "side that it falls on",
-    "inconsistent": "the log contradicts itself; the rows are named",
+    "inconsistent": "the log contradicts itself, unless what the row says holds; the rows are "
+                    "named",
     "not run": "no record holds what it needs, which is named",
 }
 

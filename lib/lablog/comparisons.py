@@ -20,9 +20,9 @@ def p_greater(differences: ArrayLike) -> float:
     could never pass a correction for many comparisons: five signs have p = 1/32 at best. A
     bootstrap over five seeds could always: no resample of five positive means is negative.
 
-    Differences that do not vary have no variance to divide by: p = 1 if they are not above 0,
-    otherwise that of as many equal signs as there are seeds. With one seed the test is Student's
-    over the items, and speaks of that seed only.
+    Differences that do not vary have no variance to divide by: p = 1 if they are not above 0;
+    else one of them counts as 0, so that all improving is no weaker than all but one. With one
+    seed the test is Student's over the items, and speaks of that seed only.
     Raises ValueError for fewer than two items or values that are not finite.
     """
     array = np.asarray(differences, dtype=float)
@@ -30,9 +30,12 @@ def p_greater(differences: ArrayLike) -> float:
         raise ValueError(f"differences of shape {array.shape}: expected finite values [seeds, "
                          "items] of at least two items")
     seeds, items = array.shape
-    mean = float(array.mean())
     if np.ptp(array) == 0:
-        return 0.5**seeds if mean > 0 else 1.0
+        if array[0, 0] <= 0:
+            return 1.0
+        array = array.copy()
+        array[0, 0] = 0
+    mean = float(array.mean())
     if seeds == 1:
         return float(stats.ttest_1samp(array[0], 0, alternative="greater").pvalue)
     rows, columns = array.mean(axis=1), array.mean(axis=0)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lablog.commitment import training_metrics
 from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.novelty import HEADLINE, KINDS
 from lablog.commitment.training_metrics import (
     MAIN,
     MEASURES,
     Measured,
+    against_target,
     of_arms,
     of_contrasts,
     slug,
@@ -21,6 +23,7 @@ from lablog.commitment.training_metrics import (
     table,
 )
 from lablog.profiles import notebook_path
+from lablog.record import Metric
 from lablog.report import ReportError, mandated
 from lablog.run import Run
 
@@ -259,6 +262,7 @@ MET = {
     "training.steps": 900, "training.device": "cpu",
     "prior.same_choice": 0.931, "lora.same_choice": 0.111,
     "redrawn.same_choice": 0.112, "note.same_choice": 0.9311, "prior.yes_named": 0.88,
+    "random.reached": 0.958,
     "lora.yes_named": 0.2, "prior.yes_sum": 1.03, "lora.yes_sum": 1.2, "prefix.eviction": 0.957,
     "prior.eviction": 0.847, "lora.eviction_over_chance": 1.37, "note.eviction": 0.77,
     "prefix.recall": 0.9, "prior.recall": 0.91, "lora.recall": 0.92, "prior.reached": 0.9167,
@@ -286,7 +290,7 @@ def findings(run: Run) -> str:
                   for title in ("## Findings", "## Report"))
     say = run.say
     run.say = lambda text: said.append(say(text).data)
-    names = {"run": run}
+    names = {"run": run, "metrics": training_metrics}
     for cell in cells[begin:end]:
         if cell.cell_type == "code":
             exec(cell.source, names)
@@ -311,3 +315,18 @@ def test_a_target_that_is_missed_is_said_to_be(run, name, value):
     text = found_with(run, **{name: value})
     assert text.count("missed") == 1
     assert re.search(rf"{value:.4g} \(target [a-z0-9. ]+: missed\)", text)
+
+
+@pytest.mark.parametrize(("value", "interval", "limits", "told"), [
+    (0.93, (0.91, 0.99), (0.9, 1), "target at least 0.9: met"),
+    (0.93, (0.86, 0.99), (0.9, 1), "target at least 0.9: met, its interval lies on both sides"),
+    (0.89, (0.80, 0.96), (0.9, 1), "target at least 0.9: missed, its interval lies on both sides"),
+    (1.2, (0.42, 2.16), (0, 2), "target 0 to 2: met, its interval lies on both sides"),
+    (2.5, (2.1, 3.0), (0, 2), "target 0 to 2: missed"),
+    (None, None, (0, 2), "target 0 to 2: missed"),
+])
+def test_a_target_is_met_or_missed_and_what_the_interval_leaves_open(value, interval, limits, told):
+    metric = Metric(name="x", value=value, unit="ratio", interval=interval,
+                    interval_method="bootstrap" if interval else None,
+                    undefined="not measured" if value is None else None)
+    assert against_target(metric, *limits) == told

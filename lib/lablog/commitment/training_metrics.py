@@ -215,6 +215,20 @@ def table(record: Record, arms: Sequence[str], prefix: str = "") -> pd.DataFrame
     return pd.DataFrame(shown, columns=None if shown else [""]).fillna("–").set_index("")
 
 
+def against_target(found: Metric, low: float, high: float) -> str:
+    """Whether a value lies from `low` to `high`, in words, and whether its interval leaves that
+    open."""
+    def inside(value: float) -> bool:
+        return low <= value <= high
+
+    asked = f"at least {low:g}" if high == 1 else f"{low:g} to {high:g}"
+    met = isinstance(found.value, int | float) and inside(found.value)
+    ends = found.interval or ()
+    open_still = any(map(inside, ends)) and not all(map(inside, ends))
+    return (f"target {asked}: {'met' if met else 'missed'}"
+            f"{', its interval lies on both sides' if open_still else ''}")
+
+
 def slug(kind: str) -> str:
     """A kind of new as a part of a metric's name."""
     return kind.replace(" ", "_")
