@@ -27,6 +27,8 @@ from lablog.text.tokenizer import Tokenizer, train_tokenizer
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 STORIES = SHARED / "stories260K.bin"
 TOKENS = 160  # at least 128 are compared
+CONTROL = {1: b"\n<s>\n", 2: b"\n</s>\n"}
+"""How llama2.c writes the ends of texts, which are no text to llama.cpp."""
 
 
 def with_torch(folder: Path, prompt: list[int]) -> list[int]:
@@ -41,8 +43,8 @@ def with_torch(folder: Path, prompt: list[int]) -> list[int]:
 def with_llama_cpp(gguf: Path, prompt: list[int]) -> tuple[list[int], str]:
     with Model(gguf) as model, Context(model, window=256) as context:
         written = generate_tokens(context, context.decode({0: prompt}), TOKENS)[0]
-        text = b"".join(map(model.piece, written)).decode(errors="replace")
-    return written, text
+        text = b"".join(CONTROL.get(token) or model.piece(token) for token in written)
+    return written, text.decode(errors="replace")
 
 
 def with_c(program: Path, model: Path, tokenizer: Path, text: str,
