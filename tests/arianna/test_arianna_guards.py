@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,18 @@ def test_what_is_no_base_checkpoint_or_no_parameter_is_refused(base: Path, tmp_p
         guards.base_parameters(tmp_path)
     with pytest.raises(ValueError, match=r"'batchsize'.* are no parameters of a base run"):
         guards.check_base(base, {"batchsize": 2})
+
+
+@pytest.mark.parametrize(("name", "wrong"), [
+    ("config.json", "["), ("config.json", "{}"), ("config.json", "[" * 100_000),
+    ("training.json", '{"settings": {}}'), ("training.json", "[]")])
+def test_a_base_whose_files_say_nothing_is_refused_by_name(
+    base: Path, tmp_path: Path, name: str, wrong: str
+):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / name).write_text(wrong)
+    with pytest.raises(ValueError, match=rf"{name} is not "):
+        guards.base_parameters(tmp_path / "base")
 
 
 # --- 2: weights changed ---------------------------------------------------------------------------

@@ -55,6 +55,12 @@ with Cluster("", Path(sys.argv[1]), 2) as cluster:
 """
 
 
+def test_a_task_starts_in_a_namespace_that_ipython_has_reset(local, monkeypatch):
+    """`%reset` takes the main module's names away, of which multiprocessing asks for one."""
+    monkeypatch.delattr(sys.modules["__main__"], "__spec__")
+    assert local.map("sums", operator.add, [(1, 2)]) == [3]
+
+
 def test_a_machine_that_slept_has_its_worker_still(tmp_path):
     """A scheduler forgets a worker that it has not heard of for so long, here a second (of itself
     five minutes, and never sooner than ten heartbeats)."""

@@ -540,6 +540,9 @@ def test_wrong_files_are_refused(tmp_path: Path, change, fault: str):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=fault):
         VariationalCommitment.load(tmp_path)
+    path.write_text("[" * 100_000)  # deeper than Python follows
+    with pytest.raises(ValueError, match=r"commitment\.json describes no commitment"):
+        VariationalCommitment.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="train the commitment first"):
         VariationalCommitment.load(tmp_path / "elsewhere")
 

@@ -114,6 +114,9 @@ def test_validation_source(tmp_path):
     path.write_text('"abc"\nnot json\n')
     with pytest.raises(ValueError, match="line 2 is not a JSON string"):
         data.read_validation("text_file", path, Letters())
+    path.write_text("[" * 100_000)  # deeper than Python follows
+    with pytest.raises(ValueError, match="line 1 is not a JSON string"):
+        data.read_validation("text_file", path, Letters())
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match="is list"):
         data.read_validation("text_file", path, Letters())

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lablog.files import parsing
+
 SHAPE = {
     "hidden_size": "width", "intermediate_size": "feed_forward", "num_hidden_layers": "layers",
     "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
@@ -26,17 +28,19 @@ def base_parameters(base: Path) -> dict[str, Any]:
     """What a fine-tuning run must share with the run that made the folder `base`.
 
     Shape and vocabulary, the tokenizer's hash, batch size, accumulation and number format.
-    FileNotFoundError if the folder is not one of `train_causal_lm`.
+    FileNotFoundError if the folder is not one of `train_causal_lm`, ValueError naming the file
+    that is none of it.
     """
     for name in ("config.json", "training.json", "model.safetensors"):
         if not (base / name).is_file():
             raise FileNotFoundError(f"{base} is no base checkpoint: it has no {name}")
-    config = json.loads((base / "config.json").read_text())
-    log = json.loads((base / "training.json").read_text())
-    return {
-        **{ours: config[theirs] for theirs, ours in SHAPE.items()},
-        "tokenizer": log["tokenizer_sha256"], **{name: log["settings"][name] for name in SETTINGS},
-    }
+    with parsing(base / "config.json", "a configuration of Llama", KeyError, TypeError):
+        config = json.loads((base / "config.json").read_text())
+        shape = {ours: config[theirs] for theirs, ours in SHAPE.items()}
+    with parsing(base / "training.json", "the log of a training", KeyError, TypeError):
+        log = json.loads((base / "training.json").read_text())
+        return {**shape, "tokenizer": log["tokenizer_sha256"],
+                **{name: log["settings"][name] for name in SETTINGS}}
 
 
 def check_base(base: Path, wanted: Mapping[str, Any], ablation: Collection[str] = ()) -> None:

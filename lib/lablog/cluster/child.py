@@ -33,6 +33,9 @@ _prepared = spawn.get_preparation_data
 def _prepared_for_a_task(name: str) -> dict[str, Any]:
     """Let a task's process not run the program's main module first, as others do: it needs none of
     it, and would wait for all that a benchmark or a test imports."""
+    main = sys.modules["__main__"]
+    if not hasattr(main, "__spec__"):  # IPython's %reset takes it away, and it is asked for
+        main.__spec__ = None
     data = dict(_prepared(name))
     if name == TASK:
         data = {part: value for part, value in data.items() if not part.startswith("init_main")}

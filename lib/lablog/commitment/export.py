@@ -101,7 +101,7 @@ def reimport(folder: Path, base: Path) -> Export:
         raise FileNotFoundError(f"{folder} holds no export: it has no {MANIFEST}")
     try:
         hashes = json.loads((folder / MANIFEST).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} is truncated ({error}): export again") from error
     for name, stated in hashes.items():
         if not (folder / name).is_file():

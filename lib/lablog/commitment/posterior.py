@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -282,7 +282,7 @@ class VariationalCommitment(nn.Module):
             settings = CommitmentSettings.model_validate(
                 json.loads((folder / SETTINGS).read_text())
             )
-        except (ValidationError, ValueError) as error:
+        except (ValueError, RecursionError) as error:  # of pydantic and of JSON too
             raise ValueError(f"{folder / SETTINGS} describes no commitment: {error}") from error
         commitment = cls(settings)
         try:

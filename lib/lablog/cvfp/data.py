@@ -107,7 +107,7 @@ def read_validation(
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             text = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not a JSON string: {error}") from error
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number} is {type(text).__name__}, expected a string")
