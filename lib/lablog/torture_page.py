@@ -26,9 +26,9 @@ def _rows(record: Record, part: str, columns: Sequence[str]) -> str:
     """Rows of a table: of each name in a `part` of the record its numbers, and of all together."""
     numbers: dict[str, dict[str, int]] = {}
     for metric in record.metrics:
-        kind, *name = metric.name.split(".")
+        kind, _, rest = metric.name.partition(".")
         if kind == part:
-            row, column = name
+            row, _, column = rest.rpartition(".")  # a row's name may hold dots
             numbers.setdefault(row.replace("_", " "), {})[column] = int(metric.value or 0)
     numbers["all"] = {column: sum(row.get(column, 0) for row in numbers.values())
                       for column in columns}
@@ -97,6 +97,9 @@ def long_run(record: Record, folder: Path) -> str:
     """Markdown: what a kernel held that ran the chapters again and again; its picture and the
     numbers behind it are written into `folder`."""
     rounds = held(record)
+    error = record.metric("long.error").value
+    if rounds.empty:
+        return f"The first round ended in an error: `{error}`\n"
     figures.use_style()
     svg, csv = figures.save(drawn(rounds), rounds, folder, "long_run")
     rows = []
@@ -107,7 +110,6 @@ def long_run(record: Record, folder: Path) -> str:
         rows.append(f"| {words} | {ends} | {said} |")
     caption = (f"What the kernel and its processes held after each of {len(rounds)} rounds, in "
                f"{rounds['hours'].iloc[-1]:.1f} hours.")
-    error = record.metric("long.error").value
     return ("| after the round | first | middle | last | grew |\n|---|---:|---:|---:|---|\n"
             + "\n".join(rows)
             + (f"\n\nAn error ended it: `{error}`" if error != "none" else "")

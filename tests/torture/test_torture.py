@@ -104,6 +104,14 @@ def test_a_stopped_run_goes_on_behind_what_has_ended(small: Path, monkeypatch, c
     assert capsys.readouterr().out.count("failing calls: ") == 0
 
 
+def test_every_reader_has_its_row(small: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torture, "READERS", READERS)
+    torture.main([])
+    told = torture_page.corrupt_files(Record.read(small / "torture.json"))
+    for name in READERS:
+        assert f"| {name} | " in told
+
+
 def test_nothing_tried_is_said():
     told = torture_page.page("{failing calls} and {damaged files}", None, None, Path("nowhere"))
     assert told.count("Nothing has been tried yet: `make torture`.") == 2
