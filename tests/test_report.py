@@ -12,6 +12,7 @@ from lablog.record import Metric, Record
 from lablog.report import (
     IN_PROSE,
     ReportError,
+    format_metric,
     mandated,
     reject_judgements,
     render,
@@ -227,3 +228,10 @@ def test_every_notebook_ends_with_their_mandated_report():
     for path in sorted((REPOSITORY / "notebooks").glob("*.py")):
         code = [c.source for c in jupytext.read(path).cells if c.cell_type == "code"]
         assert "run.finish(" in code[-1], path.name
+
+
+@pytest.mark.parametrize(("value", "shown"), [
+    (9_999.4, "9999 tokens/s"), (9_999.6, "10,000 tokens/s"), (16_573.2, "16,573 tokens/s"), (-44_920.0, "-44,920 tokens/s"),
+    (482.04, "482 tokens/s"), (2e9, "2e+09 tokens/s"), (16_573, "16,573 tokens/s")])
+def test_large_numbers_are_written_out(value, shown):
+    assert format_metric(Metric.of("x", value, "tokens/s")) == shown

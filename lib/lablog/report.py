@@ -51,7 +51,7 @@ def _number(value: float | int | bool | str | None, unit: str, undefined: str | 
         return f"{100 * value:.1f}%"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if 9999.5 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def format_metric(metric: Metric, style: str | None = None) -> str:

@@ -18,8 +18,9 @@ HELD = {
     "memory": "memory of all together, MB", "processes": "processes", "files": "open files",
     "threads": "threads", "temporary": "temporary files", "disk": "files on the disk, MB"}
 """What a long run's processes held after a round: the name in the record, and in words."""
-RUNS = ("killed", "terminated", "hung_up", "interrupted", "interrupted_twice",
-        "stopped_for_a_while", "fell")
+RUNS = {"killed": "killed", "terminated": "SIGTERM", "hung_up": "SIGHUP", "interrupted": "Ctrl-C",
+        "interrupted_twice": "Ctrl-C twice", "stopped_for_a_while": "stopped", "fell": "fell"}
+"""How runs were ended: the name in the record, and the head of the column."""
 
 
 def _rows(record: Record, part: str, columns: Sequence[str]) -> str:
@@ -44,8 +45,8 @@ def corrupt_files(record: Record) -> str:
 
 def ended_runs(record: Record) -> str:
     """Markdown: how many runs of what were ended in which way, and how many fell at that."""
-    head = " | ".join(("runs of", *(name.replace("_", " ") for name in RUNS)))
-    return f"| {head} |\n|---|{'---:|' * len(RUNS)}\n{_rows(record, 'runs', RUNS)}\n"
+    head = " | ".join(("runs of", *RUNS.values()))
+    return f"| {head} |\n|---|{'---:|' * len(RUNS)}\n{_rows(record, 'runs', [*RUNS])}\n"
 
 
 def sequences(record: Record) -> str:
