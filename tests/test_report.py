@@ -231,7 +231,8 @@ def test_every_notebook_ends_with_their_mandated_report():
 
 
 @pytest.mark.parametrize(("value", "shown"), [
-    (9_999.4, "9999 tokens/s"), (9_999.6, "10,000 tokens/s"), (16_573.2, "16,573 tokens/s"), (-44_920.0, "-44,920 tokens/s"),
+    (9_999.4, "9999 tokens/s"), (9_999.6, "10,000 tokens/s"), (16_573.2, "16,573 tokens/s"),
+    (-44_920.0, "-44,920 tokens/s"),
     (482.04, "482 tokens/s"), (2e9, "2e+09 tokens/s"), (16_573, "16,573 tokens/s")])
 def test_large_numbers_are_written_out(value, shown):
     assert format_metric(Metric.of("x", value, "tokens/s")) == shown
