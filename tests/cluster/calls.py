@@ -8,9 +8,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from lablog.models.shape import ModelShape
 from lablog.models.training import TrainingSettings, train_causal_lm
+from lablog.progress import progress
 from lablog.text.datasets import DialogueDataset
 from lablog.text.dialogues import load_settings
 from lablog.text.tokenizer import Tokenizer
@@ -26,6 +28,12 @@ def loaded(module: str) -> bool:
 
 def process() -> int:
     return os.getpid()
+
+
+def lock_of_a_bar(total: int) -> str:
+    """Show a bar; the name in shared memory of the lock that bars have."""
+    progress(total, "bar", "unit").close()
+    return str(tqdm.get_lock().mp_lock._semlock.name)
 
 
 def copied(source: Path, target: Path) -> Path:

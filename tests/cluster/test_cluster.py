@@ -55,6 +55,14 @@ with Cluster("", Path(sys.argv[1]), 2) as cluster:
 """
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="locks have no files here")
+def test_a_task_leaves_no_lock_behind(local):
+    """As a kernel that stays open for days would have to keep them all."""
+    names = local.map("bars", calls.lock_of_a_bar, [(total,) for total in range(1, 7)])
+    assert all(name.startswith("/mp-") for name in names)
+    assert not [name for name in names if Path(f"/dev/shm/sem.{name[1:]}").exists()]
+
+
 def test_a_task_starts_in_a_namespace_that_ipython_has_reset(local, monkeypatch):
     """`%reset` takes the main module's names away, of which multiprocessing asks for one."""
     monkeypatch.delattr(sys.modules["__main__"], "__spec__")

@@ -27,6 +27,10 @@ THREADS = "OMP_NUM_THREADS"
 TASK = "a task of lablog"
 """What tasks' processes are called."""
 
+GOODBYE = 5.0
+"""Seconds that a task's process has to end by itself once it has answered: as it ends it removes
+its locks from shared memory, that of its progress bars among them."""
+
 _prepared = spawn.get_preparation_data
 
 
@@ -75,6 +79,7 @@ def run_alone(head: bytes, call: bytes, places: Places, threads: int, name: str,
             process.join()
             raise TaskCrashed(f"{name} ended without a result: {_reason(process.exitcode)}"
                               ) from None
+        process.join(GOODBYE)
     finally:
         process.kill()
         process.join()
