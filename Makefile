@@ -154,11 +154,10 @@ lab: setup ## JupyterLab with the notebooks as paired .ipynb
 
 # --- Checks -----------------------------------------------------------------------------------
 
-# One process more than there are cores, since many tests wait for what they have started.
 test: setup test-native ## everything that can be checked: style, types, native, library, notebooks, book
 	@$(ENV)/bin/ruff check .
 	@$(ENV)/bin/mypy
-	@$(PY) -m pytest --numprocesses $(shell expr $(JOBS) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-native: setup ## the C++ tests against the unpatched library
 	@$(NATIVE) build-tests.log -DLABLOG_TESTS=ON

@@ -252,6 +252,9 @@ def test_truncated_and_missing_files_are_named(exported, base, tmp_path, name):
     (copy / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=Path(name).name):
         reimport(copy, base)
+    (copy / name).write_text("[" * 100_000)  # deeper than Python follows
+    with pytest.raises(ValueError, match=Path(name).name):
+        reimport(copy, base)
     (copy / name).unlink()
     with pytest.raises(FileNotFoundError, match=Path(name).name):
         reimport(copy, base)

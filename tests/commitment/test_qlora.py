@@ -530,7 +530,7 @@ def test_a_commitment_survives_its_files(tmp_path: Path, reader: str):
     ({"k": 17}, "k = 17 is larger than the model's width 16"),
     ({"k": 5}, "does not fit commitment.json"),
     ({"layers": [2, 1]}, "expected 0 <= first <= last"),
-    ({"strength": "much"}, "describes no commitment"),
+    ({"strength": "much"}, "is not a description of a commitment"),
     ({"colour": 1}, "Extra inputs are not permitted"),
 ])
 def test_wrong_files_are_refused(tmp_path: Path, change, fault: str):
@@ -541,7 +541,7 @@ def test_wrong_files_are_refused(tmp_path: Path, change, fault: str):
     with pytest.raises(ValueError, match=fault):
         VariationalCommitment.load(tmp_path)
     path.write_text("[" * 100_000)  # deeper than Python follows
-    with pytest.raises(ValueError, match=r"commitment\.json describes no commitment"):
+    with pytest.raises(ValueError, match=r"commitment\.json is not a description"):
         VariationalCommitment.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="train the commitment first"):
         VariationalCommitment.load(tmp_path / "elsewhere")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lablog.files import atomic_write
+from lablog.files import atomic_write, parsing
 
 CANDIDATES = 16  # draws from the prior for each cell
 NEAR = 8  # of those in a cell, how many the one nearest to a border is chosen from
@@ -278,12 +278,10 @@ class VariationalCommitment(nn.Module):
         for name in (SETTINGS, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is missing: train the commitment first")
-        try:
+        with parsing(folder / SETTINGS, "a description of a commitment"):
             settings = CommitmentSettings.model_validate(
                 json.loads((folder / SETTINGS).read_text())
             )
-        except (ValueError, RecursionError) as error:  # of pydantic and of JSON too
-            raise ValueError(f"{folder / SETTINGS} describes no commitment: {error}") from error
         commitment = cls(settings)
         try:
             tensors = load_file(folder / WEIGHTS)
