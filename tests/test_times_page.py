@@ -36,13 +36,14 @@ def test_times_are_added_and_the_longest_stages_named():
     assert "profile bench" not in page
 
 
-def test_machine_and_commit_are_columns_where_they_differ():
+def test_machine_and_commit_stand_below_the_chapter_where_they_differ():
     own = [record("04_cvfp_phase1", 1.0, {}, "smoke"), record("05_cvfp_phase2", 1.0, {}, "smoke")]
     own[1] = own[1].model_copy(update={"source": CloneState(
         commit="b" * 40, dirty=False, library_sha256="", patch_sha256="")})
     page = times_page.page(own, {})
     for each in own:
-        assert f"| {each.machine.processor}, 2 threads | `{each.source.commit[:10]}` |" in page
+        assert (f"| {each.notebook}<br>{each.machine.processor}, 2 threads, commit "
+                f"`{each.source.commit[:10]}` |") in page
 
 
 def test_a_clone_without_results_has_the_published_times():

@@ -15,7 +15,8 @@ def page(own: Sequence[Record], published: Mapping[str, Mapping[str, Record]]) -
     parts = ["# How long everything took\n\nWall-clock times as the records have them, on machines "
              "that may have done other work beside. What is trained once is kept and found again, "
              "so that a chapter that runs a second time takes less. *Tasks* says how many there "
-             "were and on how many workers they ran.\n"]
+             "were and on how many workers they ran, *memory* what the chapter's own process took, "
+             "without theirs.\n"]
     if own:
         parts.append(f"## This clone, profile {own[0].profile}\n\n{_table(own)}\n")
     for profile in (name for name in PROFILES if name in published):
@@ -25,21 +26,19 @@ def page(own: Sequence[Record], published: Mapping[str, Mapping[str, Record]]) -
 
 
 def _table(records: Sequence[Record]) -> str:
-    """A row a chapter; the machine and the commit as columns only where they differ."""
-    where = {record.notebook: (
-        f"{record.machine.processor}, {record.machine.threads} threads",
-        f"`{record.source.commit[:10]}`") for record in records}
-    same = len(set(where.values())) == 1
-    rows = [[record.notebook, _clock(record.seconds), _longest(record), _tasks(record),
-             f"{(record.peak_memory_bytes or 0) / 2**20:,.0f} MiB",
-             *(() if same else where[record.notebook])] for record in records]
-    names = ["chapter", "time", "longest stages", "tasks", "memory of its own process",
-             *(() if same else ("machine", "commit"))]
+    """A row a chapter; the machine and the commit below its name only where they differ."""
+    where = [f"{record.machine.processor}, {record.machine.threads} threads, commit "
+             f"`{record.source.commit[:10]}`" for record in records]
+    same = len(set(where)) == 1
+    rows = [[record.notebook + ("" if same else f"<br>{place}"), _clock(record.seconds),
+             _longest(record), _tasks(record),
+             f"{(record.peak_memory_bytes or 0) / 2**20:,.0f} MiB"]
+            for record, place in zip(records, where, strict=True)]
+    names = ["chapter", "time", "longest stages", "tasks", "memory"]
     rows.append(["**all**", f"**{_clock(sum(record.seconds for record in records))}**",
                  *[""] * (len(names) - 2)])
     lines = [f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *rows)]
-    told = "{}, commit {}.\n\n".format(*where[records[0].notebook]) if same else ""
-    return told + "\n".join(lines)
+    return (f"{where[0]}.\n\n" if same else "") + "\n".join(lines)
 
 
 def _clock(seconds: float) -> str:
