@@ -1,5 +1,7 @@
 """A kernel that stays open: what it holds is measured, and what grows is seen."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 from lablog import torture_page
 from lablog.profiles import Profile
 from lablog.record import Record
-from torture import long
-from torture.long import QUANTITIES, Held, OpenKernel, grown
+from torture import disk, long
+from torture.long import QUANTITIES, Held, OpenKernel, grown, own_shared_memory
 
 NOTEBOOK = """\
 # %% tags=["parameters"]
@@ -53,6 +55,26 @@ def test_what_grows_is_seen(kernel: OpenKernel, leaking: bool, grows: list[str])
     assert held[-1].hours > held[0].hours > 0
     assert held[0].processes == 1
     assert 0 < held[0].disk < 0.1
+
+
+@pytest.mark.skipif(not disk.may_mount(), reason="this process may not mount file systems")
+def test_what_others_put_into_shared_memory_is_not_counted(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("lablog.profiles.load", lambda name: Profile(name, {}))
+    name = long.SHARED_MEMORY / f"lablog-of-another-{os.getpid()}"
+    with subprocess.Popen(["sh", "-c", f"read go; touch {name}; echo made; read go; rm {name}"],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin
+        assert other.stdout
+        with own_shared_memory(), OpenKernel(tmp_path / "open") as opened:
+            before = opened.held().temporary
+            print("go", file=other.stdin, flush=True)
+            assert other.stdout.readline() == "made\n"
+            assert not name.exists()
+            assert opened.held().temporary == before
+            (long.SHARED_MEMORY / "own").touch()
+            assert opened.held().temporary == before + 1
+        assert name.exists()
+        print("go", file=other.stdin, flush=True)
 
 
 def test_an_error_in_a_chapter_is_told(kernel: OpenKernel, tmp_path: Path):
