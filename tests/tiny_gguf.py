@@ -15,15 +15,16 @@ WIDTH, HEADS, KV_HEADS, LAYERS, FEED_FORWARD, WINDOW = 32, 4, 2, 2, 64, 512
 
 
 def write_tiny(path: Path, template: str | None = CHATML, architecture: str = "llama",
-               pre: str = "gpt-2") -> Path:
-    """Random weights (f32, tied embeddings); ``<|im_start|>`` and ``<|im_end|>`` are control
-    tokens, put in the place of the last two of the vocabulary."""
+               pre: str = "gpt-2", size: int = 50_257) -> Path:
+    """Random weights (f32, tied embeddings); of GPT-2's vocabulary the first tokens, so that there
+    are `size` with three control tokens, which are the last."""
     vocabulary = gguf.GGUFReader(
         layout.native() / "llama.cpp" / "models" / "ggml-vocab-gpt-2.gguf").fields
-    tokens = vocabulary["tokenizer.ggml.tokens"].contents()
-    merges = vocabulary["tokenizer.ggml.merges"].contents()
-    lost, tokens[-3:-1] = set(tokens[-3:-1]), ["<|im_start|>", "<|im_end|>"]
-    merges = [merge for merge in merges if merge.replace(" ", "") not in lost]
+    tokens = [*vocabulary["tokenizer.ggml.tokens"].contents()[: size - 3],
+              "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    there = set(tokens)
+    merges = [merge for merge in vocabulary["tokenizer.ggml.merges"].contents()
+              if merge.replace(" ", "") in there]
     types = [gguf.TokenType.NORMAL] * len(tokens)
     types[-3:] = [gguf.TokenType.CONTROL] * 3
     writer = gguf.GGUFWriter(path, architecture)

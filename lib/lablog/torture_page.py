@@ -139,5 +139,5 @@ def page(text: str, record: Record | None, long: Record | None, folder: Path) ->
                         "It has not been run yet: `make long`.")
     if record is None:
         return text
-    return (f"{text}\nAll but the kernel that stays open: seed {record.parameters['seed']}. "
-            f"{_origin(record)}\n")
+    return (f"{text}\nAll but the kernel that stays open: seed {record.parameters['seed']}; the "
+            f"minutes of what ran at once are added up. {_origin(record)}\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,8 @@ Case = TypeVar("Case")
 SEQUENCES = 100  # that one process tries
 Stage = Callable[[Run], list[str]]
 """Records numbers, and returns what fell, a line each."""
-FILES_AN_HOUR, CALLS_AN_HOUR, RUNS_AN_HOUR, CHAPTERS_AN_HOUR = 40_000, 60, 60, 2
-SEQUENCES_AN_HOUR, DISKS_AN_HOUR = 600, 30
+FILES_AN_HOUR, SEQUENCES_AN_HOUR, CALLS_AN_HOUR, RUNS_AN_HOUR = 50_000, 1000, 100, 40
+DISKS_AN_HOUR, CHAPTERS_AN_HOUR, DISKS_OF_CHAPTERS_AN_HOUR = 15, 6, 2
 """What two cores try in an hour, about; every reader is given as many files, and of every chapter
 as many runs are ended, and as many meet a small disk."""
 
@@ -144,7 +145,7 @@ def stages(hours: float, seed: int) -> dict[str, Stage]:
     def share(an_hour: int) -> int:
         return max(int(an_hour * hours), 1)
 
-    chapters = int(CHAPTERS_AN_HOUR * hours)
+    chapters, disks = int(CHAPTERS_AN_HOUR * hours), int(DISKS_OF_CHAPTERS_AN_HOUR * hours)
     files = share(FILES_AN_HOUR // len(READERS))
     return {
         "runs": ended_runs("", share(RUNS_AN_HOUR), seed),
@@ -152,8 +153,8 @@ def stages(hours: float, seed: int) -> dict[str, Stage]:
         "disks": small_disks("", share(DISKS_AN_HOUR), seed),
         "sequences": sequences(share(SEQUENCES_AN_HOUR), seed),
         **{name: ended_runs(name, chapters, seed) for name in profiles.notebooks() if chapters},
-        **{f"disk-{name}": small_disks(name, chapters, [seed, number])
-           for number, name in enumerate(profiles.notebooks(), 1) if chapters},
+        **{f"disk-{name}": small_disks(name, disks, [seed, number])
+           for number, name in enumerate(profiles.notebooks(), 1) if disks},
         **{slug(name): damaged(name, files, seed) for name in READERS},
     }
 
@@ -163,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make torture", description=__doc__)
     parser.add_argument("--hours", type=float, default=0.1, help="how long it may take, about")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1,
+                        help="how much is tried at once (default: as many as there are cores)")
     options = parser.parse_args(arguments)
     tried, here = stages(options.hours, options.seed), Path(__file__).parent
     fell = layout.built("torture", "fell")
@@ -175,8 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     record = in_stages(
         "torture", {name: noted(name, stage) for name, stage in tried.items()}, layout.torture(),
-        seed=options.seed, hours=options.hours, library=source_state().library_sha256,
-        torture=sha256_of(here.glob("*.[pc]*"), here))
+        options.processes, seed=options.seed, hours=options.hours,
+        library=source_state().library_sha256, torture=sha256_of(here.glob("*.[pc]*"), here))
     lines = [line for name in tried for line in (fell / f"{name}.txt").read_text().splitlines()]
     number = collections.Counter[str]()
     for metric in record.metrics:

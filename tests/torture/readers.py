@@ -86,7 +86,7 @@ def _llama2c(name: str) -> Callable[[Path], Path]:
 
 
 def _gguf(folder: Path) -> Path:
-    return write_tiny(folder / "tiny.gguf")
+    return write_tiny(folder / "tiny.gguf", size=600)
 
 
 def _commitment(name: str) -> Callable[[Path], Path]:
