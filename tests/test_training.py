@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -183,6 +184,8 @@ def test_a_loss_of_nan_stops_and_names_the_step(tokenizer: Tokenizer, tmp_path: 
             SHAPE, data, PLAN, tmp_path / "model", tokenizer=tokenizer.path, data_key="p"
         )
     assert not (tmp_path / "model").exists()
+    assert not [thread for thread in threading.enumerate()
+                if type(thread).__module__.startswith("tensorboard")], "a kernel keeps them open"
 
 
 def test_training_can_start_from_a_trained_model_in_bf16(

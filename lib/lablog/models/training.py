@@ -205,12 +205,13 @@ def train_to_folder(
                   if weight.requires_grad}
         last = last_good(work)
         resumed = int(last.name[11:]) if last else 0
-        if main:
-            board = SummaryWriter(str(work / "tensorboard"), purge_step=resumed + 1)
-            trainer.add_callback(TensorBoardCallback(board))
-        trainer.add_callback(Fresh(resumed))
+        board = (SummaryWriter(str(work / "tensorboard"), purge_step=resumed + 1) if main
+                 else nullcontext())
         wall, cpu = time.monotonic(), time.process_time()
-        with _disk_full_named(work):
+        with _disk_full_named(work), board as writer:  # closed when training fails, too
+            if main:
+                trainer.add_callback(TensorBoardCallback(writer))
+            trainer.add_callback(Fresh(resumed))
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         if main:
             saved = last_good(work) or work
