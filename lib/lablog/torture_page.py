@@ -63,6 +63,16 @@ def failing_calls(record: Record) -> str:
             f"| {whole:,} | {cases:,} | {fell:,} |\n")
 
 
+def races(record: Record) -> str:
+    """Markdown: how often several commands were started at once, and how often one fell at that."""
+    if not any(metric.name == "races.cases" for metric in record.metrics):
+        return "Not tried in this run.\n"
+    cases, commands, fell = (int(record.metric(f"races.{name}").value or 0)
+                             for name in ("cases", "commands", "fell"))
+    return ("| times | commands | fell |\n|---:|---:|---:|\n"
+            f"| {cases:,} | {commands:,} | {fell:,} |\n")
+
+
 def small_disks(record: Record) -> str:
     """Markdown: how many runs of what met a disk that was too small, and how many fell at that."""
     if not any(metric.name.startswith("disks.") and metric.value for metric in record.metrics):
@@ -131,7 +141,7 @@ def page(text: str, record: Record | None, long: Record | None, folder: Path) ->
     """`text`, the page as it is written by hand, with what was tried in it, from the records of
     ``make torture`` and ``make long``; pictures are written into `folder`."""
     tables = {"{sequences}": sequences, "{ended runs}": ended_runs, "{small disks}": small_disks,
-              "{failing calls}": failing_calls, "{damaged files}": corrupt_files}
+              "{races}": races, "{failing calls}": failing_calls, "{damaged files}": corrupt_files}
     for place, table in tables.items():
         text = text.replace(place, table(record) if record else
                             "Nothing has been tried yet: `make torture`.")

@@ -23,15 +23,15 @@ from lablog.progress import progress
 from lablog.provenance import source_state
 from lablog.run import Run
 from tools.stages import in_stages
-from torture import corrupt, disk, faults, kills, results
+from torture import corrupt, disk, faults, kills, races, results
 from torture.readers import READERS
 
 Case = TypeVar("Case")
 SEQUENCES = 100  # that one process tries
 Stage = Callable[[Run], list[str]]
 """Records numbers, and returns what fell, a line each."""
-FILES_AN_HOUR, SEQUENCES_AN_HOUR, CALLS_AN_HOUR, RUNS_AN_HOUR = 50_000, 1000, 100, 40
-DISKS_AN_HOUR, CHAPTERS_AN_HOUR, DISKS_OF_CHAPTERS_AN_HOUR = 15, 6, 2
+FILES_AN_HOUR, SEQUENCES_AN_HOUR, CALLS_AN_HOUR, RUNS_AN_HOUR = 70_000, 1400, 70, 30
+DISKS_AN_HOUR, RACES_AN_HOUR, CHAPTERS_AN_HOUR, DISKS_OF_CHAPTERS_AN_HOUR = 10, 15, 6, 2
 """What two cores try in an hour, about; every reader is given as many files, and of every chapter
 as many runs are ended, and as many meet a small disk."""
 
@@ -103,6 +103,22 @@ def small_disks(notebook: str, count: int, seed: int | list[int]) -> Stage:
     return measure
 
 
+def several_at_once(count: int, seed: int) -> Stage:
+    """Start several commands in the small clone at random moments, `count` times."""
+    def measure(run: Run) -> list[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            clone = races.Races(Path(folder))
+            trials = [clone.trial(one) for one in counted(
+                races.chosen(clone.seconds, count, seed), "commands at once", "time")]
+        wrong = [trial for trial in trials if trial.fault]
+        for name, number in (("cases", len(trials)), ("fell", len(wrong)),
+                             ("commands", sum(len(trial.started) for trial in trials))):
+            run.metric(f"races.{name}", number, "times")
+        return [f"commands at once: {trial.fault} ({trial})" for trial in wrong]
+
+    return measure
+
+
 def made_in(folder: Path, notebook: str) -> results.Results:
     """What is disturbed: a notebook's results, or those of the small clone if none is named."""
     return results.Chapter(folder, notebook) if notebook else results.SmallClone(folder)
@@ -151,6 +167,7 @@ def stages(hours: float, seed: int) -> dict[str, Stage]:
         "runs": ended_runs("", share(RUNS_AN_HOUR), seed),
         "calls": refused_calls(share(CALLS_AN_HOUR), seed),
         "disks": small_disks("", share(DISKS_AN_HOUR), seed),
+        "races": several_at_once(share(RACES_AN_HOUR), seed),
         "sequences": sequences(share(SEQUENCES_AN_HOUR), seed),
         **{name: ended_runs(name, chapters, seed) for name in profiles.notebooks() if chapters},
         **{f"disk-{name}": small_disks(name, disks, [seed, number])
@@ -184,12 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     number = collections.Counter[str]()
     for metric in record.metrics:
         kind, *_, last = metric.name.split(".")
-        if last not in ("whole", "read", "refused", "fell"):
+        if last not in ("whole", "read", "refused", "fell", "commands"):
             number[kind] += int(metric.value or 0)
     print("\n".join([*lines, f"{number['corrupt']} damaged files for {len(READERS)} readers, "
                      f"{number['runs']} ended runs, {number['calls']} failing calls, "
-                     f"{number['disks']} small disks, {number['sequences']} sequences; "
-                     f"kinds of fall: {len(lines)}; record: build/torture.json"]))
+                     f"{number['disks']} small disks, {number['races']} times several commands at "
+                     f"once, {number['sequences']} sequences; kinds of fall: "
+                     f"{len(lines)}; record: build/torture.json"]))
     return 1 if lines else 0
 
 

@@ -13,6 +13,7 @@ from torture import disk
 from torture.corrupt import Tried
 from torture.faults import Trial
 from torture.kills import Trial as Killed
+from torture.races import Trial as Race
 from torture.readers import READERS
 
 ALONE = ["--processes", "1"]
@@ -26,6 +27,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torture.results, "SmallClone", lambda folder: SimpleNamespace(seconds=10))
     monkeypatch.setattr(torture.kills, "Kills", lambda results: SimpleNamespace(
         trial=lambda way, moment, times: Killed(way, moment, times, "")))
+    monkeypatch.setattr(torture.races, "Races", lambda folder: SimpleNamespace(
+        seconds=10, trial=lambda started: Race(started, "left behind" * (len(started) > 3))))
     monkeypatch.setattr(torture, "Clone", lambda folder: None)
     monkeypatch.setattr(torture.results, "tried_sequences", lambda clone, count, seed: "")
     monkeypatch.setattr(torture.faults, "Faults", lambda folder: SimpleNamespace(
@@ -39,25 +42,27 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_what_fell_is_said_and_stands_in_the_record(small: Path, capsys):
-    assert torture.main(["--hours", "0.08", "--seed", "9", *ALONE]) == 1
+    assert torture.main(["--hours", "0.1", "--seed", "9", *ALONE]) == 1
     said = capsys.readouterr().out.splitlines()
     calls = sum(line.startswith("open x: a traceback (Trial(call=1") for line in said)
-    assert 0 < calls < 8
+    assert 0 < calls < 7
     assert said[-2:] == [
         "list of models: KeyError in x.py, read: cases 3, 9",
-        "4000 damaged files for 2 readers, 3 ended runs, 8 failing calls, 0 small disks, 80 "
-        f"sequences; kinds of fall: {calls + 1}; record: build/torture.json"]
+        "7000 damaged files for 2 readers, 3 ended runs, 7 failing calls, 0 small disks, 1 times "
+        f"several commands at once, 140 sequences; kinds of fall: {calls + 1}; record: "
+        "build/torture.json"]
     record = Record.read(small / "torture.json")
     assert {m.name: m.value for m in record.metrics if m.name.startswith("corrupt.list")} == {
-        "corrupt.list_of_models.cases": 2000, "corrupt.list_of_models.read": 0,
-        "corrupt.list_of_models.refused": 1998, "corrupt.list_of_models.fell": 2}
+        "corrupt.list_of_models.cases": 3500, "corrupt.list_of_models.read": 0,
+        "corrupt.list_of_models.refused": 3498, "corrupt.list_of_models.fell": 2}
     told = torture_page.page(
-        "{sequences}\n{ended runs}\n{failing calls}\n{damaged files}\n{small disks}\n{long run}\n",
-        record, None, small)
-    assert "| list of models | 2,000 | 0 | 1,998 | 2 |" in told
-    assert "| all | 4,000 | 2,000 | 1,998 | 2 |" in told
+        "{sequences}\n{ended runs}\n{failing calls}\n{damaged files}\n{small disks}\n{races}\n"
+        "{long run}\n", record, None, small)
+    assert "| list of models | 3,500 | 0 | 3,498 | 2 |" in told
+    assert "| all | 7,000 | 3,500 | 3,498 | 2 |" in told
     assert "| small clone | 2 | 1 | 0 | 0 | 0 | 0 | 0 |" in told
-    assert f"| 187 | 8 | {calls} |" in told
+    assert f"| 187 | 7 | {calls} |" in told
+    assert "| times | commands | fell |" in told
     assert "Not tried in this run" in told
     assert "It has not been run yet" in told
     assert "seed 9" in told
@@ -81,11 +86,11 @@ def test_half_an_hour_has_chapters_too_and_small_disks_where_one_may_mount(
     monkeypatch.setattr(disk, "on_a_small_disk", on_a_small_disk)
     assert torture.main(["--hours", "0.5", *ALONE]) == 1
     assert sorted(names) == ["", "", "04_small", "04_small", "05_small", "05_small"]
-    assert len(set(shares)) == len(shares) == 7 + 2, "other chapters, other shares"
+    assert len(set(shares)) == len(shares) == 5 + 2, "other chapters, other shares"
     assert "small clone, small disk: a traceback (Trial(share=" in capsys.readouterr().out
     record = Record.read(small / "torture.json")
-    fell = sum(share > 0.8 for share in shares[:7])
-    assert f"| small clone | 7 | {fell} |" in torture_page.small_disks(record)
+    fell = sum(share > 0.8 for share in shares[:5])
+    assert f"| small clone | 5 | {fell} |" in torture_page.small_disks(record)
 
 
 def test_a_stopped_run_goes_on_behind_what_has_ended(small: Path, monkeypatch, capsys):
