@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
+from clone import Clone
 from tiny_gguf import write_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,7 +26,7 @@ from lablog.models import hub, locate
 from lablog.models.hub import HubError
 
 COMMIT = "c0ffee" * 6 + "0123"
-TOKEN = "hf_test"
+TOKEN = "hf_planted0123456789"
 
 
 @dataclass
@@ -199,6 +201,7 @@ def refused(call, *arguments: object) -> str:
         call(*arguments)
     message = str(caught.value)
     assert "\n" not in message
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
     return message
 
 
@@ -428,3 +431,46 @@ def test_a_local_folder_is_taken_as_it_is(sharded: Path, tmp_path: Path):
     folder = tmp_path / "own"
     shutil.copytree(sharded, folder)
     assert locate.hugging_face_folder(str(folder), tmp_path / "artifacts") == folder
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+
+def test_no_error_tells_the_token(served: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    broken = served.repositories["lab/gguf"]
+    for name, file in (("lab/none", "x.gguf"), ("lab/gguf", "none.gguf"), ("lab/gguf", "..")):
+        refused(hub.download, name, file)
+    for fault in ({"truncate": 5000}, {"truncate": None, "corrupt": True}):
+        vars(broken).update(fault)
+        refused(hub.download, "lab/gguf", "tiny.Q5_K_M.gguf")
+    for served.status in (403, 404, 500):
+        refused(hub.download, "lab/gguf", "README.md")
+    unreachable(monkeypatch)
+    refused(hub.download_model, "lab/llama")
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_token_reaches_no_result_and_no_output(
+    served: Hub, server: Server, tmp_path: Path, arrives: bool
+):
+    """A notebook fetches a gated model, or is refused; every byte that is written is looked at."""
+    served.repositories["lab/gguf"].gated = True
+    sent = TOKEN if arrives else TOKEN[::-1]
+    clone = Clone(tmp_path / "clone")
+    work = clone.root / "lib/lablog/alpha/work.py"
+    work.write_text(work.read_text().replace("def act(mode, run):\n", """\
+def act(mode, run):
+    from lablog.models.hub import download
+    run.file(download("lab/gguf", "tiny.Q5_K_M.gguf"))
+"""))
+    clone.environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                          "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": sent}
+    done = clone.make("reproduce", "NOTEBOOKS=01")
+    assert (done.returncode == 0) == arrives, done.stderr
+    assert arrives or "HubError: lab/gguf/tiny.Q5_K_M.gguf is gated" in done.stderr
+    assert sent not in done.stdout + done.stderr
+    written = [path for folder in ("clone/build/laptop", "clone/build/book", "home")
+               for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert {path.suffix for path in written} >= {".json", ".ipynb"}
+    assert not [path for path in written if sent.encode() in path.read_bytes()]
