@@ -343,6 +343,19 @@ def test_a_change_in_one_section_of_a_profile_concerns_its_notebook(clone: Clone
     assert "- size 12" in done.stdout
 
 
+def test_a_result_from_the_future_is_no_excuse(clone: Clone, made: Path):
+    """After the clock was set back, a record could be newer than what is edited for days."""
+    record = made / "records" / "02_beta.json"
+    moment = time.time() + 3600
+    os.utime(record, (moment, moment))
+    assert "02_beta: runs: its result is dated in the future" in clone.make("why").stdout
+    done = clone.make("reproduce")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\[(\w+)\] running", done.stdout, re.MULTILINE) == ["02_beta"]
+    assert record.stat().st_mtime < time.time()
+    assert re.findall(r"^(\w+): runs", clone.make("why").stdout, re.MULTILINE) == []
+
+
 def test_two_make_reproduce_at_once_give_one_refusal(clone: Clone):
     profile = clone.write("waiting.yaml", "01_alpha:\n  mode: wait\n")
     arguments = ("make", "reproduce", f"PROFILE={profile}", "NOTEBOOKS=01")

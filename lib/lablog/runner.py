@@ -227,7 +227,14 @@ def plan(profile: profiles.Profile, names: Sequence[str]) -> str:
         )
         lines += [f"RECORDS += {record}", f"{record}: {files}",
                   f"\t$(RUN) {folder.relative_to(root)} {notebook}"]
+        if _in_the_future(root / record):  # Make would take it for newer than any change
+            lines.append(f".PHONY: {record}")
     return "\n".join(lines)
+
+
+def _in_the_future(record: Path) -> bool:
+    """Whether a record is dated later than now, because the clock was set back since."""
+    return record.is_file() and record.stat().st_mtime > time.time()
 
 
 def why(profile: profiles.Profile, names: Sequence[str]) -> str:
@@ -238,6 +245,8 @@ def why(profile: profiles.Profile, names: Sequence[str]) -> str:
         inputs = dependencies(notebook, layout.results(profile.name), profile.parameters[notebook])
         if not record.is_file():
             reason = "runs: it has no result yet"
+        elif _in_the_future(record):
+            reason = "runs: its result is dated in the future, since the clock was set back"
         else:
             newer = [
                 os.path.relpath(path, repository())
