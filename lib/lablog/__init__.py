@@ -1,7 +1,20 @@
 """Functions that the notebooks of the executable lab log call."""
 
 import logging
+import sys
 import warnings
+from types import TracebackType
+
+if sys.argv[:1] == ["-m"]:  # a command is being loaded, which takes seconds
+    _told = sys.excepthook
+
+    def _ended(kind: type[BaseException], error: BaseException,
+               traceback: TracebackType | None) -> None:
+        """Who presses Ctrl-C knows why the command ends, and where it was is of no use to them."""
+        if not issubclass(kind, KeyboardInterrupt):
+            _told(kind, error, traceback)
+
+    sys.excepthook = _ended
 
 # Bars are text, in the terminal, in papermill's log and in the book; no widgets are missed.
 warnings.filterwarnings("ignore", message="IProgress not found")

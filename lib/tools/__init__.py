@@ -2,3 +2,5 @@
 
 The tools may import the library; the library never imports them.
 """
+
+import lablog  # noqa: F401  # whose commands end quietly at Ctrl-C, from here on

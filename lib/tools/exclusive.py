@@ -37,5 +37,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as problem:
         sys.exit(f"error: {problem}")

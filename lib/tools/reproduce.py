@@ -53,5 +53,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as problem:
         sys.exit(f"error: {problem}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,16 @@ def _side_by_side(keep: Callable[[str], None], stages: Sequence[str], processes:
 
     def work() -> None:
         end_with_parent()
-        while True:
-            with begun:
-                place = begun.value
-                begun.value += 1
-            if place >= len(stages):
-                return
-            keep(stages[place])
+        try:
+            while True:
+                with begun:
+                    place = begun.value
+                    begun.value += 1
+                if place >= len(stages):
+                    return
+                keep(stages[place])
+        except KeyboardInterrupt:  # the parent says so
+            sys.exit(130)
 
     children = [context.Process(target=work) for _ in range(min(processes, len(stages)))]
     for child in children:
