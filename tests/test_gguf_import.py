@@ -129,7 +129,7 @@ def test_the_template_comes_along(both) -> None:
 
 
 def test_without_a_template_it_is_said(tmp_path: Path) -> None:
-    plain = write_tiny(tmp_path / "plain.gguf", template=None)
+    plain = write_tiny(tmp_path / "plain.gguf", template=None, size=600)
     tokenizer = ChatTokenizer(locate.hugging_face_folder(str(plain), tmp_path))
     with pytest.raises(ValueError, match="holds no chat template: choose chat=plain"):
         tokenizer.chat([("user", "hi")])
@@ -142,7 +142,7 @@ def test_without_a_template_it_is_said(tmp_path: Path) -> None:
 def test_what_cannot_be_read_exactly_is_refused(
     tmp_path: Path, changes: dict[str, str], message: str
 ) -> None:
-    other = write_tiny(tmp_path / "other.gguf", **changes)
+    other = write_tiny(tmp_path / "other.gguf", size=600, **changes)
     with pytest.raises(ValueError, match=message):
         gguf_import.to_hugging_face(other, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()

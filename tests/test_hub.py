@@ -415,7 +415,7 @@ def test_a_gguf_file_that_is_not_there_or_none_becomes_no_folder(served: Hub, tm
 
 
 def test_a_gguf_file_of_the_hub_becomes_a_folder(served: Hub, tmp_path: Path):
-    content = write_tiny(tmp_path / "tiny.gguf").read_bytes()
+    content = write_tiny(tmp_path / "tiny.gguf", size=600).read_bytes()
     served.repositories["lab/chat"] = Repository({"tiny.gguf": content})
     folder = locate.hugging_face_folder("hub:lab/chat:tiny.gguf", tmp_path / "artifacts")
     assert LlamaForCausalLM.from_pretrained(folder).config.hidden_size == 32

@@ -237,7 +237,7 @@ def test_windows_and_forks_are_put_together_from_pieces(engines):
 
 def test_a_template_that_looks_back_is_refused(tmp_path):
     template = CHATML.replace("{% for message", "{{ messages | length }}{% for message")
-    gguf = write_tiny(tmp_path / "back.gguf", template=template)
+    gguf = write_tiny(tmp_path / "back.gguf", template=template, size=600)
     folder = locate.hugging_face_folder(str(gguf), tmp_path)
     with pytest.raises(ValueError, match="differently depending on the turns before it"):
         rendering.Rendering(ChatTokenizer(folder), "auto")

@@ -188,7 +188,7 @@ def test_conversation_puts_a_turn_on_a_line():
 
 def test_the_embedding_of_a_model_is_that_of_pytorch(tmp_path):
     """In f32 to the last bit, in eight bits nearly; a vocabulary alone has none."""
-    path = write_tiny(tmp_path / "tiny.gguf")
+    path = write_tiny(tmp_path / "tiny.gguf", size=1000)
     table = gguf_embedding(path)
     folder = locate.hugging_face_folder(str(path), tmp_path)
     network = LlamaForCausalLM.from_pretrained(folder)
@@ -202,13 +202,13 @@ def test_the_embedding_of_a_model_is_that_of_pytorch(tmp_path):
 
 
 def test_a_models_own_tokens_and_embedding_are_read_by_both_chapters(tmp_path):
-    path = write_tiny(tmp_path / "tiny.gguf")
+    path = write_tiny(tmp_path / "tiny.gguf", size=1000)
     config = ModelConfig(context_dim=32, embed_dim=32, num_layers=2, layernorm_mix=1.0,
                          weight_std=0.1, bias_std=0.01)
     found = prepare(
         tmp_path / "made", config, text_source="arianna", tokenizer=str(path), vocabulary=0,
         embedding=str(path), window=2, corpus_documents=50, dialogues=5, dialogue_tokens=16,
         val_data_source="text_file", seed=0, device="cpu")
-    assert found.vocabulary == 50257
+    assert found.vocabulary == 1000
     expected = torch.nn.functional.layer_norm(gguf_embedding(path), (32,))
     assert torch.equal(found.tokens["training"], expected[found.ids["training"]])
