@@ -1,5 +1,6 @@
 """Tasks on this machine and on workers that were started by hand: results, refusals, faults."""
 
+import gc
 import math
 import operator
 import os
@@ -14,6 +15,7 @@ import calls
 import dask
 import psutil
 import pytest
+from distributed import Scheduler
 
 from lablog.cluster import client as clients
 from lablog.cluster import settings
@@ -67,6 +69,21 @@ def test_a_task_starts_in_a_namespace_that_ipython_has_reset(local, monkeypatch)
     """`%reset` takes the main module's names away, of which multiprocessing asks for one."""
     monkeypatch.delattr(sys.modules["__main__"], "__spec__")
     assert local.map("sums", operator.add, [(1, 2)]) == [3]
+
+
+def schedulers() -> int:
+    gc.collect()
+    return sum(isinstance(one, Scheduler) for one in gc.get_objects())
+
+
+def test_a_closed_cluster_is_forgotten(tmp_path):
+    """A kernel that stays open makes one a chapter; each would keep all that it ever knew."""
+    before = schedulers()
+    for power in range(3):
+        with Cluster("", tmp_path, 1) as cluster:
+            assert cluster.map("power", operator.pow, [(power,)], common=(2,)) == [2**power]
+    del cluster
+    assert schedulers() <= before
 
 
 def test_a_machine_that_slept_has_its_worker_still(tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask
+import distributed
 from distributed import Client, Future, LocalCluster, as_completed
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
@@ -82,7 +83,9 @@ class Cluster:
                 self.cluster = LocalCluster(
                     n_workers=1, threads_per_worker=slots, processes=False, memory_limit=0,
                     dashboard_address=f"127.0.0.1:{dashboard or 0}",
-                    worker_dashboard_address="127.0.0.1:0", resources=offered(slots))
+                    worker_dashboard_address="127.0.0.1:0", resources=offered(slots),
+                    # Pages that nobody asked for keep their scheduler for as long as Python runs.
+                    scheduler_kwargs={"dashboard": dashboard is not None})
             return Client(self.cluster, set_as_default=False)
         if self.where.endswith((".yaml", ".yml")):
             from lablog.cluster.jobs import job_cluster
@@ -210,6 +213,8 @@ class Cluster:
             self.client.close(timeout=5)
             if self.cluster is not None:
                 self.cluster.close(timeout=5)
+        with suppress(AttributeError):  # it remembers the methods of all schedulers there were
+            distributed.core._expects_comm.cache_clear()
 
     def __enter__(self) -> Cluster:
         return self
