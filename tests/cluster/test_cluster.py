@@ -86,6 +86,14 @@ def test_a_closed_cluster_is_forgotten(tmp_path):
     assert schedulers() <= before
 
 
+def test_a_collection_of_garbage_that_was_interrupted_is_no_fault_of_later_ones(local):
+    told = [one for one in gc.callbacks if "distributed" in repr(one)]
+    assert told, "else this is no longer needed"
+    for one in told:
+        one("start", {"generation": 2})
+        one("start", {"generation": 2, "collected": 0, "uncollectable": 0})
+
+
 def test_a_machine_that_slept_has_its_worker_still(tmp_path):
     """A scheduler forgets a worker that it has not heard of for so long, here a second (of itself
     five minutes, and never sooner than ten heartbeats)."""

@@ -24,6 +24,7 @@ import dask
 import distributed
 from distributed import Client, Future, LocalCluster, as_completed
 from distributed.comm import CommClosedError
+from distributed.gc import GCDiagnosis
 from distributed.scheduler import KilledWorker
 
 from lablog import layout
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
     from lablog.run import Run
 
 AHEAD = 2  # tasks handed over for every slot of the cluster
+
+
+# Dask times every collection of garbage. One that Ctrl-C falls into has a beginning and no end, and
+# from then on each ends in a traceback.
+GCDiagnosis._gc_callback = lambda *_: None  # type: ignore[method-assign]
 
 
 class ClusterLost(ConnectionError):
