@@ -65,6 +65,7 @@ def test_what_others_put_into_shared_memory_is_not_counted(tmp_path: Path, monke
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin
         assert other.stdout
+        disk._private_mounts.cache_clear()  # the other one stays where this process was
         with own_shared_memory(), OpenKernel(tmp_path / "open") as opened:
             before = opened.held().temporary
             print("go", file=other.stdin, flush=True)
