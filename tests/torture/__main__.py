@@ -181,8 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make torture", description=__doc__)
     parser.add_argument("--hours", type=float, default=0.1, help="how long it may take, about")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1,
-                        help="how much is tried at once (default: as many as there are cores)")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4),
+                        help="how much is tried at once (default: as many as there are cores, at "
+                             "most four)")
     options = parser.parse_args(arguments)
     tried, here = stages(options.hours, options.seed), Path(__file__).parent
     fell = layout.built("torture", "fell")
