@@ -143,6 +143,7 @@ def test_a_gguf_file_is_compared_with_its_own_size(tmp_path: Path):
 
 @pytest.mark.parametrize(("name", "right", "wrong"), [
     ("SentencePiece model to export", b"<unk>", b"<un\xc3>"),
+    ("SentencePiece model", b"<0x8C>", b"<0x8\xff>"),
     ("Hugging Face configuration", b'"num_attention_heads": 4', b'"num_attention_heads": 0'),
 ])
 def test_what_fell_is_refused(name: str, right: bytes, wrong: bytes, tmp_path: Path):

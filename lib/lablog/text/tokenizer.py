@@ -33,7 +33,7 @@ class Tokenizer:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # its message may hold what is no text
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
 
     def __len__(self) -> int:
