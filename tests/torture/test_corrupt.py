@@ -135,6 +135,12 @@ def test_a_gguf_file_is_compared_with_its_own_size(tmp_path: Path):
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="truncated, fetch it again"):
         check_gguf(path)
+    count = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    for layers in (0, 513):
+        path.write_bytes(whole)
+        changed(path, count, "<I", layers)
+        with pytest.raises(ValueError, match=f"it has {layers} layers; llama.cpp takes 1 to 512"):
+            check_gguf(path)
     token = whole.index(struct.pack("<Q", 1) + b'"')
     path.write_bytes(whole[: token + 8] + b"#" + whole[token + 9 :])
     with pytest.raises(ValueError, match="a token of its vocabulary stands there twice"):
@@ -144,6 +150,11 @@ def test_a_gguf_file_is_compared_with_its_own_size(tmp_path: Path):
 @pytest.mark.parametrize(("name", "right", "wrong"), [
     ("SentencePiece model to export", b"<unk>", b"<un\xc3>"),
     ("SentencePiece model", b"<0x8C>", b"<0x8\xff>"),
+    ("GGUF tokenizer", "ħ".encode(), b"\xff\xa7"),
+    ("GGUF tokenizer", b"ar d", b"d ra"),
+    ("settings of a commitment", b'"width": 8', b'"width": 2147483648'),
+    ("settings of a commitment", b'"width": 8', b'"width": 99999999999999999999999999'),
+    ("Hugging Face configuration", b'"num_hidden_layers": 2', b'"num_hidden_layers": 2147483648'),
     ("Hugging Face configuration", b'"num_attention_heads": 4', b'"num_attention_heads": 0'),
 ])
 def test_what_fell_is_refused(name: str, right: bytes, wrong: bytes, tmp_path: Path):

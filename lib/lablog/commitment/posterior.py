@@ -282,11 +282,13 @@ class VariationalCommitment(nn.Module):
             settings = CommitmentSettings.model_validate(
                 json.loads((folder / SETTINGS).read_text())
             )
-        commitment = cls(settings)
         try:
             tensors = load_file(folder / WEIGHTS)
+            with torch.device("meta"):  # no memory is taken because a file says so
+                cls(settings).load_state_dict(tensors, assign=True)
+            commitment = cls(settings)
             commitment.load_state_dict(tensors)
-        except (SafetensorError, RuntimeError) as error:
+        except (SafetensorError, RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(f"{folder / WEIGHTS} does not fit {SETTINGS}: {error}") from error
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(f"{folder / WEIGHTS} holds values that are not finite")

@@ -22,6 +22,7 @@ STRING, ARRAY = 8, 9
 DIMENSIONS = 4  # of a tensor, at most
 LONGEST = 63  # bytes of a tensor's name: ggml keeps 64 with the zero behind it
 TOKENS = b"tokenizer.ggml.tokens"
+LAYERS = 512  # that llama.cpp has room for (LLAMA_MAX_LAYERS); of more, or none, it dies
 DAMAGED = "a whole GGUF file"
 
 
@@ -76,6 +77,9 @@ class _Walk:
                 alignment = value
             if key == TOKENS and isinstance(value, list) and len(set(value)) < len(value):
                 raise ValueError("a token of its vocabulary stands there twice")
+            if key.endswith(b".block_count") and not (
+                    isinstance(value, int) and 1 <= value <= LAYERS):
+                raise ValueError(f"it has {value} layers; llama.cpp takes 1 to {LAYERS}")
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment}, no power of two")
         parts = [self.tensor() for _ in range(self.count(tensors, 24, "tensors"))]

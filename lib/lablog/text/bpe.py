@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from lablog.files import parsing
 from lablog.models.gguf_file import open_gguf
 
 CONTROL, USER_DEFINED = 3, 4  # GGUF's types of a token that is no text, and of one added to BPE
@@ -22,8 +23,14 @@ PRE_TOKENIZERS: dict[str, list[Any]] = {
 def byte_level(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that the `fields` of the GGUF file `source` describe, control tokens included.
 
-    ValueError for another kind, or a way of cutting text that is not known.
+    ValueError, naming the file, for another kind, a way of cutting text that is not known, or a
+    vocabulary that contradicts itself.
     """
+    with parsing(source, "a file with a vocabulary of GPT-2's kind", Exception):  # of `tokenizers`
+        return _byte_level(source, fields)
+
+
+def _byte_level(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
     def field(name: str) -> Any:
         found = fields.get(f"tokenizer.ggml.{name}")
         return None if found is None else found.contents()
