@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ HELD = {
     "memory": "memory of all together, MB", "processes": "processes", "files": "open files",
     "threads": "threads", "temporary": "temporary files", "disk": "files on the disk, MB"}
 """What a long run's processes held after a round: the name in the record, and in words."""
-RUNS = {"killed": "killed", "terminated": "SIGTERM", "hung_up": "SIGHUP", "interrupted": "Ctrl-C",
+RUNS = {"killed": "killed", "terminated": "TERM", "hung_up": "HUP", "interrupted": "Ctrl-C",
         "interrupted_twice": "Ctrl-C twice", "stopped_for_a_while": "stopped", "fell": "fell"}
 """How runs were ended: the name in the record, and the head of the column."""
 
@@ -30,7 +31,8 @@ def _rows(record: Record, part: str, columns: Sequence[str]) -> str:
         kind, _, rest = metric.name.partition(".")
         if kind == part:
             row, _, column = rest.rpartition(".")  # a row's name may hold dots
-            numbers.setdefault(row.replace("_", " "), {})[column] = int(metric.value or 0)
+            row = re.sub(r"^0(\d)_\w+$", r"chapter \1", row).replace("_", " ")
+            numbers.setdefault(row, {})[column] = int(metric.value or 0)
     numbers["all"] = {column: sum(row.get(column, 0) for row in numbers.values())
                       for column in columns}
     return "\n".join(f"| {name} | " + " | ".join(f"{row.get(one, 0):,}" for one in columns) + " |"

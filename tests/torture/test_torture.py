@@ -91,6 +91,7 @@ def test_half_an_hour_has_chapters_too_and_small_disks_where_one_may_mount(
     record = Record.read(small / "torture.json")
     fell = sum(share > 0.8 for share in shares[:5])
     assert f"| small clone | 5 | {fell} |" in torture_page.small_disks(record)
+    assert "| chapter 4 | 2 | 1 | 0 | 0 | 0 | 0 | 0 |" in torture_page.ended_runs(record)
 
 
 def test_a_stopped_run_goes_on_behind_what_has_ended(small: Path, monkeypatch, capsys):
