@@ -186,8 +186,9 @@ fuzz: $(SDIST) ## damaged control vectors under libFuzzer, by Clang (RUNS=100000
 bench: test-native ## speed, as ratios within one process: build/bench.json
 	@PYTHONPATH=lib $(PY) -m tools.bench
 
-torture: setup ## damaged files, failing calls, killed runs, races, small disks (HOURS=0.1 SEED=0): build/torture.json
-	@PYTHONPATH=lib:tests $(PY) -m torture $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED))
+torture: setup ## damaged files, failing calls, killed runs, races, small disks (HOURS=0.1 SEED=0 PROCESSES=2): build/torture.json
+	@PYTHONPATH=lib:tests $(PY) -m torture $(if $(HOURS),--hours $(HOURS)) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 long: setup ## one kernel runs chapters again and again; what it holds (HOURS=1 CHAPTERS="04 05"): build/long.json
 	@PYTHONPATH=lib:tests $(PY) -m torture.long $(if $(HOURS),--hours $(HOURS)) $(CHAPTERS)

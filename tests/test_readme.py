@@ -32,8 +32,8 @@ def test_every_interval_is_a_published_one():
                   for one in shown]
         assert any(
             all(abs(sign * a - b) <= half for a, b, half in zip(triple, exact, halves, strict=True))
-            for low_first in known
-            for sign, triple in ((1, low_first), (-1, (low_first[0], low_first[2], low_first[1])))
+            for metric in known
+            for sign, triple in ((1, metric), (-1, (metric[0], metric[2], metric[1])))
         ), f"no record holds {value}{percent} [{', '.join(ends)}]"
 
 

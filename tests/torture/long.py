@@ -133,6 +133,8 @@ class OpenKernel:
         try:
             client.execute()
         except CellExecutionError as error:
+            if error.ename == "KeyboardInterrupt":  # it is stopped, and keeps what it saw
+                raise KeyboardInterrupt from None
             return f"{notebook}: {error.ename}: {error.evalue}"
         except (CellTimeoutError, DeadKernelError) as error:
             return f"{notebook}: {type(error).__name__}: {error}".splitlines()[0]

@@ -20,7 +20,7 @@ from lablog.arianna.dialogues import load_dialogues
 from lablog.commitment import qlora, sweep
 from lablog.commitment.posterior import CommitmentSettings, VariationalCommitment
 from lablog.files import repository
-from lablog.models import gguf_import, llama2c
+from lablog.models import gguf_import, llama2c, locate
 from lablog.models.llama_cpp import Model
 from lablog.record import Record
 from lablog.text.bpe import GGUFTokenizer
@@ -117,6 +117,11 @@ def _chat_model(name: str) -> Callable[[Path], Path]:
     return make
 
 
+def _base(path: Path) -> None:
+    folder = locate.hugging_face_folder(str(path.parent), path.parent)
+    qlora.load_base(folder, "none", "f32")
+
+
 def _profile(path: Path) -> None:
     profiles.declared_parameters = cache(profiles.declared_parameters)  # which do not change here
     profiles.load(str(path))
@@ -165,7 +170,7 @@ READERS = {reader.name: reader for reader in (
     Reader("Hugging Face tokenizer", _chat_model("tokenizer.json"),
            lambda path: tokenizer_of(path.parent), TEXT),
     Reader("Hugging Face configuration", _chat_model("config.json"),
-           lambda path: qlora.load_base(path.parent, "none", "f32"), TEXT),
+           _base, TEXT),
     Reader("Hugging Face weights", _chat_model("model.safetensors"),
-           lambda path: qlora.load_base(path.parent, "none", "f32"), BINARY),
+           _base, BINARY),
 )}

@@ -83,6 +83,24 @@ def test_an_error_in_a_chapter_is_told(kernel: OpenKernel, tmp_path: Path):
     assert kernel.round(["00_tiny"]) == "00_tiny: ZeroDivisionError: division by zero"
 
 
+def test_a_stopped_run_keeps_what_it_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The rounds before, and no error: who stops it is none."""
+    monkeypatch.setattr("lablog.profiles.notebooks", lambda: ["00_tiny"])
+    monkeypatch.setattr("lablog.profiles.notebook_path", lambda name: tmp_path / f"{name}.py")
+    monkeypatch.setattr("lablog.profiles.load", lambda name: Profile(name, {"00_tiny": {}}))
+    monkeypatch.setattr("lablog.layout.built", lambda *names: tmp_path.joinpath("built", *names))
+    (tmp_path / "00_tiny.py").write_text(
+        f"# %%\nimport os\nif os.path.exists({str(tmp_path / 'seen')!r}):\n"
+        f"    raise KeyboardInterrupt\nopen({str(tmp_path / 'seen')!r}, 'w').close()\n")
+    with pytest.raises(KeyboardInterrupt):
+        long.main(["--hours", "1"])
+    record = Record.read(tmp_path / "built" / "long.json")
+    assert record.metric("long.rounds").value == 1
+    assert record.metric("long.error").value == "none"
+
+
 def test_a_kernel_that_dies_is_told(kernel: OpenKernel, tmp_path: Path):
     (tmp_path / "00_tiny.py").write_text("# %%\nimport os\nos.kill(os.getpid(), 9)\n")
     assert kernel.round(["00_tiny"]) == "00_tiny: DeadKernelError: Kernel died"

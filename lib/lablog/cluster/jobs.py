@@ -71,7 +71,8 @@ def job_cluster(path: Path) -> Any:
     resources = f"threads={jobs.cores} gpus={jobs.gpus} memory={parse_bytes(jobs.memory)}"
     options = {
         "cores": jobs.cores, "memory": jobs.memory, "walltime": jobs.walltime, "processes": 1,
-        "scheduler_options": {"host": jobs.host, "dashboard_address": "127.0.0.1:0"},
+        "scheduler_options": {"host": jobs.host, "dashboard_address": "127.0.0.1:0",
+                              "dashboard": False},  # which would outlive its cluster
         "worker_extra_args": ["--lifetime", f"{lifetime}s", "--lifetime-stagger",
                               f"{min(240, lifetime // 4)}s", "--resources", f'"{resources}"',
                               "--no-dashboard"],

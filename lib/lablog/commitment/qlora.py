@@ -9,7 +9,6 @@ is seen in the KL and in the active units (Burda et al. 2016).
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.helpers import disable_input_dtype_casting
 from pydantic import Field, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -131,19 +130,6 @@ class Plan(Strict):
         return self
 
 
-def _compare_layers(folder: Path) -> None:
-    """Raise ValueError where the configuration has more layers than there are weights: Transformers
-    would begin to build them, as many as it says."""
-    config = json.loads((folder / "config.json").read_text())
-    layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
-    stored = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as weights:
-            stored += len(weights.keys())
-    if isinstance(layers, int) and layers > stored:
-        raise ValueError(f"its config.json has {layers} layers, and there are {stored} weights")
-
-
 def load_base(folder: Path, quantisation: Quantisation, precision: Literal["f32", "bf16"],
               cpu: bool = True) -> PreTrainedModel:
     """A base model with frozen weights; with ``nf4`` its linear layers lie in 4 bits.
@@ -167,7 +153,6 @@ def load_base(folder: Path, quantisation: Quantisation, precision: Literal["f32"
     disable_progress_bar()
     with parsing(folder, "a model that can be loaded", SafetensorError, RuntimeError, KeyError,
                  TypeError, ArithmeticError, StrictDataclassError):
-        _compare_layers(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=None if cpu else "auto", use_safetensors=True,
             attn_implementation="eager" if cpu and precision == "bf16" else "sdpa",
