@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from safetensors.torch import save_file
 
 from lablog import keys, provenance
 from lablog.arianna.finetuning import train_base
@@ -244,15 +245,18 @@ def test_a_training_depends_on_the_chats_in_a_folder(tmp_path):
 def test_a_converted_model_depends_on_all_of_its_shards(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
-        (folder / name).write_text(name)
+    (folder / "config.json").write_text("{}")
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        save_file({name: torch.zeros(1)}, folder / name)
     made = []
     monkeypatch.setattr(convert, "to_gguf", wraps(convert.to_gguf)(
         lambda folder, output, dtype: made.append(output) or output))
-    for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
-        gguf_file(str(folder), tmp_path / "artifacts")
-        (folder / name).write_text("other")
     gguf_file(str(folder), tmp_path / "artifacts")
+    (folder / "config.json").write_text('{"num_hidden_layers": 1}')
+    gguf_file(str(folder), tmp_path / "artifacts")
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        save_file({name: torch.ones(1)}, folder / name)
+        gguf_file(str(folder), tmp_path / "artifacts")
     assert len(set(made)) == 4
 
 
@@ -265,8 +269,8 @@ def test_a_converted_model_is_named_by_what_it_is_and_not_by_how_long_its_traini
     for seconds in ("1.0", "2.0"):
         folder = tmp_path / seconds / "model"
         folder.mkdir(parents=True)
-        for name, text in (("config.json", "{}"), ("model.safetensors", ""),
-                           ("training.json", seconds), ("key", seconds)):
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+        for name, text in (("config.json", "{}"), ("training.json", seconds), ("key", seconds)):
             (folder / name).write_text(text)
         found.append(gguf_file(str(folder), tmp_path / "artifacts"))
     assert found[0] == found[1]
