@@ -44,7 +44,7 @@ NATIVE       := $(TOOL)/native.py build/native '$(CMAKE)' $(JOBS)
 LIVE         := NODE_PATH=/usr/share/nodejs $(TOOL)/native.py build/native-live 'emcmake $(CMAKE)' $(JOBS)
 
 .PHONY: help setup lock lab reproduce test book live pdf bench torture long verify why claims compare notes publish clean distclean \
-        cluster worker certificates test-native test-native-sanitize test-native-races fuzz _setup _results
+        cluster worker certificates test-native test-native-sanitize test-native-races fuzz _setup _test _results
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -154,7 +154,10 @@ lab: setup ## JupyterLab with the notebooks as paired .ipynb
 
 # --- Checks -----------------------------------------------------------------------------------
 
-test: setup test-native ## everything that can be checked: style, types, native, library, notebooks, book
+test: setup ## everything that can be checked: style, types, native, library, notebooks, book
+	@$(TOOL)/exclusive.py --wait build/.test.lock $(MAKE) --no-print-directory _test
+
+_test: test-native
 	@$(ENV)/bin/ruff check .
 	@$(ENV)/bin/mypy
 	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -5,18 +5,21 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from clone import Clone
+from clone import Clone, until
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Clone:
-    return Clone(tmp_path)
+def clone(tmp_path: Path) -> Iterator[Clone]:
+    made = Clone(tmp_path)
+    yield made
+    made.close()
 
 
 def make(*arguments: str, **variables: str) -> str:
@@ -74,6 +77,17 @@ def test_a_second_setup_does_nothing(clone: Clone):
     for _ in range(2):
         done = clone.make("setup")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_who_tests_a_clone_waits_for_another_who_does(clone: Clone):
+    lock = clone.write("build/.test.lock", "")
+    first = clone.spawn("python3", "lib/tools/exclusive.py", str(lock), "sleep", "60")
+    until(lock.read_text, "the first one's lock")
+    second = clone.spawn("make", "test")
+    assert second.stderr
+    assert second.stderr.readline() == (f"waiting for process {first.pid}, which does the same in "
+                                        "this clone (build/.test.lock)\n")
+    assert second.poll() is None
 
 
 def test_other_arguments_for_cmake_build_the_library_anew(clone: Clone):

@@ -26,7 +26,8 @@ def main() -> None:
                 f"error: another `make` (process {holder}) is already producing these results; "
                 "wait until it ends, or use a PROFILE of another name"
             )
-        print(f"waiting for process {holder}, which sets this clone up", file=sys.stderr)
+        print(f"waiting for process {holder}, which does the same in this clone ({lock})",
+              file=sys.stderr)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
