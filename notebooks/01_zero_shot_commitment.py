@@ -117,7 +117,8 @@ with run.stage("baseline"):
     norms = engine.residual_norms(material.texts)
     baseline = coherence.baseline(engine, material)
 sample = sampler.sample(seeds[0], k, engine.model.width)
-_, initialisations = sampler.sample_once(seeds[0], k, engine.model.width)
+for _ in range(3):  # as a process would that asks for its commitment again
+    _, initialisations = sampler.sample_once(seeds[0], k, engine.model.width)
 run.metric("direction_norm", sample.norm, "", seeds=(seeds[0],))
 run.metric("residual_norm", float(norms.mean()), "")
 run.metric("initialisations", initialisations, "count")

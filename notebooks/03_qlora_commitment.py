@@ -318,7 +318,8 @@ metrics.table(run.record(), main)
 # %% [markdown]
 # Targets were set before anything was measured here: from the prior the same X in both forms in at
 # least 90 %, recall after eviction at least 90 % from the prefix and 80 % for a latent sampled
-# once, perplexity at most 1.05 times that of LoRA without $z^*$. The findings at the end say of
+# once, perplexity at most 1.05 times that of LoRA without $z^*$, both of what is said behind the
+# first exchange: a $z^*$ from the prefix has read that one. The findings at the end say of
 # each whether it was met.
 #
 # The intervals resample what varied, all at once: bases, seeds of the training and items (a

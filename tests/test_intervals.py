@@ -13,6 +13,8 @@ from scipy import stats
 from lablog.intervals import (
     bootstrap_percentile,
     hierarchical,
+    ratio_replicas,
+    ratio_values,
     t_interval,
     wilson,
 )
@@ -117,6 +119,19 @@ def test_bootstrap_of_a_median_has_the_exact_order_statistics():
     exact = np.searchsorted(below, [0.025, 0.975])
     assert np.abs(exact - 400).min() > 25
     assert (interval.low, interval.high) == pytest.approx(tuple(exact), abs=2.5)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_values_of_a_ratio_have_it_as_their_mean_and_its_variation(seed: int):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 40, (2, 60)).astype(float)
+    totals = sizes * rng.normal(2, 0.2, (2, 60))
+    values = ratio_values(totals, sizes)
+    assert values.mean(axis=1) == pytest.approx(totals.sum(axis=1) / sizes.sum(axis=1))
+    replicas = ratio_replicas(totals[0], sizes[0], 4000)
+    assert values[0].std() / math.sqrt(60) == pytest.approx(replicas.std(), rel=0.15)
+    assert np.ptp(ratio_values(3 * sizes, sizes)) == pytest.approx(0, abs=1e-12)
 
 
 def coverage(draw, truth: float, runs: int) -> float:

@@ -67,10 +67,33 @@ def ratio_replicas(totals: ArrayLike, sizes: ArrayLike, draws: int = 2000,
     return ratios
 
 
-def percentiles(replicas: NDArray[np.float64], method: str) -> Interval:
-    """The 95 % interval between percentiles of a bootstrap's `replicas` [draws]."""
-    low, high = np.percentile(replicas, [2.5, 97.5])
-    return Interval(float(low), float(high), method)
+def ratio_values(totals: ArrayLike, sizes: ArrayLike) -> NDArray[np.float64]:
+    """Values [..., items] whose mean over items is sum(totals) / sum(sizes), and varies as that
+    ratio does where items are resampled: its linearisation, for :func:`hierarchical`.
+
+    totals and sizes: of each item [..., items]. Items of one rate and unequal sizes have equal
+    values; totals divided by the mean size would not.
+    """
+    totals, sizes = np.asarray(totals, dtype=float), np.asarray(sizes, dtype=float)
+    whole = sizes.sum(axis=-1, keepdims=True)
+    ratio = totals.sum(axis=-1, keepdims=True) / whole
+    values: NDArray[np.float64] = (
+        ratio + (totals - ratio * sizes) * totals.shape[-1] / whole)
+    return values
+
+
+def percentiles(replicas: NDArray[np.float64], method: str, units: int = 0) -> Interval:
+    """The 95 % interval between percentiles of a bootstrap's `replicas` [draws], expanded for few
+    `units` if their number is given (Hesterberg, as in :func:`hierarchical`)."""
+    tail = _tail(units, 0.95) if units else 0.025
+    low, high = np.quantile(replicas, [tail, 1 - tail])
+    return Interval(float(low), float(high), f"{method}, expanded" if units else method)
+
+
+def _tail(units: int, level: float) -> float:
+    """Which percentile of a bootstrap over so many units has the tail of Student's t."""
+    quantile = scipy.stats.t.ppf((1 - level) / 2, units - 1)
+    return float(scipy.stats.norm.cdf(math.sqrt(units / (units - 1)) * quantile))
 
 
 def bootstrap_percentile(
@@ -117,9 +140,7 @@ def hierarchical(values: ArrayLike, *, share: bool = False, draws: int = 10_000,
         raise ValueError("1 value: a bootstrap needs at least two seeds or items")
     by_item = array.reshape(units, items) @ _item_counts(items, draws, seed).T / items
     means = np.einsum("du,ud->d", _unit_weights(tuple(outer.values()), draws, seed), by_item)
-    count = units if outer else items
-    quantile = scipy.stats.t.ppf((1 - level) / 2, count - 1)
-    tail = scipy.stats.norm.cdf(math.sqrt(count / (count - 1)) * quantile)
+    tail = _tail(units if outer else items, level)
     low, high = (float(end) for end in np.quantile(means, [tail, 1 - tail]))
     within = [f"{size} {name}" for name, size in outer.items()]
     over = " of ".join(within[::-1]), f"{items} items" if items > 1 else ""

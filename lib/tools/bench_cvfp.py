@@ -68,7 +68,8 @@ def measured(size: Size | None = None, device: str = "cpu") -> list[Row]:
         data = prepare(
             Path(folder), config, text_source="arianna", tokenizer="project", vocabulary=2048,
             embedding="ppmi", window=5, corpus_documents=2000, dialogues=size.tokens // length,
-            dialogue_tokens=length, val_data_source="text_file", seed=42, device=device,
+            dialogue_tokens=length, test_dialogues=1, val_data_source="text_file", seed=42,
+            device=device,
         )
     bench = _Bench(size, config, settings, data.tokens["training"], device)
     rows = []

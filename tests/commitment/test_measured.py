@@ -206,10 +206,11 @@ class Again:
             ids, exchange = self.plain.tokens(turns)
             mine, base = self.plain.logs(ids, exchange, z), self.before.logs(ids, exchange, None)
             own, at = [], 1
-            for turn in turns:
+            for number, turn in enumerate(turns):
                 head = len(self.plain.tokenizer.encode(f"{turn.speaker}:"))
                 size = len(self.plain.tokenizer.encode(f"{turn.speaker}: {turn.text}\n"))
-                own += range(at + head, at + size) if turn.speaker == "A" else ()
+                # The first two turns are what a prefix is read from.
+                own += range(at + head, at + size) if turn.speaker == "A" and number > 1 else ()
                 at += size
             found["nll"].append(-sum(mine[i - 1, ids[i]].item() for i in own))
             found["own_tokens"].append(len(own))

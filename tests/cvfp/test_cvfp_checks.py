@@ -85,7 +85,8 @@ def test_check_3_detects_chaos_sequentially_and_misses_it_in_parallel(network, e
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [([0.5, 0.1, 0.0005], "pass"), ([0.5, 0.1, 0.02], "fail"), ([0.5, 0.1, 0.005], "between"),
-     ([0.0001, 0.0002, 0.0005], "between"), ([0.1, 0.0, 0.0], "pass")],
+     ([0.0001, 0.0002, 0.0005], "between"), ([0.1, 0.0, 0.0], "pass"),
+     ([0.5, 2e-11, 3e-11], "pass"), ([0.5, 2e-9, 3e-9], "between")],
 )
 def test_thresholds_of_check_3(differences, verdict):
     assert checks.convergence(differences).verdict == verdict

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,17 @@ def test_bootstrap_covers_the_perplexity_and_vanishes_for_equal_dialogues():
     mixed = Predictions(torch.arange(100.0) / 50, torch.ones(100, dtype=torch.bool))
     spread = metrics.bootstrap_perplexity(mixed, 10, 500, 0)
     assert spread.low < mixed.perplexity < spread.high
-    assert spread.method == "bootstrap over 10 dialogues"
+    assert spread.method == "bootstrap over 10 dialogues, expanded"
+
+
+def test_the_perplexity_of_few_dialogues_is_covered():
+    """A plain percentile interval over six dialogues holds the truth in 85 to 88 %."""
+    rng, hits = np.random.default_rng(5), 0
+    for _ in range(400):
+        nll = torch.tensor(rng.normal(2, 0.3, 6)).repeat_interleave(4)
+        spread = metrics.bootstrap_perplexity(Predictions(nll, nll < 1), 4, 400)
+        hits += spread.low <= math.exp(2) <= spread.high
+    assert hits > 0.92 * 400
 
 
 def test_ratio_is_paired_over_tokens():
@@ -40,6 +51,23 @@ def test_ratio_is_paired_over_tokens():
     assert metric.value == pytest.approx(2)
     low, high = metric.interval
     assert high - low < 1e-6, "the noise is the same on both sides"
+
+
+def test_ratio_over_seeds_is_the_geometric_mean_and_as_wide_as_seeds_differ():
+    noise = torch.randn(95, generator=torch.Generator().manual_seed(0))
+    ours = [Predictions(5 + noise, noise > 0)] * 3
+    factors = (2.0, 2.2, 1.8)
+    others = [Predictions(5 + noise + math.log(factor), noise > 0) for factor in factors]
+    metric = metrics.perplexity_ratio_over_seeds("a.seeds.over_b.test", others, ours, 10, (1, 2, 3))
+    assert metric.value == pytest.approx(math.prod(factors) ** (1 / 3))
+    low, high = metric.interval
+    assert low == pytest.approx(1.8)
+    assert high == pytest.approx(2.2)
+    assert metric.seeds == (1, 2, 3)
+    assert metric.interval_method == (
+        "hierarchical bootstrap over 3 seeds and 10 dialogues, expanded percentiles")
+    alone = metrics.perplexity_ratio_over_seeds("x", others[:1], ours[:1], 10, (1,))
+    assert alone.value == pytest.approx(2)
 
 
 def test_batch_means_need_two_values_a_batch():

@@ -107,7 +107,7 @@ def test_bigrams_are_those_that_counting_one_by_one_gives(drawn):
 def test_window_holds_the_last_tokens_only():
     table = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([3, 1, 4, 1, 5, 8, 2, 6])
-    window = p2.window_contexts(table, ids, 12, 3)
+    window = p2.window_contexts(table, ids, 12, 3, ids)
     assert window.shape == (8, 12)
     assert torch.equal(window[3, :4], window[1, :4]), "both are token 1"
     assert torch.equal(window[5, 4:8], window[4, :4])
@@ -115,8 +115,17 @@ def test_window_holds_the_last_tokens_only():
     assert not window[0, 4:].any()
     changed = ids.clone()
     changed[2] = 0
-    same = (p2.window_contexts(table, ids.clone(), 12, 3) == window).all(1)
-    assert same.all()
+    same = (p2.window_contexts(table, changed, 12, 3, ids) == window).all(1)
+    assert same.tolist() == [True, True, False, False, False, True, True, True]
+
+
+def test_window_has_the_same_numbers_for_a_token_in_every_text():
+    """Else what reads them on one text could not on another: a head, or a linear map."""
+    table = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    known, other = torch.arange(20), torch.arange(39, 5, -1)
+    of_known, of_other = (p2.window_contexts(table, ids, 12, 3, known) for ids in (known, other))
+    for token in range(6, 20):
+        assert torch.equal(of_known[token, :4], of_other[39 - token, :4])
 
 
 def test_shapes_of_predictions(network, phase2, text):

@@ -168,7 +168,7 @@ def test_unknown_names(tmp_path, phase1, phase2, network, embeddings):
     with pytest.raises(ValueError, match="3 tokens and 2 contexts"):
         exact_shares(network(), embeddings(3), torch.ones(2, 12).double(), 2)
     with pytest.raises(ValueError, match="does not divide"):
-        window_contexts(torch.randn(9, 10), torch.arange(5), 12, 5)
+        window_contexts(torch.randn(9, 10), torch.arange(5), 12, 5, torch.arange(5))
     with pytest.raises(ValueError, match="same number"):
         FixedText(torch.arange(4), torch.zeros(4, 2), torch.zeros(3, 2))
 
@@ -340,14 +340,14 @@ def prepared(tmp_path_factory):
     return config, folder, data.prepare(
         folder, config, text_source="self_consistency", tokenizer="project", vocabulary=600,
         embedding="ppmi", window=3, corpus_documents=60, dialogues=10, dialogue_tokens=40,
-        val_data_source="text_file", seed=1, device="cpu",
+        test_dialogues=3, val_data_source="text_file", seed=1, device="cpu",
     )
 
 
 def test_prepared_texts(prepared):
     config, _, texts = prepared
     assert {name: len(ids) for name, ids in texts.ids.items()} == {
-        "training": 400, "validation": 80, "test": 80, "dev": 80,
+        "training": 400, "validation": 80, "test": 120, "dev": 80,
     }
     pieces = {name: set(map(tuple, ids.view(-1, 40).tolist())) for name, ids in texts.ids.items()}
     assert not pieces["dev"] & (pieces["test"] | pieces["training"])
@@ -359,7 +359,8 @@ def test_prepared_texts(prepared):
         data.prepare(
             prepared[1], config, text_source="self_consistency", tokenizer="project",
             vocabulary=600, embedding="gaussian", window=3, corpus_documents=60, dialogues=10,
-            dialogue_tokens=40, val_data_source="auto_split", seed=1, device="cpu",
+            dialogue_tokens=40, test_dialogues=2, val_data_source="auto_split", seed=1,
+            device="cpu",
         )
 
 
@@ -368,7 +369,7 @@ def test_chapters_with_other_settings_have_files_of_their_own(tmp_path):
                          weight_std=0.1, bias_std=0.01)
     settings = {"text_source": "self_consistency", "tokenizer": "project", "embedding": "gaussian",
                 "window": 3, "corpus_documents": 60, "dialogues": 5, "dialogue_tokens": 40,
-                "val_data_source": "text_file", "device": "cpu"}
+                "test_dialogues": 1, "val_data_source": "text_file", "device": "cpu"}
     files = data.prepare(tmp_path, config, vocabulary=600, seed=1, **settings).files.values()
     before = [path.read_bytes() for path in files]
     others = data.prepare(tmp_path, config, vocabulary=500, seed=2, **settings).files.values()

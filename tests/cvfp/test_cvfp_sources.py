@@ -156,7 +156,7 @@ def test_a_users_text_is_split_and_read_by_both_chapters_like_any_other(tmp_path
     found = prepare(
         tmp_path / "made", small, text_source=str(path), tokenizer="project", vocabulary=400,
         embedding="gaussian", window=2, corpus_documents=50, dialogues=10, dialogue_tokens=16,
-        val_data_source="text_file", seed=0, device="cpu",
+        test_dialogues=2, val_data_source="text_file", seed=0, device="cpu",
     )
     assert {name: len(ids) for name, ids in found.ids.items()} == {
         "training": 160, "validation": 32, "test": 32, "dev": 32}
@@ -208,7 +208,7 @@ def test_a_models_own_tokens_and_embedding_are_read_by_both_chapters(tmp_path):
     found = prepare(
         tmp_path / "made", config, text_source="arianna", tokenizer=str(path), vocabulary=0,
         embedding=str(path), window=2, corpus_documents=50, dialogues=5, dialogue_tokens=16,
-        val_data_source="text_file", seed=0, device="cpu")
+        test_dialogues=1, val_data_source="text_file", seed=0, device="cpu")
     assert found.vocabulary == 1000
     expected = torch.nn.functional.layer_norm(gguf_embedding(path), (32,))
     assert torch.equal(found.tokens["training"], expected[found.ids["training"]])

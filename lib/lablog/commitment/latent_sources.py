@@ -93,8 +93,9 @@ def game(speaker: TorchSpeaker, source: Source, asked: ProbeSet, guesses: int) -
 
 @dataclass(frozen=True)
 class OwnWords:
-    """For each text the negative log-likelihood of the model's own words (nats, summed), their
-    number, and the KL to the base's distribution (nats, summed over them); float64 [texts]."""
+    """For each text the negative log-likelihood of the model's own words behind the first exchange
+    (nats, summed), their number, and the KL to the base's distribution (nats, summed over them);
+    float64 [texts]."""
 
     nll: np.ndarray
     tokens: np.ndarray
@@ -103,7 +104,11 @@ class OwnWords:
 
 def own_words(speaker: TorchSpeaker, source: Source, asked: ProbeSet,
               base: TorchSpeaker) -> OwnWords:
-    """How the model's own words in the held-out texts fare, and how far from the `base`."""
+    """How the model's own words in the held-out texts fare, and how far from the `base`.
+
+    The first exchange is left out for every source: a z* from the ``prefix`` has read it, and
+    would be told the words that are asked for.
+    """
     texts = asked.texts
     z = draw_latents(speaker, source, asked.seed, LANGUAGE, len(texts), [t[:2] for t in texts],
                      [-1] * len(texts))
@@ -111,7 +116,7 @@ def own_words(speaker: TorchSpeaker, source: Source, asked: ProbeSet,
     for turns, mine, before in zip(texts, speaker.read(texts, z), base.read(texts, None),
                                    strict=True):
         prompt = speaker.prompt(turns)
-        own = prompt.own[1:]
+        own = (prompt.own & (prompt.exchange > 0))[1:]
         found = reading(mine[own].astype(float), before[own].astype(float), prompt.ids[1:][own])
         nll.append(float(found.loss.sum()))
         tokens.append(int(own.sum()))

@@ -17,7 +17,7 @@ from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.measures import COUNTED, LABELS, UNITS
 from lablog.commitment.novelty import HEADLINE
 from lablog.commitment.qlora import load_base
-from lablog.intervals import Interval, hierarchical
+from lablog.intervals import Interval, hierarchical, ratio_values
 from lablog.models import evaluation
 from lablog.record import Metric, Record
 from lablog.report import format_metric
@@ -90,7 +90,7 @@ def over_items(name: str, values: np.ndarray, unit: str, seeds: Sequence[int],
 def _of_ratio(name: str, nll: np.ndarray, tokens: np.ndarray, unit: str,
               seeds: Sequence[int]) -> Metric:
     """exp of nats per token, where a text counts by its length."""
-    per_token = nll * tokens.shape[-1] / tokens.sum(axis=-1, keepdims=True)
+    per_token = ratio_values(nll, tokens)
     interval = hierarchical(per_token)
     return Metric.of(name, math.exp(per_token.mean()), unit, n=nll.shape[-1],
                      seeds=tuple(seeds) if nll.shape[1] > 1 else None, interval=Interval(
@@ -156,7 +156,7 @@ def of_arms(rows: Sequence[Measured], kind: str = HEADLINE,
         nll, tokens, drift = (stacked(rows, arm, name, kind, gap)
                               for name in ("nll", "own_tokens", "kl_base"))
         if nll is not None and tokens is not None and drift is not None:
-            per_token = drift * tokens.shape[-1] / tokens.sum(axis=-1, keepdims=True)
+            per_token = ratio_values(drift, tokens)
             found += [_of_ratio(f"{arm}.perplexity", nll, tokens, "", seeds),
                       over_items(f"{arm}.kl_base", per_token, "nat", seeds)]
     return found

@@ -149,7 +149,7 @@ class Prepared:
 def prepare(
     folder: Path, config: ModelConfig, *, text_source: str, tokenizer: str, vocabulary: int,
     embedding: str, window: int, corpus_documents: int, dialogues: int, dialogue_tokens: int,
-    val_data_source: str, seed: int, device: str,
+    test_dialogues: int, val_data_source: str, seed: int, device: str,
 ) -> Prepared:
     """Everything that both notebooks feed to a network; writes only into `folder`.
 
@@ -160,13 +160,14 @@ def prepare(
     else is a ``.model`` or ``.gguf``, its path from the repository or its name in a package index.
     `embedding`: "ppmi" (co-occurrences at most `window` apart in the first `corpus_documents`
     training documents), "gaussian", that of a model in a ``.gguf``, named likewise, or GPT-2's (a
-    ``.safetensors`` or a Hub name). Validation, test and dev have a fifth of the training tokens
-    each; the last two are of dialogues that occur nowhere else. A `text_source` that is a file is
-    one of the `files`.
+    ``.safetensors`` or a Hub name). Validation and dev have a fifth of the training tokens each,
+    test has `test_dialogues`; the last two are of dialogues that occur nowhere else. A
+    `text_source` that is a file is one of the `files`.
     """
     documents_ = list(islice(documents(text_source, "train", seed), corpus_documents))
     made_of = key(prepare, hashlib.sha256("\0".join(documents_).encode()).hexdigest(), tokenizer,
-                  vocabulary, embedding, window, config.embed_dim, dialogues, dialogue_tokens, seed)
+                  vocabulary, embedding, window, config.embed_dim, dialogues, dialogue_tokens,
+                  test_dialogues, seed)
     folder = folder / f"texts-{made_of}"
     files = {"tokenizer": folder / "tokenizer.model", "validation": folder / "validation.txt",
              "embedding": folder / "embedding.safetensors"}
@@ -201,9 +202,10 @@ def prepare(
     validation = read_validation(
         val_data_source, files["validation"], encoder, flat, held_out * dialogue_tokens
     )
-    unseen = cut(documents(text_source, "test", seed), encoder, 2 * held_out, dialogue_tokens)
+    unseen = cut(documents(text_source, "test", seed), encoder, test_dialogues + held_out,
+                 dialogue_tokens)
     test, dev = ([i for ids in part for i in ids]
-                 for part in (unseen[:held_out], unseen[held_out:]))
+                 for part in (unseen[:test_dialogues], unseen[test_dialogues:]))
     texts = {"training": flat, "validation": validation, "test": test, "dev": dev}
     ids = {name: torch.tensor(text, device=device) for name, text in texts.items()}
     return Prepared(module, ids, {name: module(i) for name, i in ids.items()}, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from lablog.cvfp.passes import Passes
 from lablog.cvfp.phase1 import Phase1Result
 from lablog.cvfp.phase2 import Phase2History, Predictions
 from lablog.cvfp.rollout import Rollout, relative_errors
-from lablog.intervals import Interval, percentiles, ratio_replicas
+from lablog.intervals import Interval, hierarchical, percentiles, ratio_replicas, ratio_values
 from lablog.record import Metric
 
 
@@ -159,12 +160,13 @@ def accuracy_of(found: Rollout, exact: Tensor) -> list[Metric]:
 def bootstrap_perplexity(
     predictions: Predictions, block: int, draws: int = 2000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap of the perplexity over consecutive dialogues of `block` tokens."""
+    """Bootstrap of the perplexity over consecutive dialogues of `block` tokens, at least two, with
+    percentiles expanded for their number."""
     dialogues = predictions.nll.split(block)
     totals = np.array([float(dialogue.double().sum()) for dialogue in dialogues])
     sizes = np.array([len(dialogue) for dialogue in dialogues])
     replicas = np.exp(ratio_replicas(totals, sizes, draws, seed))
-    return percentiles(replicas, f"bootstrap over {len(dialogues)} dialogues")
+    return percentiles(replicas, f"bootstrap over {len(dialogues)} dialogues", len(dialogues))
 
 
 def predictions(found: Predictions, block: int) -> list[Metric]:
@@ -196,3 +198,20 @@ def perplexity_ratio(name: str, other: Predictions, ours: Predictions, block: in
     difference = Predictions(nll, nll > 0)
     return Metric.of(name, difference.perplexity, "ratio", n=len(nll),
                      interval=bootstrap_perplexity(difference, block))
+
+
+def perplexity_ratio_over_seeds(
+    name: str, others: Sequence[Predictions], ours: Sequence[Predictions], block: int,
+    seeds: Sequence[int],
+) -> Metric:
+    """Perplexity of `others` over that of `ours`, one of each for a seed: the geometric mean over
+    `seeds`. They and dialogues of `block` tokens are resampled together."""
+    nll = [other.nll.double() - mine.nll.double() for other, mine in zip(others, ours, strict=True)]
+    parts = [of_seed.split(block) for of_seed in nll]
+    per_token = ratio_values([[float(one.sum()) for one in part] for part in parts],
+                             [[len(one) for one in part] for part in parts])
+    found = hierarchical(per_token)
+    return Metric.of(name, float(np.exp(per_token.mean())), "ratio", n=len(nll[0]),
+                     seeds=tuple(seeds), interval=Interval(
+                         float(np.exp(found.low)), float(np.exp(found.high)),
+                         found.method.replace(" items", " dialogues")))

@@ -257,16 +257,17 @@ def trained_and_read(
             {k: predict(best.model, texts[k]) for k in ("validation", "test")})
 
 
-def window_contexts(table: Tensor, ids: Tensor, width: int, size: int) -> Tensor:
+def window_contexts(table: Tensor, ids: Tensor, width: int, size: int, known: Tensor) -> Tensor:
     """A context without learning: the last `size` tokens in `width` numbers, [n, width].
 
     Each token is given by the leading width / size principal components of the embedding `table`
-    [vocabulary, e]; row i holds tokens i, i-1, ... and zeros before the text. Raises ValueError
-    when `size` does not divide `width`.
+    [vocabulary, e] over the tokens that occur in the ids `known`, those of the training text
+    whatever text is read, so that a token has the same numbers in all of them; row i holds tokens
+    i, i-1, ... and zeros before the text. Raises ValueError when `size` does not divide `width`.
     """
     if width % size:
         raise ValueError(f"a window of {size} tokens does not divide {width} dimensions")
-    used = table[ids.unique()]
+    used = table[known.unique()]
     _, vectors = torch.linalg.eigh((used.t() @ used).double())
     components = vectors.flip(1)[:, : width // size].to(table)
     parts = F.layer_norm(table[ids] @ components, (width // size,))
