@@ -511,13 +511,26 @@ for name in compared:
 #
 # The tangent vector $v$ starts in a random direction and turns into the fastest growing one while
 # the first fifth of the tokens is read; those are not counted.
+#
+# Exponent and memory, further down, are taken of the networks of all seeds, those of both variants
+# and the untrained ones. The interval of a single network is over stretches of the text and says
+# what another stretch would do. That of a variant, `<variant>.lyapunov`, is over seeds and says
+# what another draw of initial weights would. The two differ, and neither stands for the other: a
+# text has easy and hard stretches, and networks of one kind may agree on which they are.
 
 # %%
 part, zero = training[:lyapunov_tokens], training.new_zeros(context_dim)
-for name in compared:
-    growth = lyapunov.lyapunov_exponent(blocks[name], part, zero, seeds[0], len(part) // 5)
-    run.metrics(metrics.exponent(growth), under=name)
-run.table(compared, ["lyapunov"])
+every = {variant: [f"{name}.seed{seed}" for seed in seeds]
+         for variant, name in (named | {"untrained": "untrained"}).items()}
+networks = list(dict.fromkeys([*compared, *(name for names in every.values() for name in names)]))
+grows = {name: lyapunov.lyapunov_exponent(blocks[name], part, zero, seeds[0], len(part) // 5)
+         for name in networks}
+for name in networks:
+    run.metrics(metrics.exponent(grows[name]), under=name)
+for variant, names in every.items():
+    means = [float(grows[name].mean()) for name in names]
+    run.metrics([Metric.over_seeds(f"{variant}.lyapunov", means, "per token", seeds)])
+run.table([*every, *networks], ["lyapunov"])
 
 # %% [markdown]
 # Every method reads the validation text with the networks of both variants and with the untrained
@@ -579,19 +592,24 @@ run.figure("jacobi", *plots.exactness(curves, len(part)),
 # is not the same as remembering something of use.
 #
 # Forty tokens, evenly spread over the text, are changed one at a time, each into a token drawn from
-# the same text.
+# the same text. A variant's mean over seeds is undefined where one of them does not forget within
+# the tokens that were looked at: there is no length to average then, and a mean over the others
+# would make the variant look shorter than it is.
 
 # %%
 threshold, curves = contraction.FORGOTTEN, {}
 last = len(validation) - memory_distance - 1
 changed = torch.linspace(1, last, 40).long().to(device).unique()
-for name in compared:
+for name in networks:
     curves[name] = memory.memory_curve(blocks[name], validation, contexts[name]["validation"],
                                        changed, memory_distance, seeds[0])
     run.metrics(metrics.memory(curves[name], threshold), under=name)
+run.metrics([metrics.memory_over_seeds(variant, [curves[name] for name in names], threshold, seeds)
+             for variant, names in every.items()])
+run.table([*every, *networks], ["memory_length"])
 
 # %%
-run.figure("memory", *plots.memory(curves),
+run.figure("memory", *plots.memory({name: curves[name] for name in compared}),
            "Relative difference of the contexts after one changed token: median and quartiles.")
 
 # %% [markdown]
@@ -647,7 +665,7 @@ had moved them.
 # ## Findings
 #
 # The numbers below come from the record. *Untrained* is the network of the same seed before its
-# first step; intervals are over seeds, or over batches of tokens for the exponent.
+# first step; intervals are over seeds.
 
 # %%
 run.say("""
@@ -673,10 +691,11 @@ run.say("""
 
 # %%
 run.say("""
-- **Where parallel evaluation is exact.** Exponent {main.lyapunov} after parallel passes,
-  {truly.lyapunov} after true ones, {bare.lyapunov} untrained. Tokens that fell back to the loop, in
-  this order: Jacobi {main.rollout.jacobi.loop_tokens:counts},
-  {truly.rollout.jacobi.loop_tokens:counts}, {bare.rollout.jacobi.loop_tokens:counts}; quasi-Newton
+- **Where parallel evaluation is exact.** Exponent {parallel.lyapunov} after parallel passes,
+  {true_pass.lyapunov} after true ones, {untrained.lyapunov} untrained, over seeds. Of the first
+  seed, tokens that fell back to the loop, in this order: Jacobi
+  {main.rollout.jacobi.loop_tokens:counts}, {truly.rollout.jacobi.loop_tokens:counts},
+  {bare.rollout.jacobi.loop_tokens:counts}; quasi-Newton
   {main.rollout.quasi-newton.loop_tokens:counts}, {truly.rollout.quasi-newton.loop_tokens:counts},
   {bare.rollout.quasi-newton.loop_tokens:counts}; shooting
   {main.rollout.shooting.loop_tokens:counts}, {truly.rollout.shooting.loop_tokens:counts},
@@ -685,9 +704,9 @@ run.say("""
   {truly.rollout.shooting.error:value} away from the loop in double precision, the loop in single
   precision {truly.rollout.sequential.error:value}.
 - **How far back the context remembers.** Last distance with a median difference above the
-  threshold: {main.memory_length:value}, {truly.memory_length:value} and {bare.memory_length:value};
-  difference at the end of the curve {main.memory_at_end:value}, {truly.memory_at_end:value} and
-  {bare.memory_at_end:value}.
+  threshold, over seeds: {parallel.memory_length}, {true_pass.memory_length} and
+  {untrained.memory_length}; difference at the end of the first seed's curve
+  {main.memory_at_end:value}, {truly.memory_at_end:value} and {bare.memory_at_end:value}.
 """, main=main, truly=truly, bare=bare)
 
 # %% [markdown]

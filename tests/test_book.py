@@ -360,6 +360,33 @@ def test_one_book_is_built_at_a_time(copy: tuple[Path, Path], monkeypatch: pytes
         assert contents(html) == before
 
 
+def test_a_record_that_changed_while_another_book_was_built_is_shown(
+    copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """Else pages of old numbers would be kept under the hash of the new ones."""
+    folder, html = copy
+    (html / book.INPUTS).unlink()
+    path = next((folder / "records").glob("*.json"))
+
+    class Waiting(FileLock):
+        def __enter__(self):
+            found = super().__enter__()
+            path.write_text(path.read_text().replace('"status": "ok"', '"status": "failed"'))
+            return found
+
+    shown = []
+
+    def results_page(records):
+        shown.extend(record.status for record in records)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(book, "FileLock", Waiting)
+    monkeypatch.setattr(book, "results_page", results_page)
+    with pytest.raises(KeyboardInterrupt):
+        book.build(folder, html)
+    assert "failed" in shown
+
+
 def test_results_without_any_record_are_refused(tmp_path: Path):
     with pytest.raises(BookError, match="tiny holds no results: run `make reproduce` first"):
         book.build(tmp_path / "tiny", tmp_path / "book" / "html")

@@ -219,6 +219,7 @@ def test_a_gguf_file_arrives_once_and_whole(served: Hub, cache: Path):
 
 def test_a_sharded_model_arrives_and_computes_the_same(served: Hub, sharded: Path, cache: Path):
     files = {path.name: path.read_bytes() for path in sharded.iterdir()}
+    files["chat_template.jinja"] = b"{{ messages }}"
     unwanted = {"pytorch_model.bin": b"pickle", "evil.py": b"import os", "onnx/model.onnx": b"x",
                 "sub/model.safetensors": b"x", "model.gguf": b"x", "README.md": b"x"}
     served.repositories["lab/llama"] = Repository(files | unwanted)

@@ -303,6 +303,17 @@ def test_an_unchanged_content_is_not_written_again(tmp_path: Path):
     assert path.read_text() == "two"
 
 
+def test_nobody_sweeps_what_is_being_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    replace = Path.replace
+
+    def swept(self: Path, target: Path) -> Path:
+        sweep(tmp_path)  # as another process that starts at this moment
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", swept)
+    assert atomic_write(tmp_path / "record", "whole").read_text() == "whole"
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
     target = tmp_path / "model"
 

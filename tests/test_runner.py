@@ -14,6 +14,7 @@ import pytest
 from clone import Clone, alive, contents, finish, until
 
 from lablog import runner
+from lablog.record import Record
 
 RESULTS = ("figures", "notebooks", "records")
 
@@ -231,6 +232,50 @@ def test_figures_are_compared_apart_from_their_seconds(tmp_path):
     assert runner.figure_differences(one, folder("other", 0.1, 2, "<svg/>")) == [
         "plain.csv", "timed.csv"]
     assert runner.figure_differences(one, folder("drawn", 0.1, 1, "<svg>1</svg>")) == ["plain.svg"]
+    fewer = folder("fewer", 0.1, 1, "<svg/>")
+    (fewer / "plain.csv").unlink()
+    assert runner.figure_differences(one, fewer) == ["plain.csv"]
+    assert runner.figure_differences(fewer, one) == ["plain.csv"]
+
+
+def test_every_file_that_a_parameter_names_is_looked_at(tmp_path: Path, monkeypatch):
+    """In lists, in folders of folders, and in the user's home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = [tmp_path / name for name in ("model.gguf", "book.txt", "trainings/a/adapter/weights")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = runner.dependencies("06_arianna_finetune", tmp_path, {
+        "model": "~/model.gguf", "files": ["nowhere.txt", str(files[1])], "seeds": [1, 2],
+        "trainings": str(tmp_path / "trainings"), "empty": "", "rate": 0.1})
+    assert set(files) <= set(found)
+    assert set(files).isdisjoint(runner.dependencies("06_arianna_finetune", tmp_path, {}))
+
+
+KILLED = """
+import os, sys
+from lablog import runner
+
+move = runner._move
+
+def killed(source, target):
+    move(source, target)
+    if target.suffix == ".json":
+        os._exit(9)
+
+runner._move = killed
+runner.main(sys.argv[1:])
+"""
+
+
+def test_a_record_is_never_in_place_with_a_later_date(clone: Clone):
+    """Killed right behind the move: what changed during the run must still be newer."""
+    folder = clone.planned("killed")
+    script = clone.write("killed.py", KILLED)
+    done = clone.call(clone.python, str(script), "run", str(folder), "01_alpha")
+    assert done.returncode == 9
+    record = folder / "records" / "01_alpha.json"
+    assert record.stat().st_mtime <= Record.read(record).started.timestamp()
 
 
 # --- verify ---------------------------------------------------------------------------------------

@@ -154,18 +154,19 @@ def build(folder: Path, target: Path) -> Path:
     Raises BookError when there is no result, and with Sphinx's output when it warns or fails; the
     book that was there before then stays.
     """
-    records = [Record.read(path) for path in sorted((folder / "records").glob("*.json"))]
-    if not records:
+    if not any((folder / "records").glob("*.json")):
         raise BookError(f"{folder} holds no results: run `make reproduce` first")
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".lock"):
-        return _build(folder, target, records)
+        return _build(folder, target)
 
 
-def _build(folder: Path, target: Path, records: Sequence[Record]) -> Path:
+def _build(folder: Path, target: Path) -> Path:
     inputs = _inputs(folder)
     if (target / INPUTS).is_file() and (target / INPUTS).read_text() == inputs:
         return target
+    # Behind the inputs: a record that changes from here on gives others, and another book.
+    records = [Record.read(path) for path in sorted((folder / "records").glob("*.json"))]
     source = target.parent / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(repository() / "book", source)

@@ -47,8 +47,8 @@ def atomic_write(path: Path, content: str | bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+            Path(name).chmod(0o644)
+            Path(name).replace(path)  # while its lock is held, or others could sweep it
     except OSError as error:
         Path(name).unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

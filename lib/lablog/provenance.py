@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import platform
 import re
 import resource
@@ -98,8 +97,10 @@ def _cpu() -> str:
 
 
 def usable_threads() -> int:
-    """CPUs that this process may use (respects affinity masks and containers)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use (respects affinity masks and containers' quotas)."""
+    from dask.system import cpu_count
+
+    return int(cpu_count())
 
 
 def peak_memory_bytes() -> int:
@@ -109,13 +110,15 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that a process can still have without swapping; all there is where nothing says."""
+    """Memory that a process can still have without swapping, at most what a container may have."""
+    from distributed.system import memory_limit
+
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                return min(int(line.split()[1]) * 1024, int(memory_limit()))
+    return int(memory_limit())
 
 
 def machine() -> Machine:

@@ -170,10 +170,11 @@ def _execute_in(spec: RunSpec, scratch: Path) -> Outcome:
             _move(produced["notebook"], kept.with_suffix(".ipynb"))
         record.write(kept)
         return Outcome(status, kept, message)
+    # Dated before it is in place: what changes during the run is newer than its result.
+    os.utime(produced["record"], (started.timestamp(), started.timestamp()))
     for kind in ("figures", "notebook", "record"):
         if produced[kind].exists():
             _move(produced[kind], final[kind])
-    os.utime(final["record"], (started.timestamp(), started.timestamp()))
     failed = spec.folder / "failed"
     for remains in failed.glob(f"{spec.notebook}.*"):
         remains.unlink()
@@ -186,10 +187,12 @@ def dependencies(notebook: str, folder: Path, parameters: Mapping[str, Any]) -> 
     """Files whose change makes the notebook's record stale."""
     root = repository()
     files = source_dependencies(profiles.notebook_path(notebook))
-    for value in parameters.values():
-        path = root / value if isinstance(value, str) and value else None
-        if path and path.is_dir():  # a Hugging Face folder
-            files += sorted(inner for inner in path.iterdir() if inner.is_file())
+    values = [one for value in parameters.values()
+              for one in (value if isinstance(value, list) else [value])]
+    for value in values:
+        path = root / Path(value).expanduser() if isinstance(value, str) and value else None
+        if path and path.is_dir():  # a model, a corpus, trainings
+            files += sorted(inner for inner in path.rglob("*") if inner.is_file())
         elif path and path.is_file():
             files.append(path)
             if path.suffix == ".bin":  # llama2.c: the tokenizer lies beside the weights
@@ -268,8 +271,9 @@ def difference(first: Record, second: Record) -> list[str]:
 
 def figure_differences(one: Path, two: Path) -> list[str]:
     """Names of figures and data in which two folders differ, but for columns named ``seconds``."""
-    differing = []
-    for csv in sorted(one.glob("*.csv")):
+    here, there = ({path.name for path in folder.glob("*.csv")} for folder in (one, two))
+    differing = sorted(here ^ there)
+    for csv in sorted(one / name for name in here & there):
         tables = [pd.read_csv(folder / csv.name) for folder in (one, two)]
         timed = "seconds" in tables[0]
         first, second = (table.drop(columns="seconds", errors="ignore") for table in tables)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,16 @@ def test_shards_hold_every_document_and_are_made_once(
     assert (tmp_path / "corpus" / "manifest.json").stat().st_mtime_ns != stamp
 
 
+def test_many_at_once_pack_the_same_folder(
+    documents: list[str], tokenizer: Tokenizer, tmp_path: Path
+):
+    """As the fine-tunings of one fold do, where a worker has the files of none."""
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: packing.pack(documents, tokenizer, tmp_path / "fold0"),
+                              range(24)))
+    assert len({stream.key for stream in found}) == 1
+
+
 def test_changed_shards_and_another_tokenizer_are_refused(
     documents: list[str], tokenizer: Tokenizer, tmp_path: Path
 ):
@@ -138,7 +149,7 @@ def test_a_failed_packing_leaves_nothing(documents: list[str], tokenizer: Tokeni
                                          tmp_path: Path):
     with pytest.raises(ValueError, match="U\\+2581"):
         packing.pack([*documents, "a\u2581b"], tokenizer, tmp_path / "corpus")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".corpus.lock"]
 
 
 @given(context=st.integers(4, 60), seed=st.integers(0, 5), epoch=st.integers(0, 3))

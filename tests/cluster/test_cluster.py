@@ -2,6 +2,7 @@
 
 import gc
 import math
+import multiprocessing.connection
 import operator
 import os
 import shutil
@@ -20,9 +21,10 @@ from distributed import Scheduler
 from lablog.cluster import client as clients
 from lablog.cluster import settings
 from lablog.cluster.__main__ import main as by_hand
-from lablog.cluster.child import TaskCrashed
+from lablog.cluster.child import TaskCrashed, run_alone
 from lablog.cluster.client import Cluster, ClusterLost
 from lablog.cluster.fingerprint import OtherSoftware
+from lablog.cluster.parcels import pack
 from lablog.files import repository
 from lablog.text.dialogues import generate, load_settings, render
 from lablog.text.tokenizer import train_tokenizer
@@ -148,6 +150,38 @@ if __name__ == "__main__":
                           check=True, env={**os.environ, "PYTHONPATH": path})
     reader, program = 1, 1  # a process that reads documentation is one as Python starts them
     assert done.stdout.splitlines() == (reader + program) * ["the program runs"] + ["[True, False]"]
+
+
+def test_results_of_another_folder_are_another_task_where_files_are_shared(
+    two, tmp_path, monkeypatch
+):
+    """Else a task that writes would do so for whoever asked first."""
+    def asked(shared: bool) -> set[str]:
+        names: set[str] = set()
+        for name in ("laptop", "laptop+1a2b3c4d"):
+            with Cluster(two.address, tmp_path / name) as cluster:
+                cluster.shared, submit = shared, cluster.client.submit
+
+                def noted(*arguments, key, submit=submit, **options):
+                    names.add(key)
+                    return submit(*arguments, key=key, **options)
+
+                monkeypatch.setattr(cluster.client, "submit", noted)
+                assert cluster.map("root", math.sqrt, [(9.0,)]) == [3.0]
+        return {name for name in names if name.startswith("root")}
+
+    assert len(asked(shared=True)) == 2
+    assert len(asked(shared=False)) == 1, "what it returns is brought to either"
+
+
+def test_a_task_that_ends_in_the_middle_of_its_answer_is_named(monkeypatch):
+    def broken(self):
+        raise OSError("got end of file during message")
+
+    monkeypatch.setattr(multiprocessing.connection.Connection, "recv", broken)
+    (head, _), (call, _) = pack((operator.add, ()), {}), pack((1, 2), {})
+    with pytest.raises(TaskCrashed, match="a sum ended without a result"):
+        run_alone(head, call, {}, 1, "a sum", ("lablog.cluster.warm",))
 
 
 def test_more_threads_than_a_worker_has(local, connected):

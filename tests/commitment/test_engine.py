@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lablog.commitment import sampler
+from lablog.models import llama_cpp
 from lablog.models.gguf_file import check_gguf
 from lablog.models.llama_cpp import (
     Commitment,
@@ -192,6 +193,14 @@ def test_what_is_no_gguf_is_refused(tmp_path):
     path.write_text("a model, honestly")
     with pytest.raises(ValueError, match="not a GGUF file"):
         check_gguf(path)
+
+
+def test_an_adapter_that_is_none_is_refused_before_a_model_is_loaded(gguf, tmp_path, monkeypatch):
+    path = tmp_path / "adapter.gguf"
+    path.write_text("an adapter, honestly")
+    monkeypatch.setattr(llama_cpp, "bindings", lambda: pytest.fail("weights that nobody frees"))
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        Model(gguf, lora=path)
 
 
 @pytest.mark.parametrize("share", [0.999, 0.5, 0.01])

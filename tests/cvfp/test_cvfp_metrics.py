@@ -70,6 +70,17 @@ def test_ratio_over_seeds_is_the_geometric_mean_and_as_wide_as_seeds_differ():
     assert alone.value == pytest.approx(2)
 
 
+def test_memory_over_seeds_is_undefined_where_one_never_forgets():
+    soon, late, never = (torch.where(torch.arange(9)[:, None] <= last, 1.0, 0.0).repeat(1, 3)
+                         for last in (2, 4, 9))
+    metric = metrics.memory_over_seeds("true_pass", [soon, late], 0.01, (1, 2))
+    assert (metric.name, metric.value, metric.seeds) == ("true_pass.memory_length", 3, (1, 2))
+    assert metric.interval is not None
+    metric = metrics.memory_over_seeds("parallel", [soon, never], 0.01, (1, 2))
+    assert metric.value is None
+    assert metric.undefined == "above 0.01 to the end, 8 tokens, in 1 of 2 seeds"
+
+
 def test_batch_means_need_two_values_a_batch():
     assert batch_means(torch.ones(15)) is None
     spread = batch_means(torch.randn(1000, generator=torch.Generator().manual_seed(0)))

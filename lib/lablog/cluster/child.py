@@ -75,7 +75,7 @@ def run_alone(head: bytes, call: bytes, places: Places, threads: int, name: str,
                 raise InterruptedError(f"{name}: nobody waits for it any more")
         try:
             ended, *told = ours.recv()
-        except EOFError:
+        except (EOFError, OSError):  # OSError: in the middle of its answer
             process.join()
             raise TaskCrashed(f"{name} ended without a result: {_reason(process.exitcode)}"
                               ) from None

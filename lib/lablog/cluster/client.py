@@ -154,8 +154,11 @@ class Cluster:
             one = Work(shown[index], call, {n: str(p) for n, p in self.places.items()},
                        self.shared, tuple(entries), threads, preload, software)
             # What it computes, so that two clients that ask the same get it from one task.
-            told = hashlib.sha256(b"\0".join([head, call, repr((threads, software)).encode(),
-                                              repr(sorted(e.sha256 for e in entries)).encode()]))
+            # Where files are shared, also where: results of another folder are none of this one's.
+            where = sorted(one.places.items()) if self.shared else None
+            told = hashlib.sha256(b"\0".join([
+                head, call, repr((threads, software, where)).encode(),
+                repr(sorted(e.sha256 for e in entries)).encode()]))
             task = f"{kind.replace(' ', '-')}-{told.hexdigest()[:24]}"
             named[task] = shown[index]
             return self.client.submit(perform, one, heads, files, pure=False, resources=needs,

@@ -267,7 +267,8 @@ def logit_differences(folder: Path, gguf: Path, ids: Sequence[int], direction: n
     """Largest difference of a logit behind any of `ids` between PyTorch, with hooks, on the model
     in `folder` and the patched llama.cpp on `gguf`, both in f32: without a commitment (``none``),
     and with λ = `strength` times `direction` in each of the ranges."""
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False).eval()
     tokens, found = torch.tensor([list(ids)]), {}
     with Model(gguf) as model, Context(model, 1, len(ids), usable_threads()) as context:
         for name, layers in {"none": (0, 0), **ranges}.items():

@@ -155,6 +155,7 @@ def load_base(folder: Path, quantisation: Quantisation, precision: Literal["f32"
                  TypeError, ArithmeticError, StrictDataclassError):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=None if cpu else "auto", use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation="eager" if cpu and precision == "bf16" else "sdpa",
             output_loading_info=True, **options
         )

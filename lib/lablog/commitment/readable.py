@@ -24,7 +24,7 @@ def check_readable(base: Path, plan: Plan, settings: DialogueSettings, items: pr
     longest probe must fit the model's window with its answer; k and layers must exist.
     """
     rendering = Rendering(tokenizer_of(base), plan.chat, settings.chat.system)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(base)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False)
     problems = [*_misfits(plan, config, len(rendering.tokenizer)), *_alike(rendering, settings)]
     longest = longest_probe(rendering, items, texts)
     if longest > config.max_position_embeddings:

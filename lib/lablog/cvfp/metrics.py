@@ -144,6 +144,19 @@ def memory(curve: Tensor, threshold: float) -> list[Metric]:
     ]
 
 
+def memory_over_seeds(variant: str, curves: Sequence[Tensor], threshold: float,
+                      seeds: Sequence[int]) -> Metric:
+    """Mean effective memory length of a variant's networks, a curve [distance, p] of each of the
+    `seeds`; undefined where one does not forget within the distances."""
+    name, lengths = f"{variant}.memory_length", [memory_length(one, threshold) for one in curves]
+    forgot = [float(length) for length in lengths if length is not None]
+    if len(forgot) == len(lengths):
+        return Metric.over_seeds(name, forgot, "tokens", seeds)
+    return Metric.of(name, None, "tokens", seeds=tuple(seeds), undefined=(
+        f"above {threshold} to the end, {len(curves[0]) - 1} tokens, in "
+        f"{len(lengths) - len(forgot)} of {len(lengths)} seeds"))
+
+
 def accuracy_of(found: Rollout, exact: Tensor) -> list[Metric]:
     """Largest and median error against contexts `exact` [n, d], contexts computed per token, and
     tokens that the loop did."""

@@ -13,6 +13,7 @@ from lablog import layout
 from lablog.files import scratch_folder
 from lablog.models.gguf_file import check_gguf
 from lablog.models.llama_cpp import EngineError, bindings
+from lablog.models.model_folder import checked_folder
 
 
 def native_tree() -> Path:
@@ -27,11 +28,12 @@ def to_gguf(folder: Path, output: Path, dtype: Literal["f32", "f16", "q8_0"] = "
     """Convert the Hugging Face model in `folder` to the GGUF file `output`, whole or not at all.
 
     Raises FileNotFoundError if `folder` has no ``config.json`` or the llama.cpp tree is missing,
-    RuntimeError with the end of the converter's output if it fails.
+    ValueError if it may not be read (`checked_folder`), RuntimeError with the end of the
+    converter's output if it fails.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
-    return _converted("convert_hf_to_gguf.py", folder, output, "--outtype", dtype)
+    return _converted("convert_hf_to_gguf.py", checked_folder(folder), output, "--outtype", dtype)
 
 
 def lora_to_gguf(adapter: Path, base: Path, output: Path) -> Path:
@@ -43,7 +45,8 @@ def lora_to_gguf(adapter: Path, base: Path, output: Path) -> Path:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise FileNotFoundError(f"{adapter} is not a peft adapter: it has no {name}")
-    return _converted("convert_lora_to_gguf.py", adapter, output, "--base", str(base))
+    return _converted("convert_lora_to_gguf.py", adapter, output,
+                      "--base", str(checked_folder(base)))
 
 
 def _converted(script: str, source: Path, output: Path, *options: str) -> Path:

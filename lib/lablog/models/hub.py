@@ -21,8 +21,9 @@ from huggingface_hub.errors import (
 
 from lablog.files import sha256
 
-MODEL_FILES = re.compile(r"^[^/]+\.(safetensors|safetensors\.index\.json|json|model)$")
-"""What a model needs: weights without pickle, configuration, tokenizer; no code, no subfolders."""
+MODEL_FILES = re.compile(r"^[^/]+\.(safetensors|safetensors\.index\.json|json|model|jinja)$")
+"""What a model needs: weights without pickle, configuration, tokenizer, chat template; no code, no
+subfolders."""
 
 
 class HubError(RuntimeError):

@@ -246,7 +246,7 @@ def _checked_config(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != "llama":
         raise ValueError(f"{folder}: model_type is {config.model_type!r}; llama2.c holds a llama")
     rope, head_size = config.rope_parameters, config.hidden_size // config.num_attention_heads

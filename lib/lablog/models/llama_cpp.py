@@ -99,6 +99,7 @@ class Model:
 
     def __init__(self, path: Path, gpu_layers: int = 0, lora: Path | None = None) -> None:
         self.path = check_gguf(path)
+        adapter = None if lora is None else os.fsencode(check_gguf(lora))
         self._binding = bindings()
         parameters = self._binding.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
@@ -106,10 +107,9 @@ class Model:
         if not self._handle:
             raise EngineError(f"llama.cpp cannot load {path}: {_last_errors()}")
         self._lora = None  # freed with the model
-        if lora is not None:
+        if adapter is not None:
             # Before any context is made: llama.cpp reserves room for the adapter's operations.
-            self._lora = self._binding.llama_adapter_lora_init(
-                self._handle, os.fsencode(check_gguf(lora)))
+            self._lora = self._binding.llama_adapter_lora_init(self._handle, adapter)
             if not self._lora:
                 self.close()
                 raise EngineError(f"llama.cpp cannot apply {lora} to {path}: {_last_errors()}")
@@ -121,7 +121,7 @@ class Model:
         self.parameters: int = self._binding.llama_model_n_params(self._handle)
         self._stops: dict[str, frozenset[int]] = {}
         template = self._binding.llama_model_chat_template(self._handle, None)
-        self.chat_template: str | None = template.decode() if template else None
+        self.chat_template: str | None = template.decode(errors="replace") if template else None
 
     def close(self) -> None:
         """Free the weights; contexts must be closed before."""

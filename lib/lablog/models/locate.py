@@ -14,18 +14,17 @@ Relative paths are told from the root of the clone.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
 
-from lablog.files import parsing, repository
+from lablog.files import repository
 from lablog.keys import key
 from lablog.layout import MADE
 from lablog.models import convert, gguf_import, hub, llama2c, packages
+from lablog.models.model_folder import checked_folder
 
 CONVERTED = (".safetensors", ".json", ".model", ".txt", ".jinja")
 """Suffixes of the files of a folder that its GGUF is made of: weights, settings, tokenizer."""
@@ -47,7 +46,7 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
         if not match:
             raise ValueError(f"model {model!r} is not of the form hub:OWNER/NAME[@REVISION][:FILE]")
         if not match["file"]:
-            return _checked(hub.download_model(match["repo"], match["revision"]))
+            return checked_folder(hub.download_model(match["repo"], match["revision"]))
         path = hub.download(match["repo"], match["file"], match["revision"])
     elif model.endswith(".gguf"):
         path = _existing(model)
@@ -72,22 +71,7 @@ def hugging_face_folder(model: str, artifacts: Path, seed: int | None = None) ->
             "(with config.json); other forms are offline:RECIPE, hub:OWNER/NAME and "
             f"{packages.FORMS}"
         )
-    return _checked(path)
-
-
-def _checked(folder: Path) -> Path:
-    """Return `folder`, unless its configuration has more layers than it has weights: Transformers
-    would begin to build them, as many as it says."""
-    with parsing(folder, "a model's folder", SafetensorError):
-        config = json.loads((folder / "config.json").read_text())
-        layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
-        stored = 0
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, "pt") as weights:
-                stored += len(weights.keys())
-        if stored and isinstance(layers, int) and layers > stored:
-            raise ValueError(f"config.json has {layers} layers, and there are {stored} weights")
-    return folder
+    return checked_folder(path)
 
 
 def gguf_file(model: str, artifacts: Path, dtype: Literal["f32", "f16"] = "f32") -> Path:

@@ -38,7 +38,7 @@ class ModelShape(Strict):
     @classmethod
     def of(cls, folder: Path) -> ModelShape:
         """The shape of the Llama in a Hugging Face folder; ValueError for another architecture."""
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, LlamaConfig):
             raise ValueError(f"{folder} holds a {config.model_type!r} model, expected a llama")
         found = cast(Any, config)  # its numbers are typed as optional

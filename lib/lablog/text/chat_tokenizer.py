@@ -28,7 +28,8 @@ class ChatTokenizer:
         self.folder = folder
         # The Rust library raises bare Exception for what it cannot read.
         with parsing(folder / "tokenizer.json", "a tokenizer that can be read", Exception):
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False)
 
     def __len__(self) -> int:
         """Number of token ids."""

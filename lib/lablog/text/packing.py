@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import Field
 from torch.utils.data import Dataset
@@ -116,8 +117,15 @@ def pack(
         raise ValueError(f"{len(documents)} documents, {len(tokenizer)} token ids: cannot pack")
     made_of = key(pack, hashlib.sha256("\0".join(documents).encode()).hexdigest(),
                   tokenizer.hash, shard)
-    if (folder / MANIFEST).is_file() and Manifest.read(folder).key == made_of:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not ((folder / MANIFEST).is_file() and Manifest.read(folder).key == made_of):
+            _pack(documents, tokenizer, folder, shard, threads, made_of)
         return Stream(folder, tokenizer)
+
+
+def _pack(documents: Sequence[str], tokenizer: Tokenizer, folder: Path, shard: int, threads: int,
+          made_of: str) -> None:
     with atomic_folder(folder) as scratch:
         held: list[NDArray[np.uint16]] = []
         shards: dict[str, str] = {}
@@ -147,7 +155,6 @@ def pack(
             bytes=sum(len(document.encode()) for document in documents), tokens=tokens,
             shards=shards)
         atomic_write(scratch / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-    return Stream(folder, tokenizer)
 
 
 class Windows(Dataset[Item]):
