@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from lablog.files import atomic_folder, atomic_write, scratch_folder, sweep, write_if_changed
 from lablog.intervals import Interval
-from lablog.provenance import CloneState, FileHash, Machine, machine
+from lablog.provenance import CloneState, FileHash, Machine, available_memory_bytes, machine
 from lablog.record import Failure, FigureFile, Metric, Record, ReportText, Stage
 from lablog.report import ReportError
 from lablog.run import Run
@@ -301,6 +301,13 @@ def test_an_unchanged_content_is_not_written_again(tmp_path: Path):
     assert path.stat().st_mtime_ns == stamp
     assert write_if_changed(path, "two")
     assert path.read_text() == "two"
+
+
+def test_what_a_container_may_have_counts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 3)
+    monkeypatch.setattr("distributed.system.memory_limit", lambda: 1 << 20)
+    assert machine().threads == 3
+    assert available_memory_bytes() == 1 << 20
 
 
 def test_nobody_sweeps_what_is_being_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
