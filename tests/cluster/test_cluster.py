@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import calls
@@ -123,6 +124,12 @@ def test_results_come_in_order_and_each_is_told(anywhere):
 def test_equal_calls_are_made_once(anywhere):
     first, second, third = anywhere.map("process", calls.process, [(), (), ()])
     assert first == second == third
+
+
+def test_a_large_call_brings_no_advice_of_the_engine(anywhere):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert anywhere.map("length", len, [(bytes(11 << 20),)]) == [11 << 20]
 
 
 def test_every_task_has_a_process_of_its_own_and_exactly_its_threads(anywhere):

@@ -161,8 +161,9 @@ class Cluster:
                 repr(sorted(e.sha256 for e in entries)).encode()]))
             task = f"{kind.replace(' ', '-')}-{told.hexdigest()[:24]}"
             named[task] = shown[index]
-            return self.client.submit(perform, one, heads, files, pure=False, resources=needs,
-                                      key=task)
+            with _quiet():
+                return self.client.submit(perform, one, heads, files, pure=False, resources=needs,
+                                          key=task)
 
         results: list[Any] = [None] * len(calls)
         if not calls:
