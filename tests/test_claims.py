@@ -108,6 +108,8 @@ def test_the_verdicts():
                          "items = not recorded where the log has 200")
     fitting = record(metric(0.7), parameters={"embedding": "gpt2", "items": 200})
     assert judged(elsewhere, fitting).verdict == "not reproduced"
+    pinned = record(metric(0.7), parameters={"embedding": f"gpt2@{'a1' * 20}", "items": 200})
+    assert judged(elsewhere, pinned).verdict == "not reproduced"
     always = judged(claim(differs="another machine"), inside)
     assert (always.verdict, always.side, always.why) == ("indicative", "within", "another machine")
     against = judged(claim(contradicts="X02 X03"), inside)

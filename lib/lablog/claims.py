@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ Rule = Literal["within", "relative", "factor", "exact", "at least", "below", "ab
 PROFILES = ("full", "pretrained", "pretrained-gpu", "study", "laptop")
 """From the profile nearest to the logs' conditions to the farthest; smoke settles nothing."""
 BENCH = "bench"
+PINNED = re.compile(r"@[0-9a-f]{40}\b")
+"""A commit in the name of a model, which is the claim's model at any of them."""
 
 
 def _without_gpu(record: Record) -> Metric | None:
@@ -248,7 +251,7 @@ def _differences(claim: Claim, record: Record) -> tuple[str, ...]:
     """How the conditions of a record differ from those of the claim."""
     told = [f"{name} = {record.parameters.get(name, 'not recorded')} where the log has "
             f"{value or 'none'}" for name, value in claim.conditions_required.items()
-            if str(record.parameters.get(name, "")) != value]
+            if PINNED.sub("", str(record.parameters.get(name, ""))) != value]
     return (*told, *filter(None, [claim.differs]))
 
 

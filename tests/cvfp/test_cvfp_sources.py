@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from dataset_hub import serve
+from dataset_hub import COMMIT, serve
 from safetensors.torch import save
 from tiny_gguf import write_tiny
 from tokenizers import ByteLevelBPETokenizer
@@ -118,8 +118,8 @@ def test_gpt2_matrix_comes_from_the_hub_or_a_file(tmp_path):
 from lablog.text.pretrained import gguf_embedding, gpt2_embedding
 print(json.dumps(gpt2_embedding({source!r}).tolist()))"""
     with serve("openai-community/gpt2", {"model.safetensors": content}) as endpoint:
-        source = "openai-community/gpt2"
-        assert from_hub(endpoint, tmp_path, program.format(source=source)) == table.tolist()
+        for source in ("openai-community/gpt2", f"openai-community/gpt2@{COMMIT}"):
+            assert from_hub(endpoint, tmp_path, program.format(source=source)) == table.tolist()
     (tmp_path / "gpt2.safetensors").write_bytes(content)
     assert torch.equal(gpt2_embedding(str(tmp_path / "gpt2.safetensors")), table)
     (tmp_path / "other.safetensors").write_bytes(save({"weight": table}))

@@ -16,6 +16,7 @@ from lablog.text.tokenizer import SPACE
 SPEAKERS = {"user": "U", "human": "U", "assistant": "A", "gpt": "A", "system": "S"}
 CHAT_COLUMNS = ("messages", "conversations")  # where a data set's row keeps its chat
 SUFFIXES = (".jsonl", ".txt")
+ULTRACHAT = "8049631c405ae6576f93f445c6b8166f76f5505a"  # the commit that is read
 LONG = 2000  # characters from which a part of a plain text is a document of its own
 
 
@@ -43,7 +44,8 @@ def documents(source: str, split: Literal["train", "test"], seed: int) -> Iterat
     elif source == "ultrachat":
         from datasets import load_dataset  # heavy, and needed by the full profile only
 
-        rows = load_dataset("HuggingFaceH4/ultrachat_200k", split=f"{split}_sft", streaming=True)
+        rows = load_dataset("HuggingFaceH4/ultrachat_200k", split=f"{split}_sft", streaming=True,
+                            revision=ULTRACHAT)
         for row in rows:
             yield conversation(row["messages"])
     else:

@@ -16,15 +16,16 @@ from lablog.models.gguf_file import open_gguf
 EMBEDDING = "token_embd.weight"  # in GGUF
 
 
-def gpt2_embedding(source: str, revision: str | None = None) -> Tensor:
+def gpt2_embedding(source: str) -> Tensor:
     """GPT-2's token embedding [50257, 768], float32.
 
-    `source` is a local ``.safetensors`` file or the name of a Hub repository (then `revision`
-    should be a commit). Raises ValueError when the file holds no such matrix.
+    `source` is a local ``.safetensors`` file or a Hub repository, ``OWNER/NAME[@REVISION]``.
+    Raises ValueError when the file holds no such matrix.
     """
     path = repository() / source
     if path.suffix != ".safetensors":
-        path = hub.download(source, "model.safetensors", revision)
+        name, _, revision = source.partition("@")
+        path = hub.download(name, "model.safetensors", revision or None)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected GPT-2's weights as safetensors")
     with safe_open(path, framework="pt") as file:
