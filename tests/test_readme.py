@@ -42,7 +42,6 @@ def test_every_interval_is_a_published_one():
      "cells"),
     (r"and at (\d+) in SmolLM2", "pretrained/02_lambda_calibration", "cells"),
     (r"\(Holm over (\d+) comparisons\)", "laptop/02_lambda_calibration", "comparisons"),
-    (r"gone within (\d+) tokens", "laptop/04_cvfp_phase1", "true.w0.5.seed42.memory_length"),
 ])
 def test_what_is_counted_is_what_was_counted(words: str, record: str, metric: str):
     (found,) = re.findall(words, README)
