@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from launched import in_two_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from lablog import layout
@@ -315,6 +315,7 @@ def test_conversion_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
         convert.to_gguf(tmp_path, tmp_path / "model.gguf")
     (tmp_path / "config.json").write_text("{}")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     monkeypatch.setattr(layout, "repository", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match="run `make setup`"):
         convert.to_gguf(tmp_path, tmp_path / "model.gguf")
@@ -323,7 +324,8 @@ def test_conversion_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     (tree / "convert_hf_to_gguf.py").write_text("import sys; sys.exit('no such architecture')")
     with pytest.raises(RuntimeError, match=r"exit status 1\):\nno such architecture"):
         convert.to_gguf(tmp_path, tmp_path / "model.gguf")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["build", "config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "build", "config.json", "model.safetensors"]
 
 
 def test_a_seeded_run_does_not_fill_the_memory_that_it_will_write(monkeypatch):
