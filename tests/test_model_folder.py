@@ -66,17 +66,26 @@ def test_code_of_a_base_is_not_run_for_an_adapter(hostile: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("text", [
-    '{"auto_map": {}}', '{"a": [{"b": {"auto_map": {"AutoModel": "x.Y"}}}]}',
-    r'{"auto\u005fmap": {}}'])
-def test_code_is_found_wherever_it_is_named(folder: Path, text: str):
+    '{"auto_map": {"AutoModel": "x.Y"}}', '{"auto_map": ["x.Y", null]}', '{"auto_map": "x.Y"}',
+    r'{"auto\u005fmap": {}}', '{"auto_map": 1, "auto_map": {"AutoModel": "x.Y"}}'])
+def test_code_is_found_in_every_configuration(folder: Path, text: str):
     assert checked_folder(folder) == folder
     (folder / "processor_config.json").write_text(text)
     with pytest.raises(ValueError, match="auto_map"):
         checked_folder(folder)
 
 
+def test_a_token_of_that_name_is_no_code(folder: Path):
+    (folder / "vocab.json").write_text('{"auto_map": 7, "a": 1}')
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"auto_map": 7}}}')
+    assert checked_folder(folder) == folder
+
+
 def test_pickled_weights_are_no_model(folder: Path, tmp_path: Path):
     """Nor could their change be seen: a GGUF file is named by the files that are read."""
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickled weights are not read"):
-        locate.gguf_file(str(folder), tmp_path / "artifacts")
+    for beside in ({}, {"a": torch.ones(1)}):
+        if beside:
+            save_file(beside, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="pickled ones are not read"):
+            locate.gguf_file(str(folder), tmp_path / "artifacts")

@@ -12,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from clone import Clone, alive, contents, finish, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lablog import runner
 from lablog.record import Record
@@ -242,14 +244,22 @@ def test_every_file_that_a_parameter_names_is_looked_at(tmp_path: Path, monkeypa
     """In lists, in folders of folders, and in the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     files = [tmp_path / name for name in ("model.gguf", "book.txt", "trainings/a/adapter/weights")]
-    for path in files:
+    for path in (*files, tmp_path / "trainings/.git/index"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     found = runner.dependencies("06_arianna_finetune", tmp_path, {
         "model": "~/model.gguf", "files": ["nowhere.txt", str(files[1])], "seeds": [1, 2],
         "trainings": str(tmp_path / "trainings"), "empty": "", "rate": 0.1})
     assert set(files) <= set(found)
+    assert tmp_path / "trainings/.git/index" not in found
     assert set(files).isdisjoint(runner.dependencies("06_arianna_finetune", tmp_path, {}))
+
+
+@given(st.text() | st.sampled_from(["~nobody/x", "x" * 5000, "a\0b", "~"]))
+@settings(max_examples=50, deadline=None)
+def test_a_text_that_is_no_path_is_none(text: str):
+    found = runner.dependencies("01_zero_shot_commitment", Path("x"), {"said": text, "all": [text]})
+    assert found
 
 
 KILLED = """

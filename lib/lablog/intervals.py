@@ -162,6 +162,18 @@ def _score(share: float, trials: int, level: float) -> Interval:
     return Interval(low, high, f"Wilson score over {trials} items", level)
 
 
+def perplexity(nll: ArrayLike, tokens: ArrayLike) -> tuple[float, Interval]:
+    """exp of nats per token, where an item counts by its length, and its interval.
+
+    nll and tokens: of each item [..., items], as :func:`hierarchical` resamples them; differences
+    of nll give the ratio of two perplexities.
+    """
+    per_token = ratio_values(nll, tokens)
+    found = hierarchical(per_token)
+    return math.exp(per_token.mean()), Interval(
+        math.exp(found.low), math.exp(found.high), found.method)
+
+
 @lru_cache(maxsize=8)
 def _item_counts(items: int, draws: int, seed: int) -> np.ndarray:
     """How often each item is drawn [draws, items]."""

@@ -190,10 +190,11 @@ def dependencies(notebook: str, folder: Path, parameters: Mapping[str, Any]) -> 
     values = [one for value in parameters.values()
               for one in (value if isinstance(value, list) else [value])]
     for value in values:
-        path = root / Path(value).expanduser() if isinstance(value, str) and value else None
-        if path and path.is_dir():  # a model, a corpus, trainings
-            files += sorted(inner for inner in path.rglob("*") if inner.is_file())
-        elif path and path.is_file():
+        path = _named(value) if isinstance(value, str) and value else None
+        if path and path.is_dir():  # a model, a corpus, trainings; but no .git of theirs
+            files += sorted(inner for inner in path.rglob("*") if inner.is_file() and not any(
+                part.startswith(".") for part in inner.relative_to(path).parts))
+        elif path:
             files.append(path)
             if path.suffix == ".bin":  # llama2.c: the tokenizer lies beside the weights
                 files += sorted(path.parent.glob("tok*.bin"))
@@ -201,6 +202,15 @@ def dependencies(notebook: str, folder: Path, parameters: Mapping[str, Any]) -> 
     if root / "lib/lablog/models/llama_cpp.py" in files:
         files.append(layout.native_stamp())
     return [*files, folder / "parameters" / f"{notebook}.json", folder / "parameters" / PINS]
+
+
+def _named(text: str) -> Path | None:
+    """The file or folder that a parameter's text names; None for any other text."""
+    try:
+        path = repository() / Path(text).expanduser()
+        return path if path.is_file() or path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown home, or with a zero byte
+        return None
 
 
 def _chosen(names: Sequence[str]) -> list[str]:

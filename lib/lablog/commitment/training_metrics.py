@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from lablog.commitment.arms import ARMS, Asked
 from lablog.commitment.measures import COUNTED, LABELS, UNITS
 from lablog.commitment.novelty import HEADLINE
 from lablog.commitment.qlora import load_base
-from lablog.intervals import Interval, hierarchical, ratio_values
+from lablog.intervals import hierarchical, perplexity, ratio_values
 from lablog.models import evaluation
 from lablog.record import Metric, Record
 from lablog.report import format_metric
@@ -90,11 +89,9 @@ def over_items(name: str, values: np.ndarray, unit: str, seeds: Sequence[int],
 def _of_ratio(name: str, nll: np.ndarray, tokens: np.ndarray, unit: str,
               seeds: Sequence[int]) -> Metric:
     """exp of nats per token, where a text counts by its length."""
-    per_token = ratio_values(nll, tokens)
-    interval = hierarchical(per_token)
-    return Metric.of(name, math.exp(per_token.mean()), unit, n=nll.shape[-1],
-                     seeds=tuple(seeds) if nll.shape[1] > 1 else None, interval=Interval(
-                         math.exp(interval.low), math.exp(interval.high), interval.method))
+    value, interval = perplexity(nll, tokens)
+    return Metric.of(name, value, unit, n=nll.shape[-1], interval=interval,
+                     seeds=tuple(seeds) if nll.shape[1] > 1 else None)
 
 
 def of_memory(base: Path, quantisation: str) -> list[Metric]:

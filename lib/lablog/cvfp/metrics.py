@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from lablog.cvfp.passes import Passes
 from lablog.cvfp.phase1 import Phase1Result
 from lablog.cvfp.phase2 import Phase2History, Predictions
 from lablog.cvfp.rollout import Rollout, relative_errors
-from lablog.intervals import Interval, hierarchical, percentiles, ratio_replicas, ratio_values
+from lablog.intervals import Interval, percentiles, perplexity, ratio_replicas
 from lablog.record import Metric
 
 
@@ -221,10 +221,7 @@ def perplexity_ratio_over_seeds(
     `seeds`. They and dialogues of `block` tokens are resampled together."""
     nll = [other.nll.double() - mine.nll.double() for other, mine in zip(others, ours, strict=True)]
     parts = [of_seed.split(block) for of_seed in nll]
-    per_token = ratio_values([[float(one.sum()) for one in part] for part in parts],
-                             [[len(one) for one in part] for part in parts])
-    found = hierarchical(per_token)
-    return Metric.of(name, float(np.exp(per_token.mean())), "ratio", n=len(nll[0]),
-                     seeds=tuple(seeds), interval=Interval(
-                         float(np.exp(found.low)), float(np.exp(found.high)),
-                         found.method.replace(" items", " dialogues")))
+    value, found = perplexity([[float(one.sum()) for one in part] for part in parts],
+                              [[len(one) for one in part] for part in parts])
+    return Metric.of(name, value, "ratio", n=len(nll[0]), seeds=tuple(seeds), interval=replace(
+        found, method=found.method.replace(" items", " dialogues")))

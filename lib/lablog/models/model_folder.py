@@ -10,6 +10,10 @@ from safetensors import SafetensorError, safe_open
 
 from lablog.files import parsing
 
+WEIGHTS = "model*.safetensors"
+"""What Transformers and llama.cpp's converter read; beside other files they would look for pickled
+weights."""
+
 
 def checked_folder(folder: Path) -> Path:
     """Return `folder`, if what reads it may.
@@ -20,33 +24,22 @@ def checked_folder(folder: Path) -> Path:
     build them, as many as it says.
     """
     with parsing(folder, "a model's folder", SafetensorError):
-        for path in sorted(folder.glob("*.json")):
-            if _holds(json.loads(path.read_text(encoding="utf-8")), "auto_map"):
-                raise ValueError(f"{path.name} names code of its own (auto_map), which is not run: "
+        found = {path.name: json.loads(path.read_text(encoding="utf-8"))
+                 for path in sorted(folder.glob("*.json"))}
+        for name, settings in found.items():
+            # A vocabulary may have a token of that name, whose value is its number.
+            code = settings.get("auto_map") if isinstance(settings, dict) else None
+            if isinstance(code, dict | list | str):
+                raise ValueError(f"{name} names code of its own (auto_map), which is not run: "
                                  "choose a model that Transformers knows, or take that entry out")
-        config = json.loads((folder / "config.json").read_text())
-        layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
-        weights = sorted(folder.glob("*.safetensors"))
-        if not weights:
-            raise ValueError("there are no *.safetensors; pickled weights are not read")
         stored = 0
-        for path in weights:
+        for path in folder.glob(WEIGHTS):
             with safe_open(path, "pt") as file:
                 stored += len(file.keys())
+        if not stored:
+            raise ValueError(f"there are no weights in {WEIGHTS}; pickled ones are not read")
+        config = found.get("config.json")
+        layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
         if isinstance(layers, int) and layers > stored:
             raise ValueError(f"config.json has {layers} layers, and there are {stored} weights")
     return folder
-
-
-def _holds(value: object, name: str) -> bool:
-    """Whether a JSON value is an object with that entry, or has such an object anywhere below."""
-    waiting = [value]
-    while waiting:
-        match waiting.pop():
-            case dict() as entries:
-                if name in entries:
-                    return True
-                waiting += entries.values()
-            case list() as entries:
-                waiting += entries
-    return False
